@@ -1,0 +1,26 @@
+"""Children of mmengine's registries, so that a config under any default
+scope can name ``type='rmoe.SwinMoE'`` without ``custom_imports``.
+
+Only mmengine is imported here: an error while mmengine imports this file
+would surface as "not in the registry" and hide its cause. What registers
+itself is imported from ``locations`` when a type is first looked up.
+"""
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS,
+)
+from mmengine.registry import Registry
+
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='rmoe',
+    locations=['rmoe.moe', 'rmoe.backbones'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='rmoe', locations=['rmoe.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_CONSTRUCTORS,
+    scope='rmoe',
+    locations=['rmoe.engine'])
