@@ -1,0 +1,59 @@
+"""Parameters and multiply-adds of a model with MoE layers."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rmoe.moe.layer import MoEFFN, moe_layers
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What a model costs.
+
+    Attributes:
+        total_params: all parameters.
+        active_params: those a token's result depends on, core and residual
+            of an expert counted as one folded weight.
+        flops: floating-point operations of one forward pass (a
+            multiply-add is two), without the folding, which an inference
+            engine does once.
+    """
+    total_params: int
+    active_params: int
+    flops: int
+
+
+def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
+    """Count parameters, and run one forward pass to count operations.
+
+    Args:
+        model: any module; its mode is kept.
+        inputs: what it is called with.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    inactive = sum(_inactive_params(layer)
+                   for layer in moe_layers(model).values())
+    training = model.training
+    model.eval()
+    # Attention is counted as plain matrix products, whatever kernel runs.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, \
+            nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        model(*inputs)
+    model.train(training)
+    return Complexity(total, total - inactive, counter.get_total_flops())
+
+
+def _inactive_params(layer: MoEFFN) -> int:
+    if layer.core_only:
+        return sum(p.numel() for module in (layer.experts, layer.router)
+                   for p in module.parameters())
+    experts = layer.experts
+    expert_size = sum(
+        getattr(experts, f'residual_{name}_bias')[0].numel() +
+        experts.residual_weight(name)[0].numel() for name in ('fc1', 'fc2'))
+    stored = sum(p.numel() for p in experts.parameters())
+    if layer.layers is not None:
+        stored += expert_size
+    return stored - min(layer.router.top_k, layer.num_experts) * expert_size

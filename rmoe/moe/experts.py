@@ -1,0 +1,136 @@
+"""Experts = core + one residual per expert.
+
+Axis letters as in routing.py; R is the rank of a low-rank residual.
+"""
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe.dispatch import GroupedLinear
+
+
+class Experts(nn.Module):
+    """Two-layer FFNs whose weights are w_e = w_core + r_e (2204.09636).
+
+    The core belongs to the caller (it keeps the host library's parameter
+    names) and is passed to ``forward``; this module owns the residuals, which
+    start at zero. Parameters are stacked over experts, so every expert is in
+    the graph whatever it received.
+
+    Args:
+        embed_dims: D.
+        feedforward_channels: H.
+        num_experts: E.
+        act: activation between the two layers.
+        dropout: dropout on the hidden activations.
+        rank: None for full-rank residuals; R for r_e = up_e down_e, with up
+            zero at the start.
+        core: False for plain experts, whose "residual" is the whole weight
+            and starts as a normal layer would.
+
+    Raises:
+        ValueError: for a rank out of range, or a rank without a core.
+    """
+
+    def __init__(self,
+                 embed_dims: int,
+                 feedforward_channels: int,
+                 num_experts: int,
+                 act: nn.Module,
+                 dropout: float = 0.,
+                 rank: int | None = None,
+                 core: bool = True) -> None:
+        super().__init__()
+        if rank is not None and not core:
+            raise ValueError(f'rank={rank} needs a core: a low-rank matrix '
+                             'alone is no expert. Set rank=None or core=True')
+        if rank is not None and not 1 <= rank <= embed_dims:
+            raise ValueError(f'rank={rank} must lie between 1 and '
+                             f'embed_dims={embed_dims}')
+        self.num_experts = num_experts
+        self.rank = rank
+        self.core = core
+        self.act = act
+        self.dropout = nn.Dropout(dropout)
+        for layer, out_dim, in_dim in (
+                ('fc1', feedforward_channels, embed_dims),
+                ('fc2', embed_dims, feedforward_channels)):
+            self._add(f'{layer}_bias', num_experts, out_dim)
+            if rank is None:
+                self._add(f'{layer}_weight', num_experts, out_dim, in_dim)
+            else:
+                self._add(f'{layer}_up', num_experts, out_dim, rank)
+                self._add(f'{layer}_down', num_experts, rank, in_dim)
+        self.init_weights()
+
+    def _add(self, name: str, *shape: int) -> None:
+        # The name carries the role: freezing and optimizer groups match
+        # on "residual_".
+        self.register_parameter(f'residual_{name}',
+                                nn.Parameter(torch.empty(shape)))
+
+    def init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            # up = 0 makes the product zero; down must then be random, or
+            # neither would ever get a gradient.
+            random = name.endswith('_down') or (
+                not self.core and name.endswith('_weight'))
+            if random:
+                std = 0.02 if not self.core else parameter.shape[-1]**-0.5
+                nn.init.trunc_normal_(parameter, std=std)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor,
+                core: nn.Sequential | None = None) -> Tensor:
+        """Apply expert e to its rows.
+
+        Args:
+            rows_ND: (N, D) rows sorted by expert.
+            counts_E: (E,) rows of each expert, summing to N.
+            core: mmcv's FFN ``layers``: ((fc1, act, drop), fc2, drop); None
+                if and only if this was built with ``core=False``.
+
+        Returns:
+            (N, D), in the autocast type where autocast is on.
+        """
+        assert (core is None) == (not self.core)
+        counts = counts_E.tolist()
+        device = rows_ND.device.type
+        if torch.is_autocast_enabled(device):
+            rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            hidden_NH = self._linear(rows_ND, counts, 'fc1', core)
+            hidden_NH = self.dropout(self.act(hidden_NH))
+            return self._linear(hidden_NH, counts, 'fc2', core)
+
+    def _linear(self, rows: Tensor, counts: list[int], layer: str,
+                core: nn.Sequential | None) -> Tensor:
+        weight = bias = None
+        if core is not None:
+            linear = core_linear(core, layer)
+            weight, bias = linear.weight, linear.bias
+        return GroupedLinear.apply(
+            rows, counts, weight, bias,
+            getattr(self, f'residual_{layer}_bias'), *self._residual(layer))
+
+    def _residual(self, layer: str) -> tuple[Tensor, ...]:
+        parts = ('weight', ) if self.rank is None else ('up', 'down')
+        return tuple(
+            getattr(self, f'residual_{layer}_{part}') for part in parts)
+
+    def residual_weight(self, layer: str) -> Tensor:
+        """(E, out, in), the residual of 'fc1' or 'fc2' as full matrices."""
+        parts = self._residual(layer)
+        return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+
+    def extra_repr(self) -> str:
+        return f'num_experts={self.num_experts}, rank={self.rank}'
+
+
+def core_linear(layers: nn.Sequential, layer: str) -> nn.Linear:
+    """'fc1' or 'fc2' of mmcv's FFN ``layers``: ((fc1, act, drop), fc2,
+    drop)."""
+    path = {'fc1': '0.0', 'fc2': '1'}[layer]
+    linear = layers.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear

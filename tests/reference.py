@@ -1,0 +1,53 @@
+"""A slow, obvious MoE: one token at a time. The oracle of the fast one."""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rmoe.moe import MoEFFN, Routing
+
+
+def expert_weights(layer: MoEFFN, expert: int) -> list[Tensor]:
+    """fc1 weight, fc1 bias, fc2 weight, fc2 bias of core + residual."""
+    experts = layer.experts
+    weights = []
+    for name, core in (('fc1', layer.layers and layer.layers[0][0]),
+                       ('fc2', layer.layers and layer.layers[1])):
+        weight = experts.residual_weight(name)[expert]
+        bias = getattr(experts, f'residual_{name}_bias')[expert]
+        if core is not None:
+            weight, bias = weight + core.weight, bias + core.bias
+        weights += [weight, bias]
+    return weights
+
+
+def ffn(x: Tensor, weights: list[Tensor]) -> Tensor:
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias))
+    return F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def mixture(layer: MoEFFN, x_TD: Tensor, routing: Routing) -> Tensor:
+    """What the layer should add to its input, given who goes where."""
+    kept: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(x_TD))]
+    for row, (token, expert) in enumerate(zip(routing.token_ids_N.tolist(),
+                                              routing.expert_ids().tolist())):
+        kept[token].append((expert, routing.weights_N[row]))
+    outputs = []
+    for token, choices in enumerate(kept):
+        x = x_TD[token]
+        if not choices:
+            lonely = layer.layers(x) if layer.unrouted == 'core' else 0 * x
+            outputs.append(lonely)
+            continue
+        total = sum(gate for _, gate in choices)
+        y = torch.zeros_like(x)
+        for expert, gate in choices:
+            out = ffn(x, expert_weights(layer, expert))
+            if layer.align == 'stopgrad':
+                y = y + ((1 / len(choices) - gate) * out).detach() + gate * out
+            elif layer.align == 'renormalize':
+                y = y + gate / total * out
+            else:
+                y = y + gate * out
+        outputs.append(y)
+    return torch.stack(outputs)
