@@ -1,0 +1,66 @@
+"""No load is silent: every checkpoint that reaches a backbone is checked."""
+from functools import partial
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from rmoe.upcycling import keymaps
+from rmoe.upcycling.upcycle import EXPERT_MISMATCH, fit
+
+
+def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
+    """Make every later load of this backbone complete or an error.
+
+    A dense file upcycles, a file of any known source is translated, and a
+    table of what happened is logged. It holds for mmengine's load_from,
+    resume and init_cfg and for torch's load_state_dict alike, strict or not.
+
+    Args:
+        backbone: the module.
+        expert_mismatch: see :func:`rmoe.upcycling.fit`.
+
+    Raises:
+        ValueError: for an unknown ``expert_mismatch``.
+    """
+    if expert_mismatch not in EXPERT_MISMATCH:
+        raise ValueError(f'moe.expert_mismatch={expert_mismatch!r} is not '
+                         f'one of {EXPERT_MISMATCH}')
+    backbone.register_load_state_dict_pre_hook(
+        partial(_fit_in_place, expert_mismatch))
+
+
+def _fit_in_place(expert_mismatch: str, backbone: nn.Module,
+                  state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state = {key[len(prefix):]: value for key, value in state_dict.items()
+             if key.startswith(prefix)}
+    check_prefix(state_dict, prefix)
+    fitted, report = fit(backbone, state, expert_mismatch)
+    print_log(report.table(), 'current')
+    for key in state:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + key: value for key, value in fitted.items()})
+
+
+def check_prefix(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Is a backbone's checkpoint under this prefix?
+
+    Raises:
+        ValueError: if not; names the prefix it lies under, if it is known.
+    """
+    if keymaps.recognise(state_dict, prefix) is not None:
+        return
+    found = keymaps.find_prefix(state_dict)
+    if found is not None and found != prefix:
+        remedy = (f"init_cfg=dict(type='Pretrained', checkpoint=..., "
+                  f'prefix={found!r})' if found else
+                  "init_cfg=dict(type='Pretrained', checkpoint=...)")
+        raise ValueError(
+            f'the backbone looked for weights under the prefix {prefix!r}; '
+            f'the checkpoint has them under {found!r}. Load it through the '
+            f"backbone's {remedy}")
+    if not any(key.startswith(prefix) for key in state_dict):
+        raise ValueError(
+            f'no key of the checkpoint starts with {prefix!r}, where this '
+            'model has its backbone; load a bare backbone through the '
+            "backbone's init_cfg=dict(type='Pretrained', checkpoint=...)")
