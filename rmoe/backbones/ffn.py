@@ -1,0 +1,75 @@
+"""The one place that decides dense or MoE for a (stage, block)."""
+from collections.abc import Mapping, Sequence
+
+from mmcv.cnn.bricks.transformer import FFN
+from torch import nn
+
+from rmoe.moe import MoEFFN
+
+# Keys of a backbone's ``moe`` that are not arguments of MoEFFN.
+PLACEMENT_KEYS = ('layers', 'expert_mismatch')
+
+
+class FFNPlan:
+    """Which FFNs of a backbone are MoE, and how they are built.
+
+    Args:
+        depths: blocks per stage.
+        moe: None or empty for a dense backbone. Otherwise ``layers`` (one
+            sequence of block indices per stage), and any argument of
+            :class:`rmoe.moe.MoEFFN` but those the backbone sets itself.
+        with_cp: activation checkpointing of the experts.
+
+    Raises:
+        ValueError: if ``layers`` is missing, selects nothing, or points
+            outside the backbone.
+    """
+
+    def __init__(self, depths: Sequence[int], moe: Mapping | None,
+                 with_cp: bool = False) -> None:
+        self.with_cp = with_cp
+        self.moe_args = {
+            key: value
+            for key, value in (moe or {}).items() if key not in PLACEMENT_KEYS
+        }
+        self.layers = _check_layers(depths, moe['layers']
+                                    if moe and 'layers' in moe else None,
+                                    bool(moe))
+
+    def build(self, stage: int, block: int, embed_dims: int,
+              feedforward_channels: int, act_cfg: Mapping,
+              ffn_drop: float, dropout_layer: Mapping) -> nn.Module:
+        """The FFN of one block; both kinds are called alike."""
+        if block in self.layers[stage]:
+            return MoEFFN(
+                embed_dims, feedforward_channels, act_cfg=act_cfg,
+                ffn_drop=ffn_drop, dropout_layer=dropout_layer,
+                with_cp=self.with_cp, **self.moe_args)
+        return FFN(
+            embed_dims, feedforward_channels, num_fcs=2,
+            act_cfg=dict(act_cfg), ffn_drop=ffn_drop,
+            dropout_layer=dict(dropout_layer), add_identity=True)
+
+
+def _check_layers(depths: Sequence[int],
+                  layers: Sequence[Sequence[int]] | None,
+                  wanted: bool) -> list[frozenset[int]]:
+    if not wanted:
+        return [frozenset()] * len(depths)
+    if layers is None:
+        raise ValueError('moe needs layers: one tuple of block indices per '
+                         'stage, e.g. layers=((), (), (1, 3, 5), (1,))')
+    if len(layers) != len(depths):
+        raise ValueError(f'moe.layers={layers} has {len(layers)} entries, '
+                         f'the backbone has {len(depths)} stages')
+    for stage, (blocks, depth) in enumerate(zip(layers, depths)):
+        for block in blocks:
+            if not 0 <= block < depth:
+                raise ValueError(
+                    f'moe.layers[{stage}] names block {block}; stage {stage} '
+                    f'has blocks 0 to {depth - 1}')
+    if not any(layers):
+        raise ValueError(f'moe is given but moe.layers={layers} selects no '
+                         'block: no MoE layer would be built. Name blocks, '
+                         'or set moe=None for a dense backbone')
+    return [frozenset(blocks) for blocks in layers]

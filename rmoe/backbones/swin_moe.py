@@ -1,0 +1,484 @@
+"""Swin Transformer with mixture-of-experts FFNs.
+
+Swin: 2103.14030. Parameter names are those of mmseg's and mmdet's
+SwinTransformer, so their checkpoints load as they are.
+"""
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.drop import build_dropout
+from mmcv.cnn.bricks.transformer import PatchEmbed
+from mmengine.model import BaseModule, constant_init, trunc_normal_init
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rmoe.backbones.ffn import FFNPlan
+from rmoe.moe import MoEFFN
+from rmoe.registry import MODELS
+from rmoe.upcycling import check_loading
+
+# embed_dims, depths, num_heads
+ARCHITECTURES = {
+    'tiny': (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    'small': (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    'base': (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    'large': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows, with a relative position bias.
+
+    Args:
+        embed_dims: D.
+        num_heads: heads; must divide ``embed_dims``.
+        window_size: side of a window, in tokens.
+        qkv_bias: bias of the query, key and value projection.
+        qk_scale: attention scale; None means head_dim ** -0.5.
+        attn_drop_rate: dropout on attention weights.
+        proj_drop_rate: dropout on the output.
+    """
+    relative_position_index: Tensor
+
+    def __init__(self, embed_dims: int, num_heads: int, window_size: int,
+                 qkv_bias: bool, qk_scale: float | None,
+                 attn_drop_rate: float, proj_drop_rate: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale
+        self.attn_drop_rate = attn_drop_rate
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window_size - 1)**2, num_heads))
+        self.register_buffer('relative_position_index',
+                             _relative_position_index(window_size))
+        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+
+    def init_table(self) -> None:
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (windows, tokens, D), all windows of an image together.
+            mask: (windows of one image, 1, tokens, tokens), added to the
+                attention logits; None for none.
+        """
+        windows, tokens, dims = x.shape
+        query, key, value = self.qkv(x).reshape(
+            windows, tokens, 3, self.num_heads, dims // self.num_heads
+        ).permute(2, 0, 3, 1, 4)
+        bias = self.relative_position_bias_table[
+            self.relative_position_index].permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = (bias + mask).repeat(windows // len(mask), 1, 1, 1)
+        x = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias.to(query.dtype),
+            dropout_p=self.attn_drop_rate if self.training else 0.,
+            scale=self.scale)
+        x = x.transpose(1, 2).reshape(windows, tokens, dims)
+        return self.proj_drop(self.proj(x))
+
+
+class ShiftedWindowAttention(nn.Module):
+    """Partition into (shifted) windows, attend, and put together again.
+
+    Args:
+        window_size: side of a window, in tokens.
+        shift: tokens the windows are shifted by; 0 for none.
+        dropout_layer: config of the layer on the output (DropPath).
+        attention: arguments of :class:`WindowAttention`.
+    """
+
+    def __init__(self, window_size: int, shift: int, dropout_layer: Mapping,
+                 attention: Mapping) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.w_msa = WindowAttention(window_size=window_size, **attention)
+        self.drop = build_dropout(dict(dropout_layer))
+
+    def forward(self, x: Tensor, hw: tuple[int, int],
+                mask: Tensor | None) -> Tensor:
+        batch, _, dims = x.shape
+        height, width = hw
+        size, shift = self.window_size, self.shift
+        x = x.view(batch, height, width, dims)
+        pad_bottom, pad_right = -height % size, -width % size
+        if pad_bottom or pad_right:
+            x = F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom))
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+        rows, columns = x.shape[1] // size, x.shape[2] // size
+        x = x.view(batch, rows, size, columns, size, dims).transpose(2, 3)
+        x = self.w_msa(
+            x.reshape(-1, size * size, dims), mask if shift else None)
+        x = x.view(batch, rows, columns, size, size, dims).transpose(2, 3)
+        x = x.reshape(batch, rows * size, columns * size, dims)
+        if shift:
+            x = x.roll((shift, shift), (1, 2))
+        if pad_bottom or pad_right:
+            x = x[:, :height, :width]
+        return self.drop(x.reshape(batch, height * width, dims))
+
+
+class SwinBlock(nn.Module):
+    """norm - attention - add, norm - FFN (dense or MoE) - add."""
+
+    def __init__(self, embed_dims: int, norm_cfg: Mapping, attn: nn.Module,
+                 ffn: nn.Module, with_cp: bool) -> None:
+        super().__init__()
+        self.norm1 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
+        self.attn = attn
+        self.norm2 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
+        self.ffn = ffn
+        self.with_cp = with_cp
+        # A MoE FFN checkpoints its experts itself and routes outside: routing
+        # twice would count twice and could choose twice.
+        self.ffn_with_cp = with_cp and not isinstance(ffn, MoEFFN)
+
+    def forward(self, x: Tensor, hw: tuple[int, int],
+                mask: Tensor | None) -> Tensor:
+        x = _run(self._attend, self.with_cp, x, hw, mask)
+        return _run(self._transform, self.ffn_with_cp, x)
+
+    def _attend(self, x: Tensor, hw: tuple[int, int],
+                mask: Tensor | None) -> Tensor:
+        return x + self.attn(self.norm1(x), hw, mask)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.ffn(self.norm2(x), identity=x)
+
+
+class PatchMerging(nn.Module):
+    """Join 2x2 neighbours, halving the map and doubling the width.
+
+    Channels are ordered as nn.Unfold orders them, like mmcv's PatchMerging.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int,
+                 norm_cfg: Mapping | None) -> None:
+        super().__init__()
+        self.norm = build_norm_layer(
+            dict(norm_cfg), 4 * in_channels)[1] if norm_cfg else None
+        self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]
+                ) -> tuple[Tensor, tuple[int, int]]:
+        batch, _, dims = x.shape
+        height, width = hw
+        x = x.view(batch, height, width, dims)
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        hw = (x.shape[1] // 2, x.shape[2] // 2)
+        x = x.view(batch, hw[0], 2, hw[1], 2, dims).permute(0, 1, 3, 5, 2, 4)
+        x = x.reshape(batch, hw[0] * hw[1], 4 * dims)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.reduction(x), hw
+
+
+class SwinStage(nn.Module):
+    """The blocks of one resolution, and the step to the next."""
+
+    def __init__(self, blocks: Sequence[SwinBlock],
+                 downsample: PatchMerging | None, window_size: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.window_size = window_size
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        # One mask serves every shifted block of the stage.
+        mask = _shift_mask(hw, self.window_size, x.device)
+        for block in self.blocks:
+            x = block(x, hw, mask)
+        return x
+
+    def step_down(self, x: Tensor, hw: tuple[int, int]
+                  ) -> tuple[Tensor, tuple[int, int]]:
+        """To the next stage's resolution; nothing in the last."""
+        return (x, hw) if self.downsample is None else self.downsample(x, hw)
+
+
+@MODELS.register_module()
+class SwinMoE(BaseModule):
+    """Swin Transformer whose FFNs can be mixtures of experts.
+
+    With ``moe`` empty it computes what mmseg's and mmdet's SwinTransformer
+    compute, with the same parameter names. Any checkpoint that is loaded is
+    checked: it must fill every dense weight; see ``rmoe.upcycling``.
+
+    Args:
+        arch: 'tiny', 'small', 'base' or 'large', or None to give
+            ``embed_dims``, ``depths`` and ``num_heads``.
+        moe: None for dense, or a dict with ``layers`` (block indices per
+            stage, e.g. ``((), (), (1, 3, 5), (1,))``), ``expert_mismatch``
+            ('raise', 'tile', 'slice' or 'merge': what to do with a
+            checkpoint of another expert count), and arguments of
+            :class:`rmoe.moe.MoEFFN`.
+        pretrain_img_size: image side the absolute position table is for.
+        in_channels: image channels.
+        embed_dims: width of the first stage.
+        patch_size: side of a patch in pixels.
+        window_size: side of an attention window in tokens.
+        mlp_ratio: hidden over model width of the FFNs.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        strides: of the patch embedding and of each merging step.
+        out_indices: stages whose feature maps are returned.
+        qkv_bias: bias of query, key and value.
+        qk_scale: attention scale; None means head_dim ** -0.5.
+        patch_norm: norm after patch embedding and before merging.
+        drop_rate: dropout in projections and FFNs.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth, rising linearly over blocks.
+        use_abs_pos_embed: add an absolute position table.
+        act_cfg: activation; None means exact GELU.
+        norm_cfg: norm layer; None means LN.
+        with_cp: activation checkpointing (non-reentrant).
+        frozen_stages: freeze the patch embedding (0) and the first n stages;
+            -1 freezes nothing.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: for an unknown ``arch``, a stage out of range, or a
+            ``moe`` that selects no block.
+    """
+
+    def __init__(self,
+                 arch: str | None = None,
+                 moe: Mapping | None = None,
+                 pretrain_img_size: int | tuple[int, int] = 224,
+                 in_channels: int = 3,
+                 embed_dims: int = 96,
+                 patch_size: int = 4,
+                 window_size: int = 7,
+                 mlp_ratio: float = 4,
+                 depths: Sequence[int] = (2, 2, 6, 2),
+                 num_heads: Sequence[int] = (3, 6, 12, 24),
+                 strides: Sequence[int] = (4, 2, 2, 2),
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 qkv_bias: bool = True,
+                 qk_scale: float | None = None,
+                 patch_norm: bool = True,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0.1,
+                 use_abs_pos_embed: bool = False,
+                 act_cfg: Mapping | None = None,
+                 norm_cfg: Mapping | None = None,
+                 with_cp: bool = False,
+                 frozen_stages: int = -1,
+                 init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg=init_cfg)
+        if arch is not None:
+            if arch not in ARCHITECTURES:
+                raise ValueError(f'arch={arch!r} is not one of '
+                                 f'{tuple(ARCHITECTURES)}')
+            embed_dims, depths, num_heads = ARCHITECTURES[arch]
+        _check_structure(depths, num_heads, strides, patch_size, out_indices,
+                         frozen_stages)
+        act_cfg = act_cfg or dict(type='GELU')
+        norm_cfg = norm_cfg or dict(type='LN')
+        merge_norm_cfg = norm_cfg if patch_norm else None
+        self.depths = tuple(depths)
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.num_features = [embed_dims * 2**i for i in range(len(depths))]
+
+        self.patch_embed = PatchEmbed(
+            in_channels=in_channels, embed_dims=embed_dims,
+            conv_type='Conv2d', kernel_size=patch_size, stride=strides[0],
+            padding='corner',
+            norm_cfg=dict(norm_cfg) if patch_norm else None)
+        self.absolute_pos_embed = None
+        if use_abs_pos_embed:
+            sides = (pretrain_img_size, ) * 2 if isinstance(
+                pretrain_img_size, int) else pretrain_img_size
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(
+                1, (sides[0] // patch_size) * (sides[1] // patch_size),
+                embed_dims))
+            self._abs_grid = (sides[0] // patch_size, sides[1] // patch_size)
+        self.drop_after_pos = nn.Dropout(drop_rate)
+
+        plan = FFNPlan(depths, moe, with_cp)
+        last_block = max(sum(depths) - 1, 1)
+        drop_paths = [drop_path_rate * i / last_block
+                      for i in range(sum(depths))]
+        self.stages = nn.ModuleList()
+        for stage, (depth, width) in enumerate(
+                zip(depths, self.num_features)):
+            blocks = []
+            for block in range(depth):
+                drop_path = dict(
+                    type='DropPath',
+                    drop_prob=drop_paths[sum(depths[:stage]) + block])
+                attn = ShiftedWindowAttention(
+                    window_size, window_size // 2 if block % 2 else 0,
+                    drop_path,
+                    dict(embed_dims=width, num_heads=num_heads[stage],
+                         qkv_bias=qkv_bias, qk_scale=qk_scale,
+                         attn_drop_rate=attn_drop_rate,
+                         proj_drop_rate=drop_rate))
+                ffn = plan.build(stage, block, width, int(mlp_ratio * width),
+                                 act_cfg, drop_rate, drop_path)
+                blocks.append(SwinBlock(width, norm_cfg, attn, ffn, with_cp))
+            last = stage == len(depths) - 1
+            downsample = None if last else PatchMerging(
+                width, 2 * width, merge_norm_cfg)
+            self.stages.append(SwinStage(blocks, downsample, window_size))
+        for i in self.out_indices:
+            self.add_module(
+                f'norm{i}',
+                build_norm_layer(dict(norm_cfg), self.num_features[i])[1])
+
+        check_loading(self, (moe or {}).get('expert_mismatch', 'raise'))
+        self._freeze()
+
+    def init_weights(self) -> None:
+        """Initialise as Swin does, or load what ``init_cfg`` names."""
+        if self.init_cfg is None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    trunc_normal_init(module, std=.02, bias=0.)
+                elif isinstance(module, nn.LayerNorm):
+                    constant_init(module, val=1.0, bias=0.)
+                elif isinstance(module, WindowAttention):
+                    module.init_table()
+            if self.absolute_pos_embed is not None:
+                nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        else:
+            super().init_weights()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
+        stages in ``out_indices``."""
+        x, hw = self.patch_embed(x)
+        if self.absolute_pos_embed is not None:
+            x = x + self._position_table(self.absolute_pos_embed, hw)
+        x = self.drop_after_pos(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, SwinStage)
+            x = stage(x, hw)
+            if i in self.out_indices:
+                out = getattr(self, f'norm{i}')(x)
+                out = out.transpose(1, 2).reshape(len(out), -1, *hw)
+                outs.append(out.contiguous())
+            x, hw = stage.step_down(x, hw)
+        return tuple(outs)
+
+    def _position_table(self, table: Tensor,
+                        hw: tuple[int, int]) -> Tensor:
+        if hw == self._abs_grid:
+            return table
+        grid = table.transpose(1, 2).unflatten(2, self._abs_grid)
+        grid = F.interpolate(grid, hw, mode='bicubic', align_corners=False)
+        return grid.flatten(2).transpose(1, 2)
+
+    def train(self, mode: bool = True) -> 'SwinMoE':
+        """Set the mode; what is frozen stays in evaluation."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        # At construction, so that DDP and the optimizer see it.
+        for module in self._frozen_modules():
+            module.eval()
+            module.requires_grad_(False)
+        if self.frozen_stages >= 0 and self.absolute_pos_embed is not None:
+            self.absolute_pos_embed.requires_grad = False
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        frozen: list[nn.Module] = [self.patch_embed, self.drop_after_pos]
+        for i in range(self.frozen_stages):
+            frozen.append(self.stages[i])
+            if i in self.out_indices:
+                frozen.append(getattr(self, f'norm{i}'))
+        return frozen
+
+    def get_layer_depth(self, param_name: str,
+                        prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: prefix of this backbone's names, e.g. ``'backbone.'``.
+
+        Returns:
+            The depth (0: patch embedding) and the number of depths; what is
+            not this backbone's gets the last.
+        """
+        num_layers = sum(self.depths) + 2
+        parts = param_name.removeprefix(prefix).split('.')
+        if not param_name.startswith(prefix) or parts[0] not in (
+                'patch_embed', 'absolute_pos_embed', 'stages'):
+            return num_layers - 1, num_layers
+        if parts[0] != 'stages':
+            return 0, num_layers
+        stage = int(parts[1])
+        block = (int(parts[3]) if parts[2] == 'blocks'
+                 else self.depths[stage] - 1)
+        return sum(self.depths[:stage]) + block + 1, num_layers
+
+
+def _run(function, with_cp: bool, x: Tensor, *args) -> Tensor:
+    if with_cp and x.requires_grad:
+        # Reentrant checkpointing would drop the gradient of auxiliary
+        # losses without a word.
+        return checkpoint(function, x, *args, use_reentrant=False)
+    return function(x, *args)
+
+
+def _relative_position_index(size: int) -> Tensor:
+    """(size^2, size^2) index into the table for each pair of tokens."""
+    coords = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    relative = coords[:, None] - coords[None] + size - 1
+    return relative[..., 0] * (2 * size - 1) + relative[..., 1]
+
+
+def _shift_mask(hw: tuple[int, int], size: int,
+                device: torch.device) -> Tensor:
+    """(windows, 1, tokens, tokens), -100 between tokens that are neighbours
+    only because the shift wrapped them around."""
+    shift = size // 2
+    regions = []
+    for side in hw:
+        padded = side + -side % size
+        position = torch.arange(padded, device=device)
+        regions.append((position >= padded - size).int() +
+                       (position >= padded - shift).int())
+    region = regions[0][:, None] * 3 + regions[1]
+    windows = region.unflatten(1, (-1, size)).unflatten(
+        0, (-1, size)).transpose(1, 2).reshape(-1, size * size)
+    apart = windows[:, None, :] != windows[:, :, None]
+    return torch.where(apart, -100., 0.)[:, None]
+
+
+def _check_structure(depths: Sequence[int], num_heads: Sequence[int],
+                     strides: Sequence[int], patch_size: int,
+                     out_indices: Sequence[int], frozen_stages: int) -> None:
+    stages = len(depths)
+    if len(num_heads) != stages or len(strides) != stages:
+        raise ValueError(f'depths={depths}, num_heads={num_heads} and '
+                         f'strides={strides} must be of one length')
+    if strides[0] != patch_size:
+        raise ValueError(f'strides[0]={strides[0]} must equal patch_size='
+                         f'{patch_size}')
+    if any(stride != 2 for stride in strides[1:]):
+        raise ValueError(f'strides={strides}: merging steps have stride 2')
+    for name, values in (('out_indices', out_indices),
+                         ('frozen_stages', [max(frozen_stages - 1, 0)])):
+        for value in values:
+            if not 0 <= value < stages:
+                raise ValueError(f'{name} points at stage {value}; there are '
+                                 f'{stages}')
