@@ -1,0 +1,15 @@
+"""Hooks and optimizer settings; importing them registers them."""
+from rmoe import compat
+from rmoe.engine.checkpoint_hook import CheckpointHook
+from rmoe.engine.data_check import LabelCheckHook
+from rmoe.engine.moe_loss_hook import MoELossHook
+from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
+from rmoe.engine.residual_moe_hook import ResidualMoEHook
+from rmoe.engine.routing_stats_hook import RoutingStatsHook
+
+compat.apply()
+
+__all__ = [
+    'CheckpointHook', 'LabelCheckHook', 'LayerDecayOptimWrapperConstructor',
+    'MoELossHook', 'ResidualMoEHook', 'RoutingStatsHook'
+]

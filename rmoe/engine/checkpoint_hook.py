@@ -1,0 +1,133 @@
+"""Checkpoints that are whole, and that load under weights_only=True."""
+import os
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from rmoe.moe import moe_layers
+from rmoe.registry import HOOKS
+from rmoe.upcycling import check_prefix, write_atomically
+
+ATOMIC_BACKEND = 'rmoe_atomic_local'
+
+
+class AtomicLocalBackend(LocalBackend):
+    """Local files that appear whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
+        write_atomically(filepath, obj)
+
+
+register_backend(ATOMIC_BACKEND, AtomicLocalBackend)
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """mmengine's CheckpointHook, with its arguments, and three differences.
+
+    Files are written under a temporary name and renamed, and old ones are
+    removed after the new one is safe: a full disk or a kill leaves the
+    previous checkpoint whole. What mmengine pickles beside the tensors (its
+    log buffers) is saved as tensors and built again after loading, so that
+    torch >= 2.6 can resume; the file loads anywhere under weights_only=True.
+    A load_from whose backbone lies under another prefix raises.
+    """
+    backend_args: dict | None
+    keep_ckpt_ids: deque
+
+    def before_train(self, runner: Runner) -> None:
+        if self.backend_args is None and '://' not in str(
+                self.out_dir or runner.work_dir):
+            self.backend_args = dict(backend=ATOMIC_BACKEND)
+        super().before_train(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        hub = checkpoint['message_hub']
+        hub['log_scalars'] = {
+            key: _pack(buffer) for key, buffer in hub['log_scalars'].items()
+        }
+        for part in ('message_hub', 'meta'):
+            checkpoint[part] = _plain(checkpoint[part])
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model
+        if is_model_wrapper(model):
+            model = model.module
+        # Other backbones' checkpoints look like anything.
+        if moe_layers(getattr(model, 'backbone', nn.Identity())):
+            check_prefix(checkpoint.get('state_dict', checkpoint),
+                         'backbone.')
+        hub = checkpoint.get('message_hub')
+        if hub is not None:
+            hub['log_scalars'] = {
+                key: _unpack(value) if isinstance(value, dict) else value
+                for key, value in hub['log_scalars'].items()
+            }
+        elif runner._resume:
+            raise ValueError(
+                'this checkpoint cannot be resumed: its training log is '
+                'pickled code, which is not read. Start from its weights '
+                'instead (load_from=CHECKPOINT without --resume), or, if you '
+                'trust the file, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1')
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int,
+                                   meta: dict) -> None:
+        outdated: list[int] = []
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            ids = [*self.keep_ckpt_ids, step]
+            outdated = ids[:-self.max_keep_ckpts]
+            self.keep_ckpt_ids = deque(ids[-self.max_keep_ckpts:],
+                                       self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids',
+                                           list(self.keep_ckpt_ids))
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir, name, self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler, meta=meta,
+            by_epoch=self.by_epoch, backend_args=self.backend_args,
+            **self.args)
+        if not is_main_process():
+            return
+        write_atomically(os.path.join(runner.work_dir, 'last_checkpoint'),
+                         self.last_ckpt.encode())
+        for old in outdated:
+            path = self.file_backend.join_path(
+                self.out_dir, self.filename_tmpl.format(old))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+
+
+def _pack(buffer: HistoryBuffer) -> dict[str, Any]:
+    log, count = buffer.data
+    return dict(log=torch.from_numpy(log.astype(np.float64)),
+                count=torch.from_numpy(count.astype(np.float64)),
+                max_length=buffer.max_length)
+
+
+def _unpack(packed: dict[str, Any]) -> HistoryBuffer:
+    return HistoryBuffer(packed['log'].cpu().numpy(),
+                         packed['count'].cpu().numpy(),
+                         packed['max_length'])
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays to numbers and lists, inside containers."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return value

@@ -1,0 +1,136 @@
+"""What the experts receive: to the log, to every visualizer backend, and a
+warning before a dead expert goes unnoticed."""
+import math
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor
+
+from rmoe.moe import MoEFFN, moe_layers
+from rmoe.registry import HOOKS
+
+
+@HOOKS.register_module()
+class RoutingStatsHook(Hook):
+    """Every ``interval`` iterations, over all ranks, per MoE layer: share of
+    load per expert, normalised entropy of the load (1: balanced, 0: one
+    expert has all), share of dropped assignments, dead experts.
+
+    Args:
+        interval: iterations of one window.
+        dead_below: an expert is dead if it got less than this part of its
+            fair share over a window.
+
+    Raises:
+        ValueError: for an interval below 1 or a part outside [0, 1).
+    """
+
+    def __init__(self, interval: int = 200, dead_below: float = 0.01) -> None:
+        if interval < 1:
+            raise ValueError(f'interval={interval} must be at least 1')
+        if not 0 <= dead_below < 1:
+            raise ValueError(f'dead_below={dead_below} must lie in [0, 1)')
+        self.interval = interval
+        self.dead_below = dead_below
+        self._warned: set[tuple[str, int]] = set()
+
+    def before_train(self, runner: Runner) -> None:
+        _take_counts(self._layers(runner))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int,
+                         data_batch: object = None,
+                         outputs: dict | None = None) -> None:
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        layers = self._layers(runner)
+        counts = _take_counts(layers)
+        if not any(demand.sum() for demand, _ in counts.values()):
+            return  # core stage: nothing was routed
+        lines, scalars, entropies, dead_total = [], {}, [], 0
+        demanded = kept = 0.
+        for name, (demand_E, kept_E) in counts.items():
+            share_E = demand_E / demand_E.sum().clamp_min(1)
+            entropy = normalised_entropy(share_E)
+            dropped = 1 - float(kept_E.sum() / demand_E.sum().clamp_min(1))
+            dead = self._dead_experts(share_E)
+            self._warn(runner, name, layers[name], dead)
+            entropies.append(entropy)
+            dead_total += len(dead)
+            demanded += float(demand_E.sum())
+            kept += float(kept_E.sum())
+            scalars.update({f'moe/{name}/load_{e}': float(share)
+                            for e, share in enumerate(share_E)})
+            scalars[f'moe/{name}/entropy'] = entropy
+            scalars[f'moe/{name}/dropped'] = dropped
+            loads = ' '.join(f'{100 * share:.0f}' for share in share_E)
+            lines.append(f'{name}: load % [{loads}]  entropy {entropy:.3f}  '
+                         f'dropped {100 * dropped:.1f} %  dead {dead}')
+        runner.logger.info('expert load over the last '
+                           f'{self.interval} iterations\n' + '\n'.join(lines))
+        hub = runner.message_hub
+        hub.update_scalar('train/moe_entropy', sum(entropies) / len(counts))
+        hub.update_scalar('train/moe_dropped', 1 - kept / demanded)
+        hub.update_scalar('train/moe_dead', dead_total)
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    @staticmethod
+    def _layers(runner: Runner) -> dict[str, MoEFFN]:
+        model = runner.model
+        layers = moe_layers(model.module if is_model_wrapper(model) else model)
+        if not layers:
+            raise ValueError('RoutingStatsHook found no MoE layer in the '
+                             'model: give the backbone a moe=dict(layers=...)'
+                             ', or remove the hook')
+        return layers
+
+    def _dead_experts(self, share_E: Tensor) -> list[int]:
+        limit = self.dead_below / len(share_E)
+        return torch.nonzero(share_E <= limit).flatten().tolist()
+
+    def _warn(self, runner: Runner, name: str, layer: MoEFFN,
+              dead: list[int]) -> None:
+        """Once per expert, until it comes back."""
+        for expert in range(layer.num_experts):
+            key = (name, expert)
+            if expert not in dead:
+                self._warned.discard(key)
+            elif key not in self._warned:
+                self._warned.add(key)
+                runner.logger.warning(
+                    f'expert {expert} of {name} is dead: it got less than '
+                    f'{100 * self.dead_below:g} % of its fair share over '
+                    f'{self.interval} iterations. Try a larger importance '
+                    'and load weight in router.loss_weights (now '
+                    f'{layer.router.loss_weights}), more noise_std, a lower '
+                    'learning rate of the router, or fewer experts')
+
+
+def normalised_entropy(share_E: Tensor) -> float:
+    """Entropy of a distribution over its maximum, in [0, 1]."""
+    if len(share_E) == 1:
+        return 1.0
+    return float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
+
+
+def _take_counts(layers: dict[str, MoEFFN]
+                 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Counts of all ranks since the last call, on the CPU; zeroes them.
+
+    One reduction of one flat tensor serves all layers.
+    """
+    flat = torch.cat([torch.cat((layer.demand_E, layer.kept_E))
+                      for layer in layers.values()])
+    all_reduce(flat)
+    flat = flat.cpu()
+    counts, start = {}, 0
+    for name, layer in layers.items():
+        size = layer.num_experts
+        counts[name] = (flat[start:start + size],
+                        flat[start + size:start + 2 * size])
+        start += 2 * size
+        layer.demand_E.zero_()
+        layer.kept_E.zero_()
+    return counts
