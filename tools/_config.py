@@ -1,0 +1,47 @@
+"""What tools/train.py and tools/test.py share: flags and config."""
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--work-dir',
+                        help='folder for logs, checkpoints and results; '
+                        './work_dirs/<config name> if neither this nor the '
+                        'config names one')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        help='override settings of the config: key=value '
+                        'pairs such as model.backbone.moe.num_experts=4 or '
+                        'key="[(a,b),(c,d)]"')
+    parser.add_argument('--launcher', default='none',
+                        choices=['none', 'pytorch', 'slurm', 'mpi'])
+    # torch.distributed.launch passes one spelling or the other.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the overrides of the command line in it."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    return cfg
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool; what the user can mend is one message, not a traceback."""
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        if os.environ.get('RMOE_TRACEBACK'):
+            raise
+        sys.exit(f'error: {error}\n(RMOE_TRACEBACK=1 shows where)')

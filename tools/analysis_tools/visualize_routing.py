@@ -1,0 +1,70 @@
+"""Draw which expert takes each patch of an image, and the experts' loads.
+
+    python tools/analysis_tools/visualize_routing.py CONFIG CHECKPOINT \\
+        --index 3 --out routing.png
+
+The image is one of the config's test set. Loads are of that image, or of the
+first --load-images images of the test set.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, init_default_scope
+
+from rmoe import compat
+from rmoe.moe import moe_layers
+from rmoe.visualization.recording import load_shares, record_routing
+from rmoe.visualization.segmentor import draw_segmentor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--index', type=int, default=0,
+                        help='of the image in the test set')
+    parser.add_argument('--out', type=Path, default=Path('routing.png'))
+    parser.add_argument('--load-images', type=int, default=0,
+                        help='images the loads are counted over; 0 means the '
+                        'shown one alone')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    args = parser.parse_args()
+
+    from mmseg.apis import init_model
+    compat.apply()
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
+    model = init_model(cfg, args.checkpoint, device)
+    if not moe_layers(model):
+        sys.exit(f'error: {args.config} builds no MoE layer')
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    model.dataset_meta = dataset.metainfo
+    loads = None
+    if args.load_images:
+        loads = count_loads(model, dataset, args.load_images)
+    draw_segmentor(model, dataset[args.index], args.out, loads,
+                   title=f'{Path(args.config).stem}')
+    print(f'wrote {args.out}')
+
+
+@torch.no_grad()
+def count_loads(model, dataset, num_images: int) -> dict:
+    with record_routing(model) as records:
+        for index in range(min(num_images, len(dataset))):
+            data = model.data_preprocessor(pseudo_collate([dataset[index]]),
+                                           False)
+            model.extract_feat(data['inputs'])
+        return {name: load_shares(routings)
+                for name, routings in records.items()}
+
+
+if __name__ == '__main__':
+    main()

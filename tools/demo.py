@@ -1,0 +1,213 @@
+"""The whole of rmoe in minutes: train a dense Swin, upcycle it, fine-tune it
+in stages, compare, and draw what the experts do.
+
+    python tools/demo.py                 # draws its own labelled scenes
+    python tools/demo.py --data PATH     # a data set in mmseg's layout
+
+The dense model goes on for as long as the MoE model is fine-tuned, so that
+both have seen the same number of images in the end.
+"""
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from _config import run
+from _demo_data import DataSet, find_data, make_scenes
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from rmoe.moe.complexity import complexity
+from rmoe.visualization.recording import load_shares, record_routing
+from rmoe.visualization.segmentor import draw_segmentor
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = ROOT / 'configs/demo/swin-micro_upernet_scenes-128x128.py'
+MOE = ROOT / 'configs/demo/swin-micro-moe-e8k1_upernet_scenes-128x128.py'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path,
+                        help='folder in mmseg layout; default: drawn scenes')
+    parser.add_argument('--work-dir', type=Path,
+                        default=ROOT / 'work_dirs/demo')
+    parser.add_argument('--iters', type=int, default=600,
+                        help='iterations of dense training')
+    parser.add_argument('--finetune-iters', type=int, default=500,
+                        help='further iterations, dense and MoE alike')
+    args = parser.parse_args()
+    for name in ('iters', 'finetune_iters'):
+        if getattr(args, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")}='
+                             f'{getattr(args, name)} must be at least 1')
+    begin = time.time()
+    data = (find_data(args.data) if args.data
+            else make_scenes(args.work_dir / 'scenes'))
+    say(f'data: {data.root}, {len(data.classes)} classes')
+
+    def config(path: Path, name: str, iters: int) -> Config:
+        return make_config(path, args.work_dir / name, iters, data)
+
+    dense = train('1/4 dense training', config(DENSE, 'dense', args.iters))
+    before = evaluate(config(DENSE, 'dense', 1), dense)
+    say(f'    mIoU {before:.2f}')
+    upcycled = upcycle(dense, args.work_dir / 'upcycled.pth')
+    after = evaluate(config(MOE, 'upcycled', 1), upcycled)
+    say(f'2/4 upcycled: mIoU {after:.2f}, moved by {after - before:+.2f}')
+    moe_cfg = config(MOE, 'moe', args.finetune_iters)
+    moe = train('3/4 MoE fine-tuning', moe_cfg, upcycled)
+    dense_cfg = config(DENSE, 'dense-continued', args.finetune_iters)
+    continued = train('4/4 dense, as long', dense_cfg, dense)
+    rows = [('dense, continued', dense_cfg, continued),
+            ('MoE', moe_cfg, moe)]
+    say(table(rows, data, args.iters))
+    picture = args.work_dir / 'routing.png'
+    draw(moe_cfg, moe, picture)
+    say(f'picture: {picture}\nlogs and checkpoints: {args.work_dir}\n'
+        f'{time.time() - begin:.0f} s in all')
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def make_config(path: Path, work_dir: Path, iters: int,
+                data: DataSet) -> Config:
+    cfg = Config.fromfile(path)
+    cfg.work_dir = str(work_dir)
+    cfg.train_cfg.max_iters = iters
+    cfg.param_scheduler[0].end = warm_up = min(30, iters // 2)
+    cfg.param_scheduler[1].update(begin=warm_up, end=max(iters, warm_up + 1))
+    data.apply(cfg)
+    return cfg
+
+
+def train(label: str, cfg: Config, load_from: Path | None = None) -> Path:
+    """Train, and return the last checkpoint."""
+    cfg.load_from = load_from and str(load_from)
+    runner = quiet_runner(cfg)
+    runner.register_hook(Progress(label), priority='LOWEST')
+    runner.train()
+    return Path(cfg.work_dir) / f'iter_{cfg.train_cfg.max_iters}.pth'
+
+
+def evaluate(cfg: Config, checkpoint: Path) -> float:
+    cfg.load_from = str(checkpoint)
+    return quiet_runner(cfg).test()['mIoU']
+
+
+def upcycle(dense: Path, out: Path) -> Path:
+    command = ['tools/upcycle.py', str(dense), '--config', str(MOE), '--out',
+               str(out)]
+    say('    python ' + ' '.join(
+        os.path.relpath(part) if os.sep in part else part
+        for part in command))
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL)
+    return out
+
+
+def quiet_runner(cfg: Config) -> Runner:
+    """A runner that logs to its files and not to the terminal."""
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(
+            nowhere), contextlib.redirect_stderr(nowhere):
+        runner = Runner.from_cfg(cfg)
+    return runner
+
+
+class Progress(Hook):
+    """One moving line; on a pipe, a line every tenth."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def before_train(self, runner: Runner) -> None:
+        self.begin = time.time()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int,
+                         data_batch: object = None,
+                         outputs: dict | None = None) -> None:
+        done, total = batch_idx + 1, runner.max_iters
+        tty = sys.stdout.isatty()
+        if not tty and done % max(total // 10, 1) and done != total:
+            return
+        left = (time.time() - self.begin) / done * (total - done)
+        bar = '#' * (20 * done // total)
+        line = (f'{self.label:<20} [{bar:<20}] {done}/{total}  loss '
+                f'{float(outputs["loss"]):.3f}  {left:.0f} s left')
+        end = '\n' if done == total or not tty else ''
+        print(f'\r{line:<79}' if tty else line, end=end, flush=True)
+
+
+def table(rows: list[tuple[str, Config, Path]], data: DataSet,
+          before: int) -> str:
+    lines = [f'\n{"":<18}{"mIoU":>7}{"parameters":>12}{"active":>12}'
+             f'{"GFLOPs":>8}{"s/step":>8}{"images":>8}']
+    steps, facts = {}, {}
+    for name, cfg, checkpoint in rows:
+        miou = evaluate(cfg, checkpoint)
+        runner = quiet_runner(cfg)
+        cost = complexity(runner.model, torch.zeros(1, 3, *data.size))
+        facts[name] = (miou, cost, before + cfg.train_cfg.max_iters,
+                       cfg.train_dataloader.batch_size)
+        steps[name] = training_step(runner)
+    seconds = interleave(steps)
+    for name, (miou, cost, iters, batch) in facts.items():
+        lines.append(
+            f'{name:<18}{miou:>7.2f}{cost.total_params:>12,}'
+            f'{cost.active_params:>12,}{cost.flops / 1e9:>8.3f}'
+            f'{seconds[name]:>8.3f}{iters * batch:>8}')
+    return '\n'.join(lines)
+
+
+def training_step(runner: Runner) -> Iterator[None]:
+    """Each next() is one forward, backward and optimizer step."""
+    model = runner.model.train()
+    optim = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
+    loader = runner.build_dataloader(runner.cfg.train_dataloader)
+    batch = next(iter(loader))
+    while True:
+        model.train_step(batch, optim)
+        yield
+
+
+def interleave(steps: dict[str, Iterator[None]],
+               turns: int = 9) -> dict[str, float]:
+    """Median seconds of a step; the contenders take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            next(step)
+            if turn:  # the first is a warm-up
+                times[name].append(time.perf_counter() - begin)
+    return {name: median(values) for name, values in times.items()}
+
+
+@torch.no_grad()
+def draw(cfg: Config, checkpoint: Path, path: Path) -> None:
+    """The picture, with loads over the whole validation set."""
+    cfg.load_from = str(checkpoint)
+    runner = quiet_runner(cfg)
+    with record_routing(runner.model) as records:
+        runner.test()
+    loads = {name: load_shares(routings)
+             for name, routings in records.items()}
+    dataset = runner.test_dataloader.dataset
+    runner.model.dataset_meta = dataset.metainfo
+    draw_segmentor(runner.model.eval(), dataset[0], path, loads,
+                   title='which expert took each patch')
+
+
+if __name__ == '__main__':
+    run(main)

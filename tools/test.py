@@ -1,0 +1,41 @@
+"""Evaluate a checkpoint with the evaluator of its config: mIoU or AP."""
+import argparse
+
+from _config import add_common_arguments, load_config, run
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from rmoe import compat
+from rmoe.engine.data_check import check_data_roots
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--show-dir', help='folder for painted predictions')
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    if args.show_dir:
+        paint(cfg, args.show_dir)
+    check_data_roots(cfg, ('test', ))
+    compat.apply()
+    Runner.from_cfg(cfg).test()
+
+
+def paint(cfg: Config, folder: str) -> None:
+    if 'visualization' not in cfg.get('default_hooks', {}):
+        raise ValueError('--show-dir needs a visualization hook in '
+                         'default_hooks of the config')
+    cfg.default_hooks.visualization.draw = True
+    cfg.visualizer.save_dir = folder
+
+
+if __name__ == '__main__':
+    run(main)
