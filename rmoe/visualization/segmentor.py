@@ -1,0 +1,67 @@
+"""One picture of a segmentor's prediction and of its experts' choices."""
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.model import BaseModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from rmoe.visualization.recording import expert_map, load_shares, record_routing
+from rmoe.visualization.routing_figure import draw_routing
+
+
+@torch.no_grad()
+def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
+                   loads: Mapping[str, np.ndarray] | None = None,
+                   title: str = '') -> None:
+    """Save the picture of one data set item.
+
+    Args:
+        model: an mmseg segmentor with MoE layers, in evaluation mode.
+        item: what a test pipeline gives: ``inputs`` (3, H, W) BGR uint8 and
+            ``data_samples``.
+        path: PNG file.
+        loads: (E,) load share of each layer; None means those of this image.
+        title: of the figure.
+
+    Raises:
+        ValueError: if the model has no MoE layer.
+    """
+    data = model.data_preprocessor(pseudo_collate([item]), False)
+    sample = model(**data, mode='predict')[0]
+    with record_routing(model) as records:
+        if not records:
+            raise ValueError('the model has no MoE layer to draw')
+        model.extract_feat(data['inputs'])
+    image_hw = tuple(data['inputs'].shape[-2:])
+    image = item['inputs'].permute(1, 2, 0).flip(-1).cpu().numpy()
+    meta = getattr(model, 'dataset_meta', None) or {}
+    truth = sample.get('gt_sem_seg')
+    draw_routing(
+        image,
+        {_short(name): expert_map(routings[0], image_hw)
+         for name, routings in records.items()},
+        {_short(name): (loads[name] if loads else load_shares(routings))
+         for name, routings in records.items()},
+        path,
+        segmentation=_fit(sample.pred_sem_seg.data, image.shape),
+        truth=None if truth is None else _fit(truth.data, image.shape),
+        palette=meta.get('palette'), classes=meta.get('classes'), title=title)
+
+
+def _fit(labels: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """(1, h, w) class ids to the size of the shown image."""
+    labels = F.interpolate(labels[None].float(), shape[:2], mode='nearest')
+    return labels[0, 0].long().cpu().numpy()
+
+
+def _short(name: str) -> str:
+    """'backbone.stages.2.blocks.1.ffn' as 'stage 2 block 1'."""
+    parts = name.split('.')
+    words = [f'{word[:-1]} {number}' for word, number in zip(parts, parts[1:])
+             if number.isdigit()]
+    return ' '.join(words) or name
