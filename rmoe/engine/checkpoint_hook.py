@@ -74,10 +74,9 @@ class CheckpointHook(MMEngineCheckpointHook):
             }
         elif runner._resume:
             raise ValueError(
-                'this checkpoint cannot be resumed: its training log is '
-                'pickled code, which is not read. Start from its weights '
-                'instead (load_from=CHECKPOINT without --resume), or, if you '
-                'trust the file, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1')
+                'this checkpoint holds weights but no training state to '
+                'resume: start from its weights instead, with '
+                'load_from=CHECKPOINT and without --resume')
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int,
                                    meta: dict) -> None:

@@ -169,8 +169,8 @@ class TestNoLoadIsSilent:
         four = randomise(swin())
         eight = SwinMoE(**SMALL, moe=dict(layers=LAYERS, num_experts=8))
         before = copy.deepcopy(eight.state_dict())
-        with pytest.raises(ValueError, match='4 experts in the checkpoint '
-                           'and 8 in the model.*expert_mismatch'):
+        with pytest.raises(ValueError, match=r'4 experts in the checkpoint '
+                           r'and 8 in the model.*expert_mismatch'):
             load(eight, four.state_dict())
         for key, value in eight.state_dict().items():
             assert torch.equal(value, before[key]), key
@@ -190,7 +190,7 @@ class TestNoLoadIsSilent:
     def test_backbone_missing_from_a_whole_model(self, load):
         model = nn.Module()
         model.backbone = swin()
-        with pytest.raises(ValueError, match="starts with 'backbone.'"):
+        with pytest.raises(ValueError, match=r"starts with 'backbone\."):
             load(model, swin(False).state_dict())
 
     def test_wrong_width(self, load):

@@ -1,7 +1,6 @@
 # Synthetic scenes drawn by rmoe.datasets.scenes, in the layout of mmseg.
 dataset_type = 'BaseSegDataset'
 data_root = 'work_dirs/demo/scenes'
-metainfo = None  # tools/demo.py fills in classes and palette
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
@@ -20,7 +19,6 @@ train_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        metainfo=metainfo,
         img_suffix='.png',
         data_prefix=dict(
             img_path='images/training', seg_map_path='annotations/training'),
@@ -32,7 +30,6 @@ val_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        metainfo=metainfo,
         img_suffix='.png',
         data_prefix=dict(
             img_path='images/validation',

@@ -1,5 +1,5 @@
 _base_ = [
-    './swin-xtiny-patch4-window7_upernet_1xb4-500-finetune_camvid-256x256.py',
+    './swin-xtiny-patch4-window7_upernet_1xb4-300-finetune_camvid-256x256.py',
     '../_base_/schedules/rmoe_d.py'
 ]
 model = dict(

@@ -1,0 +1,94 @@
+"""Run a function on two gloo ranks, each its own process."""
+import os
+import socket
+
+import torch
+from mmengine.hooks import Hook
+from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
+
+from rmoe.engine.moe_loss_hook import install
+from rmoe.engine.roles import role_of
+from rmoe.moe import moe_layers
+
+
+def run_two_ranks(function, work_dir: str, *args) -> list:
+    """What function(rank, work_dir, *args) returned on each rank."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(
+        _run, (function, port, work_dir, args), nprocs=2)
+    return [torch.load(f'{work_dir}/rank{rank}.pth', weights_only=False)
+            for rank in (0, 1)]
+
+
+def _run(rank, function, port, work_dir, args):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    # mmengine's own set-up asks for a GPU.
+    torch.distributed.init_process_group('gloo')
+    torch.save(function(rank, work_dir, *args), f'{work_dir}/rank{rank}.pth')
+
+
+def train(rank, work_dir, collapsed):
+    """Seven iterations through all stages."""
+    runner = toy_runner(
+        f'{work_dir}/{rank}', max_iters=7, hooks=(
+            dict(type='rmoe.ResidualMoEHook', stages=STAGES),
+            dict(type='rmoe.MoELossHook'),
+            dict(type='rmoe.RoutingStatsHook', interval=2)),
+        launcher='pytorch',
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        model_wrapper_cfg=dict(
+            type='MMDistributedDataParallel', device_ids=None))
+    if collapsed:
+        for layer in moe_layers(runner.model).values():
+            torch.nn.init.zeros_(layer.router.weight)
+            layer.router.weight.register_hook(torch.zeros_like)
+    watch = Watch()
+    runner.register_hook(watch, priority='LOWEST')
+    runner._init_model_weights = lambda: None
+    runner.train()
+    return dict(state=copied_state(runner.model.module),
+                changed=watch.changed)
+
+
+class Watch(Hook):
+    """Which roles an iteration changes, and whether MoE layers route."""
+
+    def __init__(self):
+        self.changed, self.routed, self.trainable = {}, {}, {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.before = copied_state(runner.model)
+        self.demand = self._demand(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None,
+                         outputs=None):
+        now = runner.model.state_dict()
+        self.changed[batch_idx] = {
+            role_of(key) for key, value in self.before.items()
+            if not torch.equal(value, now[key])}
+        self.routed[batch_idx] = self._demand(runner) > self.demand
+
+    def _demand(self, runner):
+        return sum(int(layer.demand_E.sum())
+                   for layer in moe_layers(runner.model).values())
+
+
+def aux_gradient(rank, work_dir, state):
+    """Gradient of the auxiliary losses through DDP, on one batch."""
+    model = toy_model()
+    model.load_state_dict(state)
+    install(model)
+    images = ToyImages()
+    inputs = torch.stack([images[i]['inputs'] for i in range(4)])
+    labels = torch.stack([images[i]['labels'] for i in range(4)])
+    parallel = torch.nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=False)
+    losses = parallel(inputs, labels, mode='loss')
+    (losses['loss_moe_importance'] + 0 * losses['loss_ce']).backward()
+    return torch.stack([layer.router.weight.grad
+                        for layer in moe_layers(model).values()])
