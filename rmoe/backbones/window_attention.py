@@ -1,0 +1,130 @@
+"""Attention inside (shifted) windows of a token map (Swin, 2103.14030)."""
+from collections.abc import Mapping
+
+import torch
+from mmcv.cnn.bricks.drop import build_dropout
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows, with a relative position bias.
+
+    Args:
+        embed_dims: D.
+        num_heads: heads; must divide ``embed_dims``.
+        window_size: side of a window, in tokens.
+        qkv_bias: bias of the query, key and value projection.
+        qk_scale: attention scale; None means head_dim ** -0.5.
+        attn_drop_rate: dropout on attention weights.
+        proj_drop_rate: dropout on the output.
+    """
+    relative_position_index: Tensor
+
+    def __init__(self, embed_dims: int, num_heads: int, window_size: int,
+                 qkv_bias: bool, qk_scale: float | None,
+                 attn_drop_rate: float, proj_drop_rate: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale
+        self.attn_drop_rate = attn_drop_rate
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window_size - 1)**2, num_heads))
+        self.register_buffer('relative_position_index',
+                             _relative_position_index(window_size))
+        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+
+    def init_table(self) -> None:
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (windows, tokens, D), all windows of an image together.
+            mask: (windows of one image, 1, tokens, tokens), added to the
+                attention logits; None for none.
+        """
+        windows, tokens, dims = x.shape
+        query, key, value = self.qkv(x).reshape(
+            windows, tokens, 3, self.num_heads, dims // self.num_heads
+        ).permute(2, 0, 3, 1, 4)
+        bias = self.relative_position_bias_table[
+            self.relative_position_index].permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = (bias + mask).repeat(windows // len(mask), 1, 1, 1)
+        x = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias.to(query.dtype),
+            dropout_p=self.attn_drop_rate if self.training else 0.,
+            scale=self.scale)
+        x = x.transpose(1, 2).reshape(windows, tokens, dims)
+        return self.proj_drop(self.proj(x))
+
+
+class ShiftedWindowAttention(nn.Module):
+    """Partition into (shifted) windows, attend, and put together again.
+
+    Args:
+        window_size: side of a window, in tokens.
+        shift: tokens the windows are shifted by; 0 for none.
+        dropout_layer: config of the layer on the output (DropPath).
+        attention: arguments of :class:`WindowAttention`.
+    """
+
+    def __init__(self, window_size: int, shift: int, dropout_layer: Mapping,
+                 attention: Mapping) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.w_msa = WindowAttention(window_size=window_size, **attention)
+        self.drop = build_dropout(dict(dropout_layer))
+
+    def forward(self, x: Tensor, hw: tuple[int, int],
+                mask: Tensor | None) -> Tensor:
+        batch, _, dims = x.shape
+        height, width = hw
+        size, shift = self.window_size, self.shift
+        x = x.view(batch, height, width, dims)
+        pad_bottom, pad_right = -height % size, -width % size
+        if pad_bottom or pad_right:
+            x = F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom))
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+        rows, columns = x.shape[1] // size, x.shape[2] // size
+        x = x.view(batch, rows, size, columns, size, dims).transpose(2, 3)
+        x = self.w_msa(
+            x.reshape(-1, size * size, dims), mask if shift else None)
+        x = x.view(batch, rows, columns, size, size, dims).transpose(2, 3)
+        x = x.reshape(batch, rows * size, columns * size, dims)
+        if shift:
+            x = x.roll((shift, shift), (1, 2))
+        if pad_bottom or pad_right:
+            x = x[:, :height, :width]
+        return self.drop(x.reshape(batch, height * width, dims))
+
+
+def _relative_position_index(size: int) -> Tensor:
+    """(size^2, size^2) index into the table for each pair of tokens."""
+    coords = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    relative = coords[:, None] - coords[None] + size - 1
+    return relative[..., 0] * (2 * size - 1) + relative[..., 1]
+
+
+def shift_mask(hw: tuple[int, int], size: int,
+                device: torch.device) -> Tensor:
+    """(windows, 1, tokens, tokens), -100 between tokens that are neighbours
+    only because the shift wrapped them around."""
+    shift = size // 2
+    regions = []
+    for side in hw:
+        padded = side + -side % size
+        position = torch.arange(padded, device=device)
+        regions.append((position >= padded - size).int() +
+                       (position >= padded - shift).int())
+    region = regions[0][:, None] * 3 + regions[1]
+    windows = region.unflatten(1, (-1, size)).unflatten(
+        0, (-1, size)).transpose(1, 2).reshape(-1, size * size)
+    apart = windows[:, None, :] != windows[:, :, None]
+    return torch.where(apart, -100., 0.)[:, None]
