@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -24,16 +25,22 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from rmoe.engine.moe_loss_hook import install as collect_auxiliary_losses
+from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity
 from rmoe.visualization.recording import load_shares, record_routing
 from rmoe.visualization.segmentor import draw_segmentor
 
+TERMINAL = sys.stdout
+# Runners' log handlers hold on to it, so it is never closed.
+NOWHERE = open(os.devnull, 'w')
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = ROOT / 'configs/demo/swin-micro_upernet_scenes-128x128.py'
 MOE = ROOT / 'configs/demo/swin-micro-moe-e8k1_upernet_scenes-128x128.py'
 
 
 def main() -> None:
+    warnings.filterwarnings('ignore', category=UserWarning)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,13 +104,16 @@ def train(label: str, cfg: Config, load_from: Path | None = None) -> Path:
     cfg.load_from = load_from and str(load_from)
     runner = quiet_runner(cfg)
     runner.register_hook(Progress(label), priority='LOWEST')
-    runner.train()
+    with quiet():
+        runner.train()
     return Path(cfg.work_dir) / f'iter_{cfg.train_cfg.max_iters}.pth'
 
 
 def evaluate(cfg: Config, checkpoint: Path) -> float:
     cfg.load_from = str(checkpoint)
-    return quiet_runner(cfg).test()['mIoU']
+    runner = quiet_runner(cfg)
+    with quiet():
+        return runner.test()['mIoU']
 
 
 def upcycle(dense: Path, out: Path) -> Path:
@@ -119,10 +129,12 @@ def upcycle(dense: Path, out: Path) -> Path:
 
 def quiet_runner(cfg: Config) -> Runner:
     """A runner that logs to its files and not to the terminal."""
-    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(
-            nowhere), contextlib.redirect_stderr(nowhere):
-        runner = Runner.from_cfg(cfg)
-    return runner
+    with quiet():
+        return Runner.from_cfg(cfg)
+
+
+def quiet() -> contextlib.AbstractContextManager:
+    return contextlib.redirect_stdout(NOWHERE)
 
 
 class Progress(Hook):
@@ -138,15 +150,16 @@ class Progress(Hook):
                          data_batch: object = None,
                          outputs: dict | None = None) -> None:
         done, total = batch_idx + 1, runner.max_iters
-        tty = sys.stdout.isatty()
+        tty = TERMINAL.isatty()
         if not tty and done % max(total // 10, 1) and done != total:
             return
         left = (time.time() - self.begin) / done * (total - done)
         bar = '#' * (20 * done // total)
         line = (f'{self.label:<20} [{bar:<20}] {done}/{total}  loss '
-                f'{float(outputs["loss"]):.3f}  {left:.0f} s left')
+                f'{outputs["loss"].item():.3f}  {left:.0f} s left')
         end = '\n' if done == total or not tty else ''
-        print(f'\r{line:<79}' if tty else line, end=end, flush=True)
+        print(f'\r{line:<79}' if tty else line, end=end, file=TERMINAL,
+              flush=True)
 
 
 def table(rows: list[tuple[str, Config, Path]], data: DataSet,
@@ -173,6 +186,8 @@ def table(rows: list[tuple[str, Config, Path]], data: DataSet,
 def training_step(runner: Runner) -> Iterator[None]:
     """Each next() is one forward, backward and optimizer step."""
     model = runner.model.train()
+    if moe_layers(model):
+        collect_auxiliary_losses(model)
     optim = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
     loader = runner.build_dataloader(runner.cfg.train_dataloader)
     batch = next(iter(loader))
@@ -199,7 +214,7 @@ def draw(cfg: Config, checkpoint: Path, path: Path) -> None:
     """The picture, with loads over the whole validation set."""
     cfg.load_from = str(checkpoint)
     runner = quiet_runner(cfg)
-    with record_routing(runner.model) as records:
+    with record_routing(runner.model) as records, quiet():
         runner.test()
     loads = {name: load_shares(routings)
              for name, routings in records.items()}

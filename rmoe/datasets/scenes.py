@@ -1,11 +1,13 @@
 """Labelled synthetic scenes for the demo, in mmsegmentation's file layout.
 
 A class is an outline together with a texture, and neither says enough alone:
-every outline comes with two textures, stripes fill several outlines, fine and
-coarse are relative to the size of the shape, and colours are random. The
-background carries the same textures, as do triangles, which are decoys.
+every outline comes with two textures, and stripes and dots each fill two
+outlines. Textures scale with their shape, and colours are random. The
+background carries the same textures, in patches without an outline and in
+triangles, which are decoys.
 """
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ PALETTE = [[40, 40, 40], [230, 80, 60], [250, 180, 60], [70, 130, 220],
            [90, 200, 230], [60, 170, 90], [190, 110, 210]]
 SPLITS = ('training', 'validation')
 # Bump it when the same parameters begin to draw something else.
-DRAWING = 1
+DRAWING = 2
 MIN_SIZE = 32
 
 # From coordinates (u, v), in which a shape has about radius 1, to a mask.
@@ -26,10 +28,9 @@ Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Texture(NamedTuple):
-    """A two-coloured pattern; lengths are in radii of the textured shape."""
+    """A two-coloured pattern and its period, in radii of the shape."""
     pattern: Pattern
     period: float
-    angle: float = 0.
 
 
 def _fraction(x: np.ndarray) -> np.ndarray:
@@ -61,13 +62,22 @@ def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _stripes(u, v) ^ _stripes(v, u)
 
 
+def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.hypot(_fraction(u) - 0.5, _fraction(v) - 0.5) < 0.32
+
+
+STRIPES = Texture(_stripes, 0.7)
+FINE_STRIPES = Texture(_stripes, 0.3)
+CHECKS = Texture(_checks, 0.8)
+DOTS = Texture(_dots, 0.5)
+
 KINDS = {
-    'striped disk': (_disk, Texture(_stripes, 0.5)),
-    'checked disk': (_disk, Texture(_checks, 0.6)),
-    'straight square': (_square, Texture(_stripes, 0.5)),
-    'diagonal square': (_square, Texture(_stripes, 0.5, np.pi / 4)),
-    'coarse star': (_star, Texture(_stripes, 0.6)),
-    'fine star': (_star, Texture(_stripes, 0.3)),
+    'striped disk': (_disk, STRIPES),
+    'fine disk': (_disk, FINE_STRIPES),
+    'dotted square': (_square, DOTS),
+    'checked square': (_square, CHECKS),
+    'striped star': (_star, STRIPES),
+    'dotted star': (_star, DOTS),
 }
 CLASSES = ('background', *KINDS)
 
@@ -157,16 +167,16 @@ def _write_split(root: Path, split: int, count: int, size: int,
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A faint texture all over, and patches of strong ones with soft edges.
+    """A faint texture all over, and patches of others with soft edges.
 
     Returns:
         Colours (S, S, 3), float32.
     """
     u, v = _coordinates(size, rng)
-    image = _paint(_any_texture(rng), u, v, _colours(rng, 10, 40), rng)
-    for _ in range(rng.integers(2, 6)):
+    image = _paint(_any_texture(rng), u, v, _colours(rng, 5, 20), rng)
+    for _ in range(rng.integers(1, 4)):
         u, v = _coordinates(size, rng)
-        patch = _paint(_any_texture(rng), u, v, _colours(rng, 50, 140), rng)
+        patch = _paint(_any_texture(rng), u, v, _colours(rng, 30, 80), rng)
         opacity = np.exp(-2 * (u * u + v * v))[..., None]
         image += opacity * (patch - image)
     return image
@@ -187,7 +197,7 @@ def _add_shape(image: np.ndarray, label: np.ndarray,
     u, v = _coordinates(len(label), rng)
     inside = outline(u, v)
     image[inside] = _paint(texture, u[inside], v[inside],
-                           _colours(rng, 50, 140), rng)
+                           _colours(rng, 90, 180), rng)
     label[inside] = class_id
 
 
@@ -206,10 +216,10 @@ def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     line = np.linspace(-1, 1, size, dtype=np.float32)
     light = 1 + across * line + down * line[:, None]
     lit = Image.fromarray(_to_uint8(image * light[..., None]))
-    blur = rng.uniform(0.3, 1.3) * size / 128
+    blur = rng.uniform(0.2, 0.7) * size / 128
     blurred = np.asarray(lit.filter(ImageFilter.GaussianBlur(blur)))
     noise = rng.standard_normal(image.shape, np.float32)
-    return _to_uint8(blurred + rng.uniform(4, 20) * noise)
+    return _to_uint8(blurred + rng.uniform(3, 10) * noise)
 
 
 def _coordinates(size: int, rng: np.random.Generator
@@ -217,24 +227,18 @@ def _coordinates(size: int, rng: np.random.Generator
     """Every pixel (S, S) as seen from a random place, turned and scaled."""
     # Python floats: a NumPy scalar would turn the pixels into float64.
     row, column = (rng.uniform(0.08, 0.92, 2) * size).tolist()
-    radius = rng.uniform(0.1, 0.24) * size
+    radius = rng.uniform(0.16, 0.3) * size
     pixels = np.arange(size, dtype=np.float32)
-    return _rotated((pixels - column) / radius,
-                    (pixels[:, None] - row) / radius,
-                    rng.uniform(0, 2 * np.pi))
-
-
-def _rotated(u: np.ndarray, v: np.ndarray,
-             angle: float) -> tuple[np.ndarray, np.ndarray]:
-    cos, sin = float(np.cos(angle)), float(np.sin(angle))
-    return u * cos + v * sin, v * cos - u * sin
+    x, y = (pixels - column) / radius, (pixels[:, None] - row) / radius
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return x * cos + y * sin, y * cos - x * sin
 
 
 def _paint(texture: Texture, u: np.ndarray, v: np.ndarray,
            colours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The colours (..., 3) a texture has at coordinates u and v (...)."""
     period = texture.period * rng.uniform(0.9, 1.1)
-    u, v = _rotated(u, v, texture.angle)
     shift_u, shift_v = rng.random(2).tolist()
     mask = texture.pattern(u / period + shift_u, v / period + shift_v)
     return colours.take(mask, axis=0)
@@ -245,8 +249,11 @@ def _any_texture(rng: np.random.Generator) -> Texture:
 
 
 def _colours(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """Two random colours (2, 3), between ``low`` and ``high`` apart."""
-    difference = rng.standard_normal(3)
+    """A light and a dark colour (2, 3) in any order, ``low`` to ``high`` apart.
+
+    They differ in lightness most: a small network soon finds such textures.
+    """
+    difference = rng.choice((-1, 1)) + rng.standard_normal(3) / 2
     difference *= rng.uniform(low, high) / np.linalg.norm(difference)
     middle = rng.uniform(60, 195, 3)
     return np.stack([middle - difference / 2,
