@@ -93,6 +93,9 @@ class RoutingStatsHook(Hook):
     def _warn(self, runner: Runner, name: str, layer: MoEFFN,
               dead: list[int]) -> None:
         """Once per expert, until it comes back."""
+        # mmengine drops a repeated warning for good; naming the iteration
+        # lets an expert that came back be warned of again.
+        end = runner.iter + 1
         for expert in range(layer.num_experts):
             key = (name, expert)
             if expert not in dead:
@@ -100,9 +103,10 @@ class RoutingStatsHook(Hook):
             elif key not in self._warned:
                 self._warned.add(key)
                 runner.logger.warning(
-                    f'expert {expert} of {name} is dead: it got less than '
-                    f'{100 * self.dead_below:g} % of its fair share over '
-                    f'{self.interval} iterations. Try a larger importance '
+                    f'expert {expert} of {name} is dead: in iterations '
+                    f'{end - self.interval + 1} to {end} it got less than '
+                    f'{100 * self.dead_below:g} % of its fair share. Try a '
+                    'larger importance '
                     'and load weight in router.loss_weights (now '
                     f'{layer.router.loss_weights}), more noise_std, a lower '
                     'learning rate of the router, or fewer experts')
