@@ -3,7 +3,7 @@ ROOT := $(dir $(realpath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3.11
 RUN := cd $(ROOT) && .venv/bin/python
 
-.PHONY: env test test-slow lint demo clean
+.PHONY: env test lint demo clean
 
 env:
 	@$(PYTHON) $(ROOT)tools/bootstrap.py

@@ -74,10 +74,11 @@ def toy_model(**moe) -> ToySegmentor:
     return ToySegmentor(backbone)
 
 
-def toy_config(work_dir, max_iters=8, hooks=(), **options) -> Config:
+def toy_config(work_dir, max_iters=8, hooks=(), backbone=None,
+               **options) -> Config:
     """A whole runner config; ``hooks`` are custom hooks."""
     return Config(dict(
-        model=dict(type='rmoe.ToySegmentor', backbone=BACKBONE),
+        model=dict(type='rmoe.ToySegmentor', backbone=backbone or BACKBONE),
         work_dir=str(work_dir),
         train_dataloader=dict(
             dataset=dict(type='ToyImages'), batch_size=4, num_workers=0,

@@ -39,16 +39,26 @@ class CheckpointHook(MMEngineCheckpointHook):
     previous checkpoint whole. What mmengine pickles beside the tensors (its
     log buffers) is saved as tensors and built again after loading, so that
     torch >= 2.6 can resume; the file loads anywhere under weights_only=True.
+    The random state is saved, so that router noise and stochastic depth go on
+    after a resume as if nothing had happened.
     A load_from whose backbone lies under another prefix raises.
     """
     backend_args: dict | None
     keep_ckpt_ids: deque
+    _rng_state: dict[str, torch.Tensor] | None = None
 
     def before_train(self, runner: Runner) -> None:
         if self.backend_args is None and '://' not in str(
                 self.out_dir or runner.work_dir):
             self.backend_args = dict(backend=ATOMIC_BACKEND)
         super().before_train(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int,
+                          data_batch: object = None) -> None:
+        # Here and not earlier: the loop first skips the data it has seen.
+        if self._rng_state is not None:
+            _set_rng_state(self._rng_state)
+            self._rng_state = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         hub = checkpoint['message_hub']
@@ -57,6 +67,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         }
         for part in ('message_hub', 'meta'):
             checkpoint[part] = _plain(checkpoint[part])
+        checkpoint['rng_state'] = _rng_state()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = runner.model
@@ -66,6 +77,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         if moe_layers(getattr(model, 'backbone', nn.Identity())):
             check_prefix(checkpoint.get('state_dict', checkpoint),
                          'backbone.')
+        if runner._resume:
+            self._rng_state = checkpoint.get('rng_state')
         hub = checkpoint.get('message_hub')
         if hub is not None:
             hub['log_scalars'] = {
@@ -106,6 +119,19 @@ class CheckpointHook(MMEngineCheckpointHook):
                 self.out_dir, self.filename_tmpl.format(old))
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {'cpu': torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state['cpu'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 def _pack(buffer: HistoryBuffer) -> dict[str, Any]:

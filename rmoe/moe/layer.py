@@ -190,9 +190,11 @@ class MoEFFN(nn.Module):
             return weights_N, None if most == 1 else torch.full_like(
                 weights_N, 1 / most)
         if self.align == 'renormalize':
-            total_T = weights_N.new_zeros(routing.num_tokens).index_add(
-                0, token_ids_N, weights_N)
-            weights_N = weights_N / total_T[token_ids_N]
+            total_T1 = Combine.apply(weights_N[:, None],
+                                     torch.ones_like(weights_N), None,
+                                     token_ids_N, table_TK)
+            weights_N = weights_N / Dispatch.apply(total_T1, token_ids_N,
+                                                   table_TK)[:, 0]
         return weights_N, weights_N.detach()
 
     def _record(self, routing: Routing) -> None:

@@ -1,8 +1,17 @@
 """Stages: what trains, what stays still, resume, and two ranks."""
+import copy
+
 import pytest
 import torch
 from mmengine.hooks import Hook
-from toy import STAGES, ToySegmentor, copied_state, toy_model, toy_runner
+from toy import (
+    BACKBONE,
+    STAGES,
+    ToySegmentor,
+    copied_state,
+    toy_model,
+    toy_runner,
+)
 from two_ranks import Watch, run_two_ranks, train
 
 from rmoe.engine.roles import role_of, trainable_table
@@ -55,19 +64,21 @@ def test_core_stage_is_the_dense_model(tmp_path):
 
 @pytest.mark.parametrize('stop', [1, 3, 4, 6])
 def test_resume_equals_uninterrupted(tmp_path, stop):
-    whole = toy_runner(tmp_path / 'whole', hooks=HOOKS)
+    # with router noise and stochastic depth
+    backbone = copy.deepcopy(BACKBONE)
+    backbone['drop_path_rate'] = .5
+    backbone['moe']['router']['noise_std'] = 4.
+    options = dict(hooks=HOOKS, backbone=backbone)
+    whole = toy_runner(tmp_path / 'whole', **options)
     whole.train()
-    checkpoint = dict(default_hooks=dict(checkpoint=dict(interval=stop)))
-    stages = [dict(stage) for stage in STAGES]
-    hooks = (dict(STAGE_HOOK, stages=stages), HOOKS[1])
-    part = toy_runner(tmp_path / 'part', hooks=hooks)
+    part = toy_runner(tmp_path / 'part', **options)
     part.register_hook(StopAt(stop), priority='LOWEST')
-    part.cfg.merge_from_dict(checkpoint)
     next(hook for hook in part.hooks
          if type(hook).__name__ == 'CheckpointHook').interval = stop
     with pytest.raises(KeyboardInterrupt):
         part.train()
-    rest = toy_runner(tmp_path / 'part', hooks=hooks, resume=True)
+    torch.manual_seed(1234)
+    rest = toy_runner(tmp_path / 'part', resume=True, **options)
     rest.train()
     assert rest.iter == whole.iter
     expected = whole.model.state_dict()

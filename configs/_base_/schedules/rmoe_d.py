@@ -13,5 +13,5 @@ custom_hooks = [
             dict(name='joint', roles='all'),
         ]),
     dict(type='rmoe.MoELossHook'),
-    dict(type='rmoe.RoutingStatsHook', interval=500),
+    dict(type='rmoe.RoutingStatsHook', interval=100),
 ]
