@@ -1,8 +1,8 @@
 """Labelled synthetic scenes for the demo, in mmsegmentation's file layout.
 
-A class is an outline together with a texture, and neither says enough alone:
-every outline comes with two textures, and stripes and dots each fill two
-outlines. Textures scale with their shape, and colours are random. The
+A class is an outline together with a texture. Every outline comes with two
+textures, disks and stars share one, and the textures differ in orientation
+or in frequency relative to the size of the shape. Colours are random. The
 background carries the same textures, in patches without an outline and in
 triangles, which are decoys.
 """
@@ -20,7 +20,7 @@ PALETTE = [[40, 40, 40], [230, 80, 60], [250, 180, 60], [70, 130, 220],
            [90, 200, 230], [60, 170, 90], [190, 110, 210]]
 SPLITS = ('training', 'validation')
 # Bump it when the same parameters begin to draw something else.
-DRAWING = 2
+DRAWING = 3
 MIN_SIZE = 32
 
 # From coordinates (u, v), in which a shape has about radius 1, to a mask.
@@ -62,22 +62,21 @@ def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _stripes(u, v) ^ _stripes(v, u)
 
 
-def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.hypot(_fraction(u) - 0.5, _fraction(v) - 0.5) < 0.32
+def _bars(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return _stripes(v, u)
 
 
-STRIPES = Texture(_stripes, 0.7)
-FINE_STRIPES = Texture(_stripes, 0.3)
+STRIPES, FINE_STRIPES = Texture(_stripes, 0.6), Texture(_stripes, 0.3)
+BARS, FINE_BARS = Texture(_bars, 0.6), Texture(_bars, 0.3)
 CHECKS = Texture(_checks, 0.8)
-DOTS = Texture(_dots, 0.5)
 
 KINDS = {
     'striped disk': (_disk, STRIPES),
-    'fine disk': (_disk, FINE_STRIPES),
-    'dotted square': (_square, DOTS),
+    'barred disk': (_disk, BARS),
+    'fine square': (_square, FINE_STRIPES),
     'checked square': (_square, CHECKS),
     'striped star': (_star, STRIPES),
-    'dotted star': (_star, DOTS),
+    'fine star': (_star, FINE_BARS),
 }
 CLASSES = ('background', *KINDS)
 
@@ -197,7 +196,7 @@ def _add_shape(image: np.ndarray, label: np.ndarray,
     u, v = _coordinates(len(label), rng)
     inside = outline(u, v)
     image[inside] = _paint(texture, u[inside], v[inside],
-                           _colours(rng, 90, 180), rng)
+                           _colours(rng, 110, 190), rng)
     label[inside] = class_id
 
 
@@ -219,7 +218,7 @@ def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     blur = rng.uniform(0.2, 0.7) * size / 128
     blurred = np.asarray(lit.filter(ImageFilter.GaussianBlur(blur)))
     noise = rng.standard_normal(image.shape, np.float32)
-    return _to_uint8(blurred + rng.uniform(3, 10) * noise)
+    return _to_uint8(blurred + rng.uniform(3, 8) * noise)
 
 
 def _coordinates(size: int, rng: np.random.Generator
@@ -230,7 +229,8 @@ def _coordinates(size: int, rng: np.random.Generator
     radius = rng.uniform(0.16, 0.3) * size
     pixels = np.arange(size, dtype=np.float32)
     x, y = (pixels - column) / radius, (pixels[:, None] - row) / radius
-    angle = rng.uniform(0, 2 * np.pi)
+    # Upright enough to tell stripes from bars.
+    angle = rng.uniform(-0.5, 0.5)
     cos, sin = math.cos(angle), math.sin(angle)
     return x * cos + y * sin, y * cos - x * sin
 
