@@ -48,9 +48,9 @@ def main() -> None:
                         help='folder in mmseg layout; default: drawn scenes')
     parser.add_argument('--work-dir', type=Path,
                         default=ROOT / 'work_dirs/demo')
-    parser.add_argument('--iters', type=int, default=600,
+    parser.add_argument('--iters', type=int, default=500,
                         help='iterations of dense training')
-    parser.add_argument('--finetune-iters', type=int, default=500,
+    parser.add_argument('--finetune-iters', type=int, default=350,
                         help='further iterations, dense and MoE alike')
     args = parser.parse_args()
     for name in ('iters', 'finetune_iters'):
