@@ -88,7 +88,7 @@ def find_data(root: Path) -> DataSet:
     num_classes = _count_classes(root, prefixes)
     palette = np.random.default_rng(0).integers(
         32, 256, (num_classes, 3)).tolist()
-    val_images = min(50, len(list((root / prefixes[1][0]).iterdir())))
+    val_images = min(25, len(list((root / prefixes[1][0]).iterdir())))
     return DataSet(root.resolve(), prefixes, suffixes,
                    tuple(f'class {i}' for i in range(num_classes)), palette,
                    (CROP, CROP), val_images, whole=False)
