@@ -45,8 +45,8 @@ def train(rank, work_dir, collapsed):
             type='MMDistributedDataParallel', device_ids=None))
     if collapsed:
         for layer in moe_layers(runner.model).values():
-            torch.nn.init.zeros_(layer.router.weight)
-            layer.router.weight.register_hook(torch.zeros_like)
+            torch.nn.init.zeros_(layer.router.scorer.weight)
+            layer.router.scorer.weight.register_hook(torch.zeros_like)
     watch = Watch()
     runner.register_hook(watch, priority='LOWEST')
     runner._init_model_weights = lambda: None
@@ -90,5 +90,5 @@ def aux_gradient(rank, work_dir, state):
         model, broadcast_buffers=False)
     losses = parallel(inputs, labels, mode='loss')
     (losses['loss_moe_importance'] + 0 * losses['loss_ce']).backward()
-    return torch.stack([layer.router.weight.grad
+    return torch.stack([layer.router.scorer.weight.grad
                         for layer in moe_layers(model).values()])

@@ -41,10 +41,12 @@ class FFNPlan:
               ffn_drop: float, dropout_layer: Mapping) -> nn.Module:
         """The FFN of one block; both kinds are called alike."""
         if block in self.layers[stage]:
-            return MoEFFN(
+            layer = MoEFFN(
                 embed_dims, feedforward_channels, act_cfg=act_cfg,
                 ffn_drop=ffn_drop, dropout_layer=dropout_layer,
                 with_cp=self.with_cp, **self.moe_args)
+            layer.name = f'MoE layer of stage {stage}, block {block}'
+            return layer
         return FFN(
             embed_dims, feedforward_channels, num_fcs=2,
             act_cfg=dict(act_cfg), ffn_drop=ffn_drop,

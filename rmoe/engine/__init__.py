@@ -1,5 +1,6 @@
 """Hooks and optimizer settings; importing them registers them."""
 from rmoe import compat
+from rmoe.engine.balance_bias_hook import BalanceBiasHook
 from rmoe.engine.checkpoint_hook import CheckpointHook
 from rmoe.engine.data_check import LabelCheckHook
 from rmoe.engine.moe_loss_hook import MoELossHook
@@ -10,6 +11,6 @@ from rmoe.engine.routing_stats_hook import RoutingStatsHook
 compat.apply()
 
 __all__ = [
-    'CheckpointHook', 'LabelCheckHook', 'LayerDecayOptimWrapperConstructor',
-    'MoELossHook', 'ResidualMoEHook', 'RoutingStatsHook'
+    'BalanceBiasHook', 'CheckpointHook', 'LabelCheckHook',
+    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook', 'RoutingStatsHook'
 ]

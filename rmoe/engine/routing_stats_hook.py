@@ -17,7 +17,9 @@ from rmoe.registry import HOOKS
 class RoutingStatsHook(Hook):
     """Every ``interval`` iterations, over all ranks, per MoE layer: share of
     load per expert, normalised entropy of the load (1: balanced, 0: one
-    expert has all), share of dropped assignments, dead experts.
+    expert has all), share of assignments dropped for lack of capacity, share
+    of tokens that no expert kept, dead experts. Of a soft router the load is
+    what its combine weights sum to.
 
     Args:
         interval: iterations of one window.
@@ -47,11 +49,11 @@ class RoutingStatsHook(Hook):
             return
         layers = self._layers(runner)
         counts = _take_counts(layers)
-        if not any(demand.sum() for demand, _ in counts.values()):
+        if not any(demand_E.sum() for demand_E, *_ in counts.values()):
             return  # core stage: nothing was routed
         lines, scalars, entropies, dead_total = [], {}, [], 0
         demanded = kept = 0.
-        for name, (demand_E, kept_E) in counts.items():
+        for name, (demand_E, kept_E, tokens) in counts.items():
             share_E = demand_E / demand_E.sum().clamp_min(1)
             entropy = normalised_entropy(share_E)
             dropped = 1 - float(kept_E.sum() / demand_E.sum().clamp_min(1))
@@ -65,9 +67,12 @@ class RoutingStatsHook(Hook):
                             for e, share in enumerate(share_E)})
             scalars[f'moe/{name}/entropy'] = entropy
             scalars[f'moe/{name}/dropped'] = dropped
+            unrouted = float(tokens[1] / tokens[0].clamp_min(1))
+            scalars[f'moe/{name}/unrouted'] = unrouted
             loads = ' '.join(f'{100 * share:.0f}' for share in share_E)
             lines.append(f'{name}: load % [{loads}]  entropy {entropy:.3f}  '
-                         f'dropped {100 * dropped:.1f} %  dead {dead}')
+                         f'dropped {100 * dropped:.1f} %  '
+                         f'unrouted {100 * unrouted:.1f} %  dead {dead}')
         runner.logger.info('expert load over the last '
                            f'{self.interval} iterations\n' + '\n'.join(lines))
         hub = runner.message_hub
@@ -105,11 +110,8 @@ class RoutingStatsHook(Hook):
                 runner.logger.warning(
                     f'expert {expert} of {name} is dead: in iterations '
                     f'{end - self.interval + 1} to {end} it got less than '
-                    f'{100 * self.dead_below:g} % of its fair share. Try a '
-                    'larger importance '
-                    'and load weight in router.loss_weights (now '
-                    f'{layer.router.loss_weights}), more noise_std, a lower '
-                    'learning rate of the router, or fewer experts')
+                    f'{100 * self.dead_below:g} % of its fair share. Try '
+                    f'{layer.router.balance_advice}')
 
 
 def normalised_entropy(share_E: Tensor) -> float:
@@ -119,22 +121,21 @@ def normalised_entropy(share_E: Tensor) -> float:
     return float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
 
 
-def _take_counts(layers: dict[str, MoEFFN]
-                 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Counts of all ranks since the last call, on the CPU; zeroes them.
+def _take_counts(layers: dict[str, MoEFFN]) -> dict[str, list[Tensor]]:
+    """Demand, kept and token counts of all ranks since the last call, on the
+    CPU; zeroes them.
 
     One reduction of one flat tensor serves all layers.
     """
-    flat = torch.cat([torch.cat((layer.demand_E, layer.kept_E))
-                      for layer in layers.values()])
+    buffers = {name: [layer.demand_E, layer.kept_E, layer.token_counts]
+               for name, layer in layers.items()}
+    flat = torch.cat([part for parts in buffers.values() for part in parts])
     all_reduce(flat)
-    flat = flat.cpu()
-    counts, start = {}, 0
-    for name, layer in layers.items():
-        size = layer.num_experts
-        counts[name] = (flat[start:start + size],
-                        flat[start + size:start + 2 * size])
-        start += 2 * size
-        layer.demand_E.zero_()
-        layer.kept_E.zero_()
+    pieces = iter(flat.cpu().split(
+        [len(part) for parts in buffers.values() for part in parts]))
+    counts = {name: [next(pieces) for _ in parts]
+              for name, parts in buffers.items()}
+    for parts in buffers.values():
+        for part in parts:
+            part.zero_()
     return counts

@@ -14,8 +14,9 @@ class Complexity:
 
     Attributes:
         total_params: all parameters.
-        active_params: those a token's result depends on, core and residual
-            of an expert counted as one folded weight.
+        active_params: those a token's result depends on (for expert choice
+            on average), core and residual of an expert counted as one folded
+            weight.
         flops: floating-point operations of one forward pass (a
             multiply-add is two), without the folding, which an inference
             engine does once.
@@ -56,4 +57,4 @@ def _inactive_params(layer: MoEFFN) -> int:
     stored = sum(p.numel() for p in experts.parameters())
     if layer.layers is not None:
         stored += expert_size
-    return stored - min(layer.router.top_k, layer.num_experts) * expert_size
+    return stored - round(layer.router.experts_per_token * expert_size)

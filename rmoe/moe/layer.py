@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rmoe.moe.dispatch import Combine, Dispatch, rows_of_tokens
 from rmoe.moe.experts import Experts
-from rmoe.moe.routing import Routing
+from rmoe.moe.mixing import (
+    SOFT_ALIGNMENTS,
+    SPARSE_ALIGNMENTS,
+    mix_soft,
+    mix_sparse,
+)
+from rmoe.moe.routers.base import NotFiniteError
+from rmoe.moe.routing import Routing, SoftRouting
 from rmoe.registry import MODELS
 
-ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
 UNROUTED = ('core', 'zero')
 
 
@@ -45,6 +50,12 @@ class MoEFFN(nn.Module):
             the dense FFN forward, the gradients of the gated sum backward.
             'none': sum w E. 'renormalize': sum (w / sum w) E; at n = 1 its
             gate is the constant 1 and teaches the router nothing.
+            With a soft router, E being applied to slots: 'difference':
+            core(x) + sum w (E - core), the dense function as long as
+            residuals are zero, for one more FFN on the tokens and one more
+            on the slots; 'none': sum w E, as published.
+            None means 'stopgrad', or for a soft router 'difference' where
+            there is a core.
         unrouted: what a token gets that no expert kept: 'core', or 'zero'.
             None means 'core' where there is one.
         act_cfg: activation; None means exact GELU.
@@ -57,17 +68,21 @@ class MoEFFN(nn.Module):
 
     Attributes:
         core_only: True makes the layer its dense core, at dense cost.
+        name: where the layer stands, for messages.
         losses: auxiliary losses of the forward passes since
             ``collect_losses(True)``, or None while nobody collects.
         demand_E: (E,) int64 tokens that asked for each expert in training,
-            since they were last zeroed.
+            since they were last zeroed; for a soft router the sum of its
+            combine weights.
         kept_E: (E,) int64 tokens that each expert kept.
+        token_counts: (2,) int64 valid tokens, and those no expert kept.
 
     Raises:
         ValueError: for an unknown option or a contradictory pair.
     """
     demand_E: Tensor
     kept_E: Tensor
+    token_counts: Tensor
 
     def __init__(self,
                  embed_dims: int,
@@ -76,7 +91,7 @@ class MoEFFN(nn.Module):
                  router: Mapping | None = None,
                  core: bool = True,
                  rank: int | None = None,
-                 align: str = 'stopgrad',
+                 align: str | None = None,
                  unrouted: str | None = None,
                  act_cfg: Mapping | None = None,
                  ffn_drop: float = 0.,
@@ -86,8 +101,6 @@ class MoEFFN(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts={num_experts} must be at least 1')
-        if align not in ALIGNMENTS:
-            raise ValueError(f'align={align!r} is not one of {ALIGNMENTS}')
         if unrouted is None:
             unrouted = 'core' if core else 'zero'
         if unrouted not in UNROUTED:
@@ -95,7 +108,6 @@ class MoEFFN(nn.Module):
         if unrouted == 'core' and not core:
             raise ValueError("unrouted='core' needs core=True; with "
                              "core=False set unrouted='zero'")
-        self.align = align
         self.unrouted = unrouted
         self.add_identity = add_identity
         self.with_cp = with_cp
@@ -111,6 +123,7 @@ class MoEFFN(nn.Module):
             # The scope, or a host library's default scope would hide ours.
             default_args=dict(
                 _scope_='rmoe', dim=embed_dims, num_experts=num_experts))
+        self.align = _check_align(align, self.router.soft, core)
         self.experts = Experts(
             embed_dims, feedforward_channels, num_experts,
             act=MODELS.build(act_cfg), dropout=ffn_drop, rank=rank, core=core)
@@ -118,15 +131,29 @@ class MoEFFN(nn.Module):
         self.dropout_layer = (
             MODELS.build(dropout_layer) if dropout_layer else nn.Identity())
         self.core_only = False
+        self.name = ''
         self.losses: list[Mapping[str, Tensor]] | None = None
-        for name in ('demand_E', 'kept_E'):
+        for name, size in (('demand_E', num_experts), ('kept_E', num_experts),
+                           ('token_counts', 2)):
             self.register_buffer(
-                name, torch.zeros(num_experts, dtype=torch.int64),
+                name, torch.zeros(size, dtype=torch.int64),
                 persistent=False)
 
     @property
     def num_experts(self) -> int:
         return self.experts.num_experts
+
+    @property
+    def preserves_function(self) -> bool:
+        """Does the layer compute the dense function while residuals are
+        zero?"""
+        if self.layers is None:
+            # Equal experts, whose gates must then sum to one.
+            return self.align in ('stopgrad', 'renormalize') and (
+                self.router.keeps_every_token)
+        return self.align == 'difference' or (
+            self.align in ('stopgrad', 'renormalize') and
+            (self.unrouted == 'core' or self.router.keeps_every_token))
 
     def forward(self, x: Tensor, identity: Tensor | None = None,
                 valid: Tensor | None = None) -> Tensor:
@@ -150,10 +177,15 @@ class MoEFFN(nn.Module):
 
     def _mixture(self, x: Tensor, valid: Tensor | None) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(
-            x_TD, None if valid is None else valid.reshape(-1))
+        valid_T = None if valid is None else valid.reshape(-1)
+        try:
+            routing = self.router(x_TD, valid_T,
+                                  len(x) if x.dim() > 2 else 1)
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f'{self.name or "a MoE layer"}: {error}') from None
         if self.training:
-            self._record(routing)
+            self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled():
             y_TD = checkpoint(self._apply_experts, x_TD, routing,
                               use_reentrant=False)
@@ -161,45 +193,24 @@ class MoEFFN(nn.Module):
             y_TD = self._apply_experts(x_TD, routing)
         return y_TD.to(x.dtype).reshape(x.shape)
 
-    def _apply_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        token_ids_N = routing.token_ids_N
-        table_TK = rows_of_tokens(token_ids_N, len(x_TD))
-        rows_ND = Dispatch.apply(x_TD, token_ids_N, table_TK)
-        rows_ND = self.experts(rows_ND, routing.counts_E, self.layers)
-        kept_T = None
-        if table_TK.numel() != len(token_ids_N) or not len(token_ids_N):
-            kept_T = routing.kept_per_token()
-        gates_N, scale_N = self._gates(routing, table_TK, kept_T)
-        y_TD = Combine.apply(rows_ND, gates_N, scale_N, token_ids_N, table_TK)
-        if kept_T is not None and self.unrouted == 'core':
-            assert self.layers is not None
-            lonely = torch.nonzero(kept_T == 0).flatten()
-            core = self.layers(x_TD.index_select(0, lonely))
-            y_TD = y_TD.index_copy(0, lonely, core.to(y_TD.dtype))
-        return y_TD
+    def _apply_experts(self, x_TD: Tensor,
+                       routing: Routing | SoftRouting) -> Tensor:
+        if isinstance(routing, SoftRouting):
+            return mix_soft(x_TD, routing, self.experts, self.layers,
+                            self.align)
+        return mix_sparse(x_TD, routing, self.experts, self.layers,
+                          self.align, self.unrouted)
 
-    def _gates(self, routing: Routing, table_TK: Tensor,
-               kept_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What rows are multiplied by in backward and in forward."""
-        weights_N, token_ids_N = routing.weights_N, routing.token_ids_N
-        if self.align == 'stopgrad':
-            if kept_T is not None:
-                return weights_N, 1 / kept_T[token_ids_N].to(weights_N.dtype)
-            # Every token was kept equally often.
-            most = table_TK.shape[1]
-            return weights_N, None if most == 1 else torch.full_like(
-                weights_N, 1 / most)
-        if self.align == 'renormalize':
-            total_T1 = Combine.apply(weights_N[:, None],
-                                     torch.ones_like(weights_N), None,
-                                     token_ids_N, table_TK)
-            weights_N = weights_N / Dispatch.apply(total_T1, token_ids_N,
-                                                   table_TK)[:, 0]
-        return weights_N, weights_N.detach()
-
-    def _record(self, routing: Routing) -> None:
+    def _record(self, routing: Routing | SoftRouting,
+                valid_T: Tensor | None) -> None:
         self.demand_E += routing.demand_E
-        self.kept_E += routing.counts_E
+        self.kept_E += routing.load_E
+        lost_T = routing.kept_per_token() == 0
+        if valid_T is not None:
+            lost_T &= valid_T
+        self.token_counts[0] += (len(lost_T) if valid_T is None
+                                 else valid_T.sum())
+        self.token_counts[1] += lost_T.sum()
         if not routing.losses:
             return
         if self.losses is None:
@@ -210,6 +221,21 @@ class MoEFFN(nn.Module):
                 stacklevel=2)
         else:
             self.losses.append(routing.losses)
+
+
+def _check_align(align: str | None, soft: bool, core: bool) -> str:
+    allowed = SOFT_ALIGNMENTS if soft else SPARSE_ALIGNMENTS
+    if align is None:
+        return 'none' if soft and not core else allowed[0]
+    if align not in allowed:
+        raise ValueError(
+            f'align={align!r} is not one of {allowed}, which a router that '
+            f'{"mixes tokens into slots" if soft else "chooses experts"} '
+            'takes')
+    if align == 'difference' and not core:
+        raise ValueError("align='difference' needs core=True; with core=False "
+                         "set align='none'")
+    return align
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:

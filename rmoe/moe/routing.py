@@ -1,10 +1,12 @@
 """What a router decided, as data.
 
 Axis letters, here and in every file of this package: B images, T tokens,
-E experts, K choices per token, C slots per expert, N routed rows (tokens
-counted once per expert that kept them), D model width, H hidden width.
+G groups, S tokens of one group, E experts, K choices per token, C slots per
+expert, N routed rows (tokens counted once per expert that kept them), D model
+width, H hidden width.
 """
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """The assignment of tokens to experts for one call of a MoE layer.
+    """A sparse assignment: each row is one token at one expert.
 
     Attributes:
         token_ids_N: (N,) int64, the token of each routed row; rows are sorted
@@ -23,7 +25,7 @@ class Routing:
         demand_E: (E,) int64, rows each expert would have got without a
             capacity limit (equal to ``counts_E`` when dropless).
         logits_TE: (T, E) float32, noise-free router logits.
-        probs_TE: (T, E) float32, the scores experts were chosen by.
+        scores_TE: (T, E) float32, what the choice was made by.
         losses: auxiliary losses by name, already weighted; empty in
             evaluation.
     """
@@ -32,8 +34,8 @@ class Routing:
     counts_E: Tensor
     demand_E: Tensor
     logits_TE: Tensor
-    probs_TE: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    scores_TE: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -42,6 +44,11 @@ class Routing:
     @property
     def num_experts(self) -> int:
         return self.logits_TE.shape[1]
+
+    @property
+    def load_E(self) -> Tensor:
+        """(E,) what each expert served, in tokens."""
+        return self.counts_E
 
     def expert_ids(self) -> Tensor:
         """(N,) int64, the expert of each routed row."""
@@ -52,6 +59,14 @@ class Routing:
     def kept_per_token(self) -> Tensor:
         """(T,) int64, how many experts kept each token."""
         return torch.bincount(self.token_ids_N, minlength=self.num_tokens)
+
+    def strongest_expert(self) -> Tensor:
+        """(T,) int64, the expert with the largest gate; -1 for none."""
+        gates_TE = self.weights_N.new_full(
+            (self.num_tokens, self.num_experts), -1.)
+        gates_TE[self.token_ids_N, self.expert_ids()] = self.weights_N.detach()
+        best_T = gates_TE.argmax(1)
+        return best_T.masked_fill(self.kept_per_token() == 0, -1)
 
     def dispatch_tensor(self) -> Tensor:
         """(T, E, C) float32, 1 where a token fills a slot of an expert.
@@ -78,6 +93,72 @@ class Routing:
             (self.token_ids_N, expert_ids_N, slots_N), values_N)
 
 
+@dataclass(frozen=True)
+class SoftRouting:
+    """A soft assignment: each slot is a mixture of the tokens of its group,
+    each token gets a mixture of the outputs of the slots.
+
+    Attributes:
+        dispatch_GSN: (G, S, E*C) float32, differentiable; sums to one over
+            the valid tokens of a group. Slots are sorted by expert.
+        combine_GSN: (G, S, E*C) float32, differentiable; sums to one over
+            the slots.
+        num_experts: E.
+        load_E: (E,) int64, sum of each expert's combine weights over the
+            valid tokens, rounded: what it serves, in tokens.
+        losses: auxiliary losses; there are none.
+    """
+    dispatch_GSN: Tensor
+    combine_GSN: Tensor
+    num_experts: int
+    load_E: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.dispatch_GSN.shape[0] * self.dispatch_GSN.shape[1]
+
+    @property
+    def demand_E(self) -> Tensor:
+        """Nothing is dropped."""
+        return self.load_E
+
+    @property
+    def counts_E(self) -> Tensor:
+        """(E,) int64, slots of each expert over all groups."""
+        groups, _, slots = self.dispatch_GSN.shape
+        return torch.full((self.num_experts, ),
+                          groups * slots // self.num_experts,
+                          device=self.dispatch_GSN.device)
+
+    def kept_per_token(self) -> Tensor:
+        """(T,) int64: every expert has a part in every token."""
+        return torch.full((self.num_tokens, ), self.num_experts,
+                          device=self.dispatch_GSN.device)
+
+    def strongest_expert(self) -> Tensor:
+        """(T,) int64, the expert whose slots weigh most in the token."""
+        return self.combine_GSN.detach().flatten(0, 1).unflatten(
+            1, (self.num_experts, -1)).sum(2).argmax(1)
+
+    def dispatch_tensor(self) -> Tensor:
+        """(T, E, C) of the unified formulation (2401.15969), with C the
+        slots of an expert over all groups; zero between groups."""
+        return self._spread(self.dispatch_GSN)
+
+    def combine_tensor(self) -> Tensor:
+        """(T, E, C) of the unified formulation."""
+        return self._spread(self.combine_GSN)
+
+    def _spread(self, tensor_GSN: Tensor) -> Tensor:
+        groups, tokens, _ = tensor_GSN.shape
+        own_GG = torch.eye(groups, device=tensor_GSN.device)
+        tensor = torch.einsum(
+            'gsec,gh->gsehc',
+            tensor_GSN.unflatten(2, (self.num_experts, -1)), own_GG)
+        return tensor.reshape(groups * tokens, self.num_experts, -1)
+
+
 def compute_capacity(num_rows: int,
                      num_experts: int,
                      capacity_factor: float,
@@ -90,6 +171,9 @@ def compute_capacity(num_rows: int,
         capacity_factor: slots over fair share; must be positive.
         multiple_of: the result is a multiple of this (V-MoE uses 4).
 
+    Returns:
+        At least ``multiple_of``, so every expert has a slot.
+
     Raises:
         ValueError: if ``capacity_factor`` is not positive.
     """
@@ -97,5 +181,41 @@ def compute_capacity(num_rows: int,
         raise ValueError(
             f'capacity_factor={capacity_factor} must be positive; leave it '
             'at None to drop nothing')
-    capacity = math.ceil(num_rows * capacity_factor / num_experts)
+    # Rounded first: 100 * 1.1 is a little more than 110.
+    capacity = math.ceil(round(num_rows * capacity_factor / num_experts, 9))
     return max(1, math.ceil(capacity / multiple_of)) * multiple_of
+
+
+def count_groups(num_images: int, group: str | int) -> int:
+    """G, how many groups of whole images a batch is routed in.
+
+    Args:
+        num_images: B.
+        group: 'image', 'batch', or the number of images of a group.
+
+    Raises:
+        ValueError: if groups of that size do not divide the batch.
+    """
+    if group == 'batch' or num_images == 0:
+        return 1
+    if group == 'image':
+        return num_images
+    assert isinstance(group, int)
+    if num_images % group:
+        raise ValueError(
+            f'group={group} images do not divide a batch of {num_images}: '
+            "set router.group to a divisor of the batch size of one GPU, to "
+            "'image' or to 'batch'")
+    return num_images // group
+
+
+def check_group(name: str, group: str | int) -> None:
+    """Is it a group at all?
+
+    Raises:
+        ValueError: if not; names the option.
+    """
+    count = isinstance(group, int) and not isinstance(group, bool)
+    if group not in ('image', 'batch') and not (count and int(group) >= 1):
+        raise ValueError(f"{name}={group!r} must be 'image', 'batch' or a "
+                         'number of images, at least 1')

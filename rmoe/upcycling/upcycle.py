@@ -159,12 +159,13 @@ def _convert_layer(name: str, layer: MoEFFN, renamed: dict[str, Tensor],
                    target: Mapping[str, Tensor], report: Report,
                    expert_mismatch: str) -> None:
     """Give ``renamed`` every expert key of one layer."""
-    router_key = f'{name}.router.weight'
     own_keys = [key for key in target if _is_expert_key(key, [name])]
-    if router_key not in renamed:
+    bias_key = f'{name}.experts.residual_fc1_bias'
+    if bias_key not in renamed:
         _upcycle_layer(name, layer, renamed, target, report, own_keys)
         return
-    num_experts = len(renamed[router_key])
+    _check_router(name, layer, renamed, target)
+    num_experts = len(renamed[bias_key])
     if num_experts == layer.num_experts:
         return
     if expert_mismatch == 'raise':
@@ -174,10 +175,27 @@ def _convert_layer(name: str, layer: MoEFFN, renamed: dict[str, Tensor],
             "'tile', 'slice' or 'merge', or num_experts="
             f'{num_experts}')
     for key in own_keys:
-        if key in renamed:
+        # What is stacked over experts has another shape, the rest of a
+        # router (a temperature, a projection) has not.
+        if key in renamed and renamed[key].shape != target[key].shape:
             renamed[key] = change_expert_count(
                 renamed[key], layer.num_experts, expert_mismatch)
             report.status[key] = 'converted'
+
+
+def _check_router(name: str, layer: MoEFFN, renamed: Mapping[str, Tensor],
+                  target: Mapping[str, Tensor]) -> None:
+    """Has the file's router the weights that the model's has?"""
+    prefix = f'{name}.router.'
+    theirs, ours = ({key.removeprefix(prefix) for key in state
+                     if key.startswith(prefix)} for state in (renamed, target))
+    if theirs != ours:
+        raise ValueError(
+            f"{name}: the checkpoint's router has the weights "
+            f'{sorted(theirs)}, the {type(layer.router).__name__} of the '
+            f'model needs {sorted(ours)}. Set moe.router to the router the '
+            'checkpoint was trained with, or make it dense with '
+            'tools/upcycle.py --to-dense and upcycle it again')
 
 
 def change_expert_count(experts: Tensor, num_experts: int, how: str

@@ -6,17 +6,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmoe.moe import Routing, moe_layers
+from rmoe.moe import Routing, SoftRouting, moe_layers
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
+def record_routing(model: nn.Module
+                   ) -> Iterator[dict[str, list[Routing | SoftRouting]]]:
     """Inside the block, every routing of every MoE layer is kept.
 
     Yields:
         For each layer's name, its routings in the order of the calls.
     """
-    records: dict[str, list[Routing]] = {}
+    records: dict[str, list[Routing | SoftRouting]] = {}
     handles = []
     for name, layer in moe_layers(model).items():
         routings = records[name] = []
@@ -29,13 +30,14 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
             handle.remove()
 
 
-def load_shares(routings: list[Routing]) -> np.ndarray:
-    """(E,) share of the kept rows that went to each expert."""
-    counts = torch.stack([routing.counts_E for routing in routings]).sum(0)
+def load_shares(routings: list[Routing | SoftRouting]) -> np.ndarray:
+    """(E,) each expert's share of what was served."""
+    counts = torch.stack([routing.load_E for routing in routings]).sum(0)
     return (counts / counts.sum().clamp_min(1)).cpu().numpy()
 
 
-def expert_map(routing: Routing, image_hw: tuple[int, int]) -> np.ndarray:
+def expert_map(routing: Routing | SoftRouting,
+               image_hw: tuple[int, int]) -> np.ndarray:
     """(h, w) the expert with the largest gate of each patch of one image;
     -1 where no expert kept the patch.
 
@@ -46,11 +48,7 @@ def expert_map(routing: Routing, image_hw: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: if the tokens are no feature map of that image.
     """
-    experts = np.full(routing.num_tokens, -1)
-    # Of repeated indices numpy keeps the last: the largest gate.
-    order_N = routing.weights_N.cpu().numpy().argsort(kind='stable')
-    token_ids_N = routing.token_ids_N.cpu().numpy()
-    experts[token_ids_N[order_N]] = routing.expert_ids().cpu().numpy()[order_N]
+    experts = routing.strongest_expert().cpu().numpy()
     return experts.reshape(_map_size(routing.num_tokens, image_hw))
 
 

@@ -155,7 +155,7 @@ def test_layer_depth():
     depth = model.get_layer_depth
     assert depth('backbone.patch_embed.projection.weight', 'backbone.') == (
         0, 7)
-    assert depth('backbone.stages.1.blocks.1.ffn.router.weight',
+    assert depth('backbone.stages.1.blocks.1.ffn.router.scorer.weight',
                  'backbone.') == (3, 7)
     assert depth('backbone.stages.1.downsample.reduction.weight',
                  'backbone.') == (3, 7)

@@ -45,7 +45,7 @@ def router_gradients(model, scale=1., micro_batches=1):
                   if key != 'loss_ce'}
         total, _ = model.parse_losses(losses)
         (total * scale / micro_batches).backward()
-    return torch.stack([layer.router.weight.grad / scale
+    return torch.stack([layer.router.scorer.weight.grad / scale
                         for layer in moe_layers(model).values()])
 
 
@@ -87,8 +87,8 @@ def test_collapse_is_named_with_a_remedy(tmp_path):
         dict(type='rmoe.MoELossHook'), STATS])
     runner._init_model_weights = lambda: None
     layer = runner.model.backbone.stages[1].blocks[0].ffn
-    torch.nn.init.zeros_(layer.router.weight)  # ties: expert 0 takes all
-    layer.router.weight.requires_grad_(False)
+    torch.nn.init.zeros_(layer.router.scorer.weight)  # ties: expert 0 takes all
+    layer.router.scorer.weight.requires_grad_(False)
     runner.train()
     log = next(tmp_path.rglob('*.log')).read_text()
     name = 'backbone.stages.1.blocks.0.ffn'

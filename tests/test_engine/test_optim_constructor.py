@@ -29,7 +29,7 @@ def settings(model, **paramwise):
 
 
 EXPERTS = 'backbone.stages.1.blocks.0.ffn.experts.residual_'
-ROUTER = 'backbone.stages.1.blocks.0.ffn.router.weight'
+ROUTER = 'backbone.stages.1.blocks.0.ffn.router.scorer.weight'
 
 
 def test_stacked_biases_are_biases():

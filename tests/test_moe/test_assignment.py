@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from rmoe.moe import assignment, compute_capacity
+from rmoe.moe.routing import count_groups
 
 G2 = torch.tensor([[.4, 0., .2], [.5, .1, .4], [.3, .2, .6]])
+
+
+def pairs(rows) -> set[tuple[int, int]]:
+    """(token, expert) of each row."""
+    return set(zip(rows.token_ids_N.tolist(), rows.expert_ids_N.tolist()))
 
 
 def test_top_k_orders_by_score_and_breaks_ties_low():
@@ -13,27 +19,89 @@ def test_top_k_orders_by_score_and_breaks_ties_low():
     assert assignment.top_k(scores, 3).tolist() == [[1, 2, 0], [0, 1, 2]]
 
 
-@pytest.mark.parametrize('batch_priority, kept', [
+@pytest.mark.parametrize('priority, kept', [
     # first come: t1's and t2's second choices find their expert full
-    (False, {(0, 0), (0, 2), (1, 0), (2, 2)}),
+    ('first_come', {(0, 0), (0, 2), (1, 0), (2, 2)}),
     # by gate t2 (.6), t1 (.5), t0 (.4): t0's and t2's second choices lose
-    (True, {(0, 0), (1, 0), (1, 2), (2, 2)}),
+    ('bpr', {(0, 0), (1, 0), (1, 2), (2, 2)}),
+    # by sum t1 (.9 = .5 + .4), t2 (.9 = .6 + .3; equal, so t1 is first or
+    # rounding decides), t0 (.6): the same rows
+    ('bpr_sum', {(0, 0), (1, 0), (1, 2), (2, 2)}),
 ])
-def test_capacity_and_priority(batch_priority, kept):
-    choices = assignment.top_k(G2, 2)
-    order = assignment.fill_order(
-        G2.amax(1) if batch_priority else None, choices)
-    flat = choices.flatten()
-    grouped, demand = assignment.group_by_expert(flat[order], 3)
-    rows, counts = assignment.limit_to_capacity(grouped, demand, 2)
-    rows = order[rows]
-    assert demand.tolist() == [3, 0, 3] and counts.tolist() == [2, 0, 2]
-    assert {(int(r) // 2, int(flat[r])) for r in rows} == kept
+def test_token_choice_with_two_slots(priority, kept):
+    rows = assignment.choose_experts(G2, 2, None, torch.tensor([2]), priority)
+    assert rows.demand_E.tolist() == [3, 0, 3]
+    assert rows.counts_E.tolist() == [2, 0, 2]
+    assert rows.expert_ids_N.tolist() == [0, 0, 2, 2]
+    assert pairs(rows) == kept
 
 
-def test_group_by_expert_is_stable_and_leaves_out_padding():
+def test_priorities_differ_where_the_sum_and_the_maximum_do():
+    # one slot per expert; all want expert 0 first. max: t0, sum: t1
+    scores = torch.tensor([[.6, .1, .0], [.5, .0, .4]])
+    slot = torch.tensor([1])
+    by_max = assignment.choose_experts(scores, 2, None, slot, 'bpr')
+    by_sum = assignment.choose_experts(scores, 2, None, slot, 'bpr_sum')
+    assert (0, 0) in pairs(by_max) and (1, 0) in pairs(by_sum)
+
+
+def test_expert_choice_with_two_slots():
+    # columns (.4 .5 .3), (0 .1 .2), (.2 .4 .6)
+    rows = assignment.choose_tokens(G2[None], torch.tensor([2]))
+    assert pairs(rows) == {(1, 0), (0, 0), (2, 1), (1, 1), (2, 2), (1, 2)}
+    assert rows.counts_E.tolist() == [2, 2, 2]
+    # experts per token 1, 3, 2
+    assert torch.bincount(rows.token_ids_N).tolist() == [1, 3, 2]
+
+
+def test_groups_have_their_own_slots():
+    # both groups ask expert 0 alone; one slot in the first, two in the second
+    scores = torch.tensor([[.9, .1]]).repeat(6, 1)
+    rows = assignment.choose_experts(scores, 1, None, torch.tensor([1, 2]))
+    assert rows.token_ids_N.tolist() == [0, 3, 4]
+    assert rows.demand_E.tolist() == [6, 0]
+    rows = assignment.choose_tokens(scores.view(2, 3, 2), torch.tensor([1, 2]))
+    assert rows.token_ids_N.tolist() == [0, 3, 4] * 2
+
+
+def test_ties_go_to_the_lower_index():
+    rows = assignment.choose_tokens(torch.ones(2, 5, 3), torch.tensor([2, 2]))
+    assert rows.token_ids_N.tolist() == [0, 1, 5, 6] * 3
+    rows = assignment.choose_experts(torch.ones(5, 3), 2, None,
+                                     torch.tensor([2]), 'bpr')
+    assert rows.token_ids_N.tolist() == [0, 1, 0, 1]
+    assert rows.expert_ids_N.tolist() == [0, 0, 1, 1]
+
+
+def test_padding_is_nobodys():
+    valid = torch.tensor([True, False, True])
+    rows = assignment.choose_experts(G2, 2, valid)
+    assert pairs(rows) == {(0, 0), (0, 2), (2, 2), (2, 0)}
+    rows = assignment.choose_tokens(G2[None], torch.tensor([3]),
+                                    valid[None, :, None])
+    assert set(rows.token_ids_N.tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize('count, expected', [
+    (2, [False, True, True, False, False]),
+    (3, [True, True, True, False, False]),  # of three equals the first
+    (0, [False] * 5),
+    (5, [True] * 5),
+])
+def test_largest(count, expected):
+    values = torch.tensor([.2, .5, .4, .2, .2])
+    assert assignment.largest(values, torch.tensor(count)).tolist() == expected
+
+
+def test_largest_with_a_count_of_its_own_for_each_row():
+    values = torch.tensor([[3., 1, 2], [3, 1, 2], [3, 1, 2]])
+    taken = assignment.largest(values, torch.tensor([0, 1, 2]))
+    assert taken.int().tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 1]]
+
+
+def test_group_by_key_is_stable_and_leaves_out_padding():
     ids = torch.tensor([2, 0, 3, 2, 0, 3, 1])
-    order, counts = assignment.group_by_expert(ids, 3)
+    order, counts = assignment.group_by_key(ids, 3)
     assert order.tolist() == [1, 4, 6, 0, 3]
     assert counts.tolist() == [2, 1, 2]
 
@@ -43,6 +111,8 @@ def test_group_by_expert_is_stable_and_leaves_out_padding():
     (128, 32, 2., 4, 8),
     (32 * 2, 32, 1., 1, 2),
     (0, 8, 1., 1, 1),
+    (3, 8, 0.1, 1, 1),  # less than a token: one slot all the same
+    (800, 8, 1.1, 1, 110),  # 1.1 * 100 is 110.00000000000001
 ])
 def test_compute_capacity(rows, experts, factor, multiple, expected):
     assert compute_capacity(rows, experts, factor, multiple) == expected
@@ -51,3 +121,15 @@ def test_compute_capacity(rows, experts, factor, multiple, expected):
 def test_compute_capacity_refuses_zero():
     with pytest.raises(ValueError, match='capacity_factor=0 '):
         compute_capacity(8, 2, 0)
+
+
+@pytest.mark.parametrize('images, group, expected', [
+    (6, 'image', 6), (6, 'batch', 1), (6, 2, 3), (6, 6, 1), (0, 4, 1),
+])
+def test_count_groups(images, group, expected):
+    assert count_groups(images, group) == expected
+
+
+def test_groups_that_do_not_divide_the_batch():
+    with pytest.raises(ValueError, match=r'group=4 .* batch of 6.*divisor'):
+        count_groups(6, 4)

@@ -24,7 +24,7 @@ def build(randomise: bool = True, **options) -> MoEFFN:
     if randomise:
         for name, parameter in layer.named_parameters():
             torch.nn.init.normal_(
-                parameter, std=1. if name == 'router.weight' else 0.3)
+                parameter, std=1. if name == 'router.scorer.weight' else 0.3)
     return layer
 
 
@@ -41,7 +41,7 @@ VARIANTS = [
     for align, k, capacity, experts in itertools.product(
         ALIGNMENTS, (1, 2, 4),
         ({}, dict(capacity_factor=0.5, capacity_multiple=1),
-         dict(capacity_factor=0.5, priority='batch')),
+         dict(capacity_factor=0.5, priority='bpr')),
         ({}, dict(rank=3), dict(core=False), dict(unrouted='zero')))
 ]
 
@@ -112,7 +112,7 @@ def test_one_expert_is_the_dense_ffn(align):
 def test_router_learns_from_the_task_alone(k, align):
     layer = build(align=align, router=dict(top_k=k, loss_weights={}))
     layer(torch.randn(T, D)).square().sum().backward()
-    assert layer.router.weight.grad.norm() > 1e-3
+    assert layer.router.scorer.weight.grad.norm() > 1e-3
 
 
 def test_align_is_gated_backward_and_dense_scale_forward():
@@ -126,7 +126,7 @@ def test_align_is_gated_backward_and_dense_scale_forward():
         (layer(x) * up).sum().backward()
     for (name, a), b in zip(plain.named_parameters(), aligned.parameters()):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
-    gates = plain.router(x).probs_TE.amax(1, keepdim=True)
+    gates = plain.router(x).scores_TE.amax(1, keepdim=True)
     torch.testing.assert_close(plain(x) - x, (aligned(x) - x) * gates)
 
 
@@ -159,10 +159,10 @@ def test_noise_is_for_training_only():
                                         noise_std=5.))
     x = torch.randn(T, D)
     a, b = layer.router(x), layer.router(x)
-    assert not torch.equal(a.probs_TE, b.probs_TE)
+    assert not torch.equal(a.scores_TE, b.scores_TE)
     assert torch.equal(a.logits_TE, b.logits_TE)
     layer.eval()
-    assert torch.equal(layer.router(x).probs_TE, layer.router(x).probs_TE)
+    assert torch.equal(layer.router(x).scores_TE, layer.router(x).scores_TE)
 
 
 @pytest.mark.parametrize('capacity', [None, 0.5])
@@ -214,7 +214,7 @@ def test_auxiliary_gradient_survives_outer_checkpointing():
         y = (checkpoint(layer, x, use_reentrant=False)
              if wrap else layer(x))
         loss = 0 * y.sum() + collect_losses(layer, False)['importance']
-        grads.append(torch.autograd.grad(loss, layer.router.weight)[0])
+        grads.append(torch.autograd.grad(loss, layer.router.scorer.weight)[0])
     assert grads[0].norm() > 0
     torch.testing.assert_close(*grads)
 
@@ -290,7 +290,7 @@ def test_role_is_in_the_name():
             for p in ('weight', 'bias')}
     residual = {f'experts.residual_{fc}_{p}' for fc in ('fc1', 'fc2')
                 for p in ('bias', 'up', 'down')}
-    assert names == core | residual | {'router.weight'}
+    assert names == core | residual | {'router.scorer.weight'}
 
 
 @pytest.mark.parametrize('options, message', [

@@ -119,7 +119,7 @@ def test_noise_is_seeded_and_centred(options):
         torch.manual_seed(5)
         model.load_state_dict(randomise(swin(False)).state_dict())
         for layer in moe_layers(model).values():
-            nn.init.ones_(layer.router.weight)
+            nn.init.ones_(layer.router.scorer.weight)
             if layer.experts.rank:
                 for name in ('fc1', 'fc2'):
                     nn.init.normal_(getattr(layer.experts,
@@ -235,7 +235,7 @@ def test_report_has_every_key():
     fitted, report = fit(model, state)
     assert set(report.status) == set(fitted) == set(model.state_dict())
     assert report.status['stages.1.blocks.1.ffn.layers.1.bias'] == 'upcycled'
-    assert report.status['stages.1.blocks.1.ffn.router.weight'] == 'new'
+    assert report.status['stages.1.blocks.1.ffn.router.scorer.weight'] == 'new'
     assert report.status['stages.1.blocks.0.ffn.layers.1.bias'] == 'loaded'
     assert report.status['norm1.weight'] == 'new'
     assert set(report.left_out) == {'norm.weight', 'norm.bias', 'head.weight',

@@ -79,7 +79,7 @@ def spread_load(models) -> None:
     """Routers that use every expert about equally on random tokens."""
     for model in models:
         if isinstance(model, MoEFFN):
-            nn.init.normal_(model.router.weight, std=1.)
+            nn.init.normal_(model.router.scorer.weight, std=1.)
 
 
 def benchmark_backbone(repeats: int, device: str, size: int,

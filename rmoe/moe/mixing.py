@@ -1,0 +1,96 @@
+"""From a routing to the layer's output: dispatch, experts, combine.
+
+Axis letters as in routing.py.
+"""
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe.dispatch import Combine, Dispatch, rows_of_tokens
+from rmoe.moe.experts import Experts
+from rmoe.moe.routing import Routing, SoftRouting
+
+# How gates meet outputs; the first is the default.
+SPARSE_ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
+SOFT_ALIGNMENTS = ('difference', 'none')
+
+
+def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
+               core: nn.Sequential | None, align: str,
+               unrouted: str) -> Tensor:
+    """(T, D), each token's experts summed.
+
+    Args:
+        x_TD: (T, D) tokens.
+        routing: rows of tokens at experts.
+        experts: what is applied to the rows.
+        core: the dense FFN they are residuals of.
+        align: one of ``SPARSE_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
+        unrouted: 'core' or 'zero', for tokens without a row.
+    """
+    token_ids_N = routing.token_ids_N
+    table_TK = rows_of_tokens(token_ids_N, len(x_TD))
+    rows_ND = Dispatch.apply(x_TD, token_ids_N, table_TK)
+    rows_ND = experts(rows_ND, routing.counts_E, core)
+    kept_T = None
+    if table_TK.numel() != len(token_ids_N) or not len(token_ids_N):
+        kept_T = routing.kept_per_token()
+    gates_N, scale_N = _gates(routing, align, table_TK, kept_T)
+    y_TD = Combine.apply(rows_ND, gates_N, scale_N, token_ids_N, table_TK)
+    if kept_T is not None and unrouted == 'core':
+        assert core is not None
+        lonely = torch.nonzero(kept_T == 0).flatten()
+        y_TD = y_TD.index_copy(
+            0, lonely, core(x_TD.index_select(0, lonely)).to(y_TD.dtype))
+    return y_TD
+
+
+def _gates(routing: Routing, align: str, table_TK: Tensor,
+           kept_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What rows are multiplied by in backward and in forward."""
+    weights_N, token_ids_N = routing.weights_N, routing.token_ids_N
+    if align == 'stopgrad':
+        if kept_T is not None:
+            return weights_N, 1 / kept_T[token_ids_N].to(weights_N.dtype)
+        # Every token was kept equally often.
+        most = table_TK.shape[1]
+        return weights_N, None if most == 1 else torch.full_like(
+            weights_N, 1 / most)
+    if align == 'renormalize':
+        total_T1 = Combine.apply(weights_N[:, None],
+                                 torch.ones_like(weights_N), None,
+                                 token_ids_N, table_TK)
+        weights_N = weights_N / Dispatch.apply(
+            total_T1, token_ids_N, table_TK)[:, 0].clamp_min(
+                torch.finfo(weights_N.dtype).tiny)
+    return weights_N, weights_N.detach()
+
+
+def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
+             core: nn.Sequential | None, align: str) -> Tensor:
+    """(T, D), each token's mixture of the slots' outputs.
+
+    Args:
+        x_TD: (T, D) tokens.
+        routing: mixtures of tokens into slots, of slots into tokens.
+        experts: what is applied to the slots.
+        core: the dense FFN they are residuals of.
+        align: one of ``SOFT_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
+    """
+    if not len(x_TD):
+        # Nothing to mix, but every parameter stays in the graph.
+        return x_TD + 0 * experts(x_TD, torch.zeros_like(routing.counts_E),
+                                  core)
+    groups = len(routing.dispatch_GSN)
+    x_GSD = x_TD.unflatten(0, (groups, -1))
+    slots_GND = routing.dispatch_GSN.to(x_TD.dtype).mT @ x_GSD
+    # Rows sorted by expert: (G, E, C, D) to (E, G, C, D).
+    rows_EGCD = slots_GND.unflatten(
+        1, (experts.num_experts, -1)).transpose(0, 1)
+    rows_ND = rows_EGCD.flatten(0, 2)
+    out_ND = experts(rows_ND, routing.counts_E, core)
+    if align == 'difference':
+        assert core is not None
+        out_ND = out_ND - core(rows_ND)
+    out_GND = out_ND.reshape(rows_EGCD.shape).transpose(0, 1).flatten(1, 2)
+    y_TD = (routing.combine_GSN.to(out_GND.dtype) @ out_GND).flatten(0, 1)
+    return y_TD if core is None or align != 'difference' else y_TD + core(x_TD)

@@ -1,0 +1,157 @@
+"""What routers share. Axis letters as in routing.py."""
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe.routing import (
+    Routing,
+    SoftRouting,
+    check_group,
+    count_groups,
+)
+from rmoe.registry import MODELS
+
+
+class NotFiniteError(ValueError):
+    """A router met nan or inf."""
+
+
+class Router(nn.Module):
+    """Maps tokens to a routing, in float32 whatever autocast says.
+
+    Args:
+        num_experts: E.
+        noise_std: logits get Gaussian noise of deviation noise_std / E in
+            training.
+        group: the tokens that compete with each other in training: those of
+            an 'image', of the whole 'batch' of one GPU, or of a number of
+            images.
+        eval_group: the same in evaluation.
+
+    Attributes:
+        soft: whether slots are mixtures of tokens, instead of tokens.
+        experts_per_token: expert FFNs a token goes through, on average.
+        keeps_every_token: whether no token is ever left without an expert,
+            in the present mode.
+        balance_advice: what to try when an expert is dead.
+    """
+    soft = False
+    keeps_every_token = True
+    balance_advice = 'a lower learning rate of the router, or fewer experts'
+
+    def __init__(self, num_experts: int, noise_std: float,
+                 group: str | int, eval_group: str | int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f'num_experts={num_experts} must be at least 1')
+        if not noise_std >= 0:
+            raise ValueError(f'noise_std={noise_std} must not be negative')
+        check_group('group', group)
+        check_group('eval_group', eval_group)
+        self.num_experts = num_experts
+        self.noise_std = noise_std
+        self.group = group
+        self.eval_group = eval_group
+
+    @property
+    def experts_per_token(self) -> float:
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, valid_T: Tensor | None = None,
+                num_images: int = 1) -> Routing | SoftRouting:
+        """Decide who goes where.
+
+        Args:
+            x_TD: (T, D) tokens, image after image.
+            valid_T: (T,) bool, False for padding, which then steers nothing:
+                it is routed to nobody and counts in no loss, load or
+                capacity.
+            num_images: B; T / B tokens belong to each.
+
+        Raises:
+            NotFiniteError: for nan or inf in a valid token.
+            ValueError: for groups that do not divide the batch.
+        """
+        group = self.group if self.training else self.eval_group
+        num_groups = count_groups(num_images, group)
+        # Rounding to bfloat16 flips choices between near-equal experts, so
+        # autocast stays outside.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._route(x_TD.float(), valid_T, num_groups)
+
+    def _route(self, x_TD: Tensor, valid_T: Tensor | None,
+               num_groups: int) -> Routing | SoftRouting:
+        raise NotImplementedError
+
+    def _add_noise(self, logits: Tensor) -> Tensor:
+        if not (self.training and self.noise_std):
+            return logits
+        return logits + self.noise_sd * torch.randn_like(logits)
+
+    @property
+    def noise_sd(self) -> float:
+        return self.noise_std / self.num_experts
+
+
+class ScoredRouter(Router):
+    """A router whose scorer gives each token a logit for each expert.
+
+    Args:
+        dim: D.
+        scorer: config of a scorer; None means ``dict(type='LinearScorer')``.
+    """
+
+    def __init__(self, dim: int, num_experts: int, scorer: Mapping | None,
+                 noise_std: float, group: str | int,
+                 eval_group: str | int) -> None:
+        super().__init__(num_experts, noise_std, group, eval_group)
+        self.scorer = MODELS.build(
+            dict(scorer or dict(type='LinearScorer')),
+            # The scope, or a host library's default scope would hide ours.
+            default_args=dict(
+                _scope_='rmoe', dim=dim, num_experts=num_experts))
+
+    def _logits(self, x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
+        logits_TE = self.scorer(x_TD)
+        return finite(logits_TE, valid_T)
+
+
+def finite(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    """The logits, if they are; those of padding become zero.
+
+    Raises:
+        NotFiniteError: for nan or inf in a valid token.
+    """
+    if valid_T is not None:
+        logits_TE = logits_TE.masked_fill(~valid_T[:, None], 0.)
+    # One number tells: a sum of finite logits overflows only for logits that
+    # are as good as infinite.
+    if not bool(logits_TE.detach().sum().isfinite()):
+        bad_T = ~logits_TE.isfinite().all(1)
+        raise NotFiniteError(
+            f'router logits are nan or inf for {int(bad_T.sum())} of '
+            f'{len(bad_T)} tokens: the features or the router diverged. Try a '
+            'lower learning rate, clip_grad in optim_wrapper, or bfloat16 '
+            'instead of float16')
+    return logits_TE
+
+
+def group_capacity(rule: Callable[[int], int], num_tokens: int,
+                   valid_T: Tensor | None, num_groups: int,
+                   device: torch.device) -> Tensor:
+    """(G,) int64, slots per expert in each group.
+
+    Args:
+        rule: from the valid tokens of a group to the slots.
+        num_tokens: T.
+        valid_T: (T,) bool.
+        num_groups: G.
+        device: of the result.
+    """
+    if valid_T is None:
+        slots_G = [rule(num_tokens // num_groups)] * num_groups
+    else:
+        slots_G = [rule(tokens) for tokens in
+                   valid_T.view(num_groups, -1).sum(1).tolist()]
+    return torch.tensor(slots_G, device=device)

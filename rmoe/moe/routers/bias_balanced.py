@@ -1,0 +1,111 @@
+"""Balance without an auxiliary loss. Axis letters as in routing.py."""
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rmoe.moe import assignment
+from rmoe.moe.routers.base import ScoredRouter
+from rmoe.moe.routing import Routing
+from rmoe.registry import MODELS
+
+# More forward passes than any gradient accumulation.
+PATIENCE = 1000
+
+
+@MODELS.register_module()
+class BiasBalancedRouter(ScoredRouter):
+    """Each token chooses its k best experts by sigmoid score plus a bias that
+    balances the load (2408.15664, DeepSeek-V3).
+
+    The bias decides who goes where, the gate is the score alone. After each
+    optimizer step the bias of an expert with more than its share of tokens
+    falls by ``update_rate``, that of one with less rises. It is no parameter:
+    ``rmoe.BalanceBiasHook`` updates it from the loads of all ranks.
+
+    Args:
+        dim: D, width of the tokens.
+        num_experts: E.
+        top_k: K.
+        update_rate: step of the bias, gamma in the paper.
+        scorer: where logits come from; None means
+            ``dict(type='LinearScorer')``.
+
+    Attributes:
+        balance_bias: (E,) float32, saved with the checkpoint.
+        recent_load_E: (E,) int64, tokens that chose each expert in training
+            since the last update.
+
+    Raises:
+        ValueError: for options that make no sense.
+    """
+    balance_advice = ('a larger router.update_rate, a lower learning rate of '
+                      'the router, or fewer experts')
+    balance_bias: Tensor
+    recent_load_E: Tensor
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 top_k: int = 1,
+                 update_rate: float = 0.001,
+                 scorer: Mapping | None = None) -> None:
+        super().__init__(dim, num_experts, scorer, 0., 'image', 'image')
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f'top_k={top_k} must lie between 1 and '
+                             f'num_experts={num_experts}')
+        if not update_rate > 0:
+            raise ValueError(f'update_rate={update_rate} must be positive')
+        self.top_k = top_k
+        self.update_rate = update_rate
+        self.register_buffer('balance_bias', torch.zeros(num_experts))
+        self.register_buffer(
+            'recent_load_E', torch.zeros(num_experts, dtype=torch.int64),
+            persistent=False)
+        self._waiting = 0
+
+    @property
+    def experts_per_token(self) -> float:
+        return min(self.top_k, self.num_experts)
+
+    def _route(self, x_TD: Tensor, valid_T: Tensor | None,
+               num_groups: int) -> Routing:
+        logits_TE = self._logits(x_TD, valid_T)
+        gates_TE = logits_TE.sigmoid()
+        scores_TE = gates_TE.detach() + self.balance_bias.float()
+        rows = assignment.choose_experts(scores_TE, self.top_k, valid_T)
+        if self.training:
+            self.recent_load_E += rows.demand_E
+            self._check_updated()
+        return Routing(
+            token_ids_N=rows.token_ids_N,
+            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
+            counts_E=rows.counts_E,
+            demand_E=rows.demand_E,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE)
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor) -> None:
+        """Step towards balance, in place.
+
+        Args:
+            load_E: (E,) tokens that chose each expert, over all ranks.
+        """
+        load_E = load_E.float()
+        self.balance_bias += self.update_rate * torch.sign(
+            load_E.mean() - load_E)
+        self._waiting = 0
+
+    def _check_updated(self) -> None:
+        self._waiting += 1
+        if self._waiting == PATIENCE:
+            warnings.warn(
+                f'a BiasBalancedRouter has routed {PATIENCE} times and nobody '
+                "updated its bias: add dict(type='rmoe.BalanceBiasHook') to "
+                'custom_hooks', stacklevel=2)
+
+    def extra_repr(self) -> str:
+        return (f'num_experts={self.num_experts}, top_k={self.top_k}, '
+                f'update_rate={self.update_rate}')

@@ -1,0 +1,251 @@
+"""Routers whose experts choose tokens. Axis letters as in routing.py."""
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rmoe.moe import assignment, transport
+from rmoe.moe.routers.base import ScoredRouter, group_capacity
+from rmoe.moe.routers.token_choice import check_plan, sinkhorn_plan
+from rmoe.moe.routing import Routing, compute_capacity
+from rmoe.registry import MODELS
+
+
+@MODELS.register_module()
+class ExpertChoiceRouter(ScoredRouter):
+    """Each expert takes its C best tokens of each group (2202.09368).
+
+    The score is each token's softmax over experts, which is the gate too.
+    Loads are equal by construction, so there is no auxiliary loss. A token
+    may be taken by none, or by several experts.
+
+    Args:
+        dim: D, width of the tokens.
+        num_experts: E.
+        capacity_factor: experts per token, on average; C is
+            ceil(tokens of the group * capacity_factor / E), never more than
+            its tokens.
+        eval_capacity_factor: the same in evaluation; None means as in
+            training.
+        capacity_multiple: C is rounded up to a multiple of it.
+        scorer: where logits come from; None means
+            ``dict(type='LinearScorer')``.
+        noise_std: logits get Gaussian noise of deviation noise_std / E in
+            training; 0 switches it off.
+        group: among whose tokens an expert chooses in training: 'image',
+            'batch', or a number of images.
+        eval_group: the same in evaluation; 'image' keeps images independent
+            of their batch-mates.
+
+    Raises:
+        ValueError: for options that make no sense.
+    """
+
+    keeps_every_token = False
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 capacity_factor: float = 1.0,
+                 eval_capacity_factor: float | None = None,
+                 capacity_multiple: int = 1,
+                 scorer: Mapping | None = None,
+                 noise_std: float = 1.0,
+                 group: str | int = 'image',
+                 eval_group: str | int = 'image') -> None:
+        super().__init__(dim, num_experts, scorer, noise_std, group,
+                         eval_group)
+        for factor in (capacity_factor, eval_capacity_factor):
+            if factor is not None:
+                compute_capacity(1, num_experts, factor, capacity_multiple)
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.capacity_multiple = capacity_multiple
+
+    @property
+    def experts_per_token(self) -> float:
+        return min(self._factor(), self.num_experts)
+
+    def _factor(self) -> float:
+        if self.training or self.eval_capacity_factor is None:
+            return self.capacity_factor
+        return self.eval_capacity_factor
+
+    def _route(self, x_TD: Tensor, valid_T: Tensor | None,
+               num_groups: int) -> Routing:
+        logits_TE = self._logits(x_TD, valid_T)
+        noisy_TE = self._add_noise(logits_TE)
+        capacity_G = group_capacity(self._slots, len(x_TD), valid_T,
+                                    num_groups, x_TD.device)
+        scores_TE, gates_TE, allowed_TE = self._scores(
+            noisy_TE, valid_T, capacity_G)
+        shape = (num_groups, len(x_TD) // num_groups, -1)
+        rows = assignment.choose_tokens(
+            scores_TE.reshape(*shape[:2], self.num_experts), capacity_G,
+            None if allowed_TE is None else allowed_TE.reshape(shape))
+        return Routing(
+            token_ids_N=rows.token_ids_N,
+            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
+            counts_E=rows.counts_E,
+            demand_E=rows.demand_E,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE)
+
+    def _slots(self, num_tokens: int) -> int:
+        return min(num_tokens, compute_capacity(
+            num_tokens, self.num_experts, self._factor(),
+            self.capacity_multiple))
+
+    def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
+                capacity_G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What tokens are chosen by, the gates, and (T, E) or (T, 1) which
+        may be chosen."""
+        probs_TE = noisy_TE.softmax(1)
+        return probs_TE, probs_TE, (None if valid_T is None
+                                    else valid_T[:, None])
+
+    def extra_repr(self) -> str:
+        return (f'num_experts={self.num_experts}, '
+                f'capacity_factor={self.capacity_factor}, '
+                f'noise_std={self.noise_std}, group={self.group!r}')
+
+
+@MODELS.register_module()
+class SinkhornExpertChoiceRouter(ExpertChoiceRouter):
+    """Each expert takes its C best tokens by a balanced transport plan.
+
+    As each token gives the same mass to the plan (2401.15969,
+    :func:`rmoe.moe.transport.sinkhorn`), fewer tokens are left out than with
+    the softmax.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: see :class:`ExpertChoiceRouter`.
+        eval_capacity_factor: the same in evaluation.
+        capacity_multiple: C is rounded up to a multiple of it.
+        iterations: Sinkhorn iterations.
+        combine: what the gates are: 'softmax' of the logits, or the 'plan',
+            through which the router then gets its gradient.
+        scorer: where logits come from.
+        noise_std: on the logits that make the plan and the gates.
+        group: whose tokens share a plan in training.
+        eval_group: whose tokens share a plan in evaluation.
+
+    Raises:
+        ValueError: for options that make no sense.
+    """
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 capacity_factor: float = 1.0,
+                 eval_capacity_factor: float | None = None,
+                 capacity_multiple: int = 1,
+                 iterations: int = 20,
+                 combine: str = 'softmax',
+                 scorer: Mapping | None = None,
+                 noise_std: float = 1.0,
+                 group: str | int = 'image',
+                 eval_group: str | int = 'image') -> None:
+        super().__init__(dim, num_experts, capacity_factor,
+                         eval_capacity_factor, capacity_multiple, scorer,
+                         noise_std, group, eval_group)
+        check_plan(iterations, combine)
+        self.iterations = iterations
+        self.combine = combine
+
+    def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
+                capacity_G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        plan_TE = sinkhorn_plan(noisy_TE, valid_T, len(capacity_G),
+                                self.iterations,
+                                differentiable=self.combine == 'plan')
+        gates_TE = plan_TE if self.combine == 'plan' else noisy_TE.softmax(1)
+        return plan_TE, gates_TE, (None if valid_T is None
+                                   else valid_T[:, None])
+
+
+@MODELS.register_module()
+class SparseExpertChoiceRouter(ExpertChoiceRouter):
+    """Each expert takes the tokens of a plan that is sparse by itself.
+
+    Sparsity-constrained transport (2209.15466, as a router in 2401.15969) on
+    the softmax of the logits, with at most C tokens per expert. A token is
+    taken where the plan gives it mass; the gate is the softmax. No gradient
+    flows through the plan, and logits get no noise.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: see :class:`ExpertChoiceRouter`. A plan needs at
+            least 1; more leaves it room.
+        eval_capacity_factor: the same in evaluation.
+        capacity_multiple: C is rounded up to a multiple of it.
+        iterations: Adam steps of the solver.
+        solver: 'matching', which meets the marginals, or 'adam', the
+            reference router's recipe, which does not; see
+            :func:`rmoe.moe.transport.k_sparse_plan`.
+        scorer: where logits come from.
+        group: whose tokens share a plan in training.
+        eval_group: whose tokens share a plan in evaluation.
+
+    Attributes:
+        plan_error: how far the last plan was from its marginals. With
+            'matching', a plan that did not converge is warned of, once.
+
+    Raises:
+        ValueError: for options that make no sense.
+    """
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 capacity_factor: float = 2.0,
+                 eval_capacity_factor: float | None = None,
+                 capacity_multiple: int = 1,
+                 iterations: int = 20,
+                 solver: str = 'matching',
+                 scorer: Mapping | None = None,
+                 group: str | int = 'image',
+                 eval_group: str | int = 'image') -> None:
+        super().__init__(dim, num_experts, capacity_factor,
+                         eval_capacity_factor, capacity_multiple, scorer, 0.,
+                         group, eval_group)
+        check_plan(iterations, 'softmax')
+        if solver not in transport.SOLVERS:
+            raise ValueError(f'solver={solver!r} is not one of '
+                             f'{transport.SOLVERS}')
+        self.iterations = iterations
+        self.solver = solver
+        self.plan_error = 0.
+        self._warned = False
+
+    def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
+                capacity_G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        probs_TE = noisy_TE.softmax(1)
+        if not len(probs_TE):
+            return probs_TE, probs_TE, None
+        groups = (len(capacity_G), -1)
+        with torch.no_grad():
+            plan = transport.k_sparse_plan(
+                probs_TE.detach().unflatten(0, groups), capacity_G,
+                self.iterations, self.solver,
+                None if valid_T is None else valid_T.view(groups))
+        self.plan_error = float(plan.error_G.max())
+        if self.solver == 'matching' and not plan.converged():
+            self._warn(capacity_G)
+        plan_TE = plan.plan_GSE.flatten(0, 1)
+        return plan_TE, probs_TE, plan_TE > 0
+
+    def _warn(self, capacity_G: Tensor) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f'the k-sparse plan of a router did not converge: a token is off '
+            f'its mass by {self.plan_error:.2g}. {self.num_experts} experts '
+            f'with {int(capacity_G.min())} tokens each cannot hold all tokens '
+            f'of a group: raise capacity_factor (now {self._factor()}; 2 has '
+            "room). Until then tokens are chosen by Adam's plan",
+            stacklevel=2)

@@ -1,0 +1,99 @@
+"""Soft MoE. Axis letters as in routing.py."""
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rmoe.moe.routers.base import Router, finite
+from rmoe.moe.routing import SoftRouting
+from rmoe.registry import MODELS
+
+# Under the root, as in the reference.
+EPS = 1e-6
+
+
+@MODELS.register_module()
+class SoftRouter(Router):
+    """Each slot is a mixture of all tokens of a group, each token gets a
+    mixture of all slots (Soft MoE, 2308.00951).
+
+    Logits are scale * cos(x, mu) for the embedding mu of each slot. Nothing
+    is dropped, nothing competes, there is no auxiliary loss. The cost follows
+    the number of slots, not of tokens.
+
+    Args:
+        dim: D, width of the tokens.
+        num_experts: E.
+        slots_per_expert: C. It is fixed, whatever the image size: E * C equal
+            to the tokens of an image costs what the dense FFN costs.
+        noise_std: logits get Gaussian noise of deviation noise_std / E in
+            training.
+        group: whose tokens are mixed in training: 'image', 'batch', or a
+            number of images.
+        eval_group: the same in evaluation; 'image' keeps images independent
+            of their batch-mates.
+
+    Raises:
+        ValueError: for options that make no sense.
+    """
+    soft = True
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 slots_per_expert: int = 32,
+                 noise_std: float = 0.,
+                 group: str | int = 'image',
+                 eval_group: str | int = 'image') -> None:
+        super().__init__(num_experts, noise_std, group, eval_group)
+        if slots_per_expert < 1:
+            raise ValueError(f'slots_per_expert={slots_per_expert} must be at '
+                             'least 1')
+        self.slots_per_expert = slots_per_expert
+        self.embeddings = nn.Parameter(
+            torch.empty(num_experts, slots_per_expert, dim))
+        self.scale = nn.Parameter(torch.empty(()))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        # The scale of a linear layer; only the direction matters.
+        nn.init.trunc_normal_(self.embeddings,
+                              std=math.sqrt(1 / self.embeddings.shape[-1]))
+        nn.init.ones_(self.scale)
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.num_experts
+
+    def _route(self, x_TD: Tensor, valid_T: Tensor | None,
+               num_groups: int) -> SoftRouting:
+        slots_ND = _normalise(self.embeddings.float()).flatten(0, 1)
+        # Scaled where it is smaller.
+        logits_TN = F.linear(_normalise(x_TD), self.scale.float() * slots_ND)
+        logits_TN = self._add_noise(finite(logits_TN, valid_T))
+        logits_GSN = logits_TN.unflatten(
+            0, (num_groups, len(x_TD) // num_groups))
+        dispatch_logits = logits_GSN
+        if valid_T is not None:
+            # Not -inf: a group of padding alone must not become nan.
+            dispatch_logits = logits_GSN.masked_fill(
+                ~valid_T.view(num_groups, -1, 1),
+                torch.finfo(logits_GSN.dtype).min)
+        combine_GSN = logits_GSN.softmax(2)
+        mass_TE = combine_GSN.detach().flatten(0, 1).unflatten(
+            1, (self.num_experts, -1)).sum(2)
+        if valid_T is not None:
+            mass_TE = mass_TE * valid_T[:, None]
+        return SoftRouting(
+            dispatch_GSN=dispatch_logits.softmax(1),
+            combine_GSN=combine_GSN, num_experts=self.num_experts,
+            load_E=mass_TE.sum(0).round().long())
+
+    def extra_repr(self) -> str:
+        return (f'num_experts={self.num_experts}, '
+                f'slots_per_expert={self.slots_per_expert}')
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)

@@ -1,0 +1,286 @@
+"""Routers whose tokens choose experts. Axis letters as in routing.py."""
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rmoe.moe import assignment, losses, transport, tutel
+from rmoe.moe.routers.base import ScoredRouter, group_capacity
+from rmoe.moe.routing import Routing, compute_capacity
+from rmoe.registry import MODELS
+
+# V-MoE's weights (papers: 0.01 for the mean of the two losses).
+DEFAULT_LOSS_WEIGHTS = {'importance': 0.005, 'load': 0.005}
+LOSS_NAMES = ('importance', 'load', 'gshard', 'z')
+COMBINE_WEIGHTS = ('softmax', 'plan')
+
+
+@MODELS.register_module()
+class TokenChoiceRouter(ScoredRouter):
+    """Each token chooses its k best experts: softmax, then top-k.
+
+    The router of V-MoE (2106.05974) and RMoE (2204.09636). Gates are the
+    softmax over all experts, not renormalised over the chosen ones: a router
+    with renormalised top-1 gates gets no gradient from the task. ``top_k``,
+    ``priority`` and ``eval_capacity_factor`` hold no weights and can be
+    changed after training.
+
+    Args:
+        dim: D, width of the tokens.
+        num_experts: E.
+        top_k: K, experts per token.
+        scorer: where logits come from; None means
+            ``dict(type='LinearScorer')``.
+        noise_std: logits get Gaussian noise of deviation noise_std / E in
+            training; 0 switches it off.
+        capacity_factor: slots of an expert over its fair share, in training.
+            None drops nothing.
+        eval_capacity_factor: the same in evaluation. None drops nothing.
+        capacity_multiple: slots per expert are rounded up to a multiple of
+            it. None means V-MoE's 4, or Tutel's 1 with ``tutel_compat``.
+        priority: who gets a slot where experts are full: 'first_come', or by
+            Batch Prioritized Routing the token with the highest gate ('bpr')
+            or the highest sum of chosen gates ('bpr_sum').
+        loss_weights: weights of the auxiliary losses 'importance', 'load'
+            (needs noise), 'gshard' and 'z'; those not named are off. None
+            means importance and load at 0.005 each. They are taken over all
+            tokens of the batch, whatever the group.
+        group: whose tokens compete for slots in training: 'image', 'batch',
+            or a number of images. Without a capacity nothing competes.
+        eval_group: the same in evaluation; 'image' keeps images independent
+            of their batch-mates.
+        tutel_compat: Tutel's capacity rule, where a factor of 0 drops nothing
+            and a negative one is as good as its absolute value, and Tutel's
+            importance and load losses, in place of V-MoE's; see
+            :mod:`rmoe.moe.tutel`.
+
+    Raises:
+        ValueError: for a count, factor, priority or loss that makes no sense.
+    """
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 top_k: int = 1,
+                 scorer: Mapping | None = None,
+                 noise_std: float = 1.0,
+                 capacity_factor: float | None = None,
+                 eval_capacity_factor: float | None = None,
+                 capacity_multiple: int | None = None,
+                 priority: str = 'first_come',
+                 loss_weights: Mapping[str, float] | None = None,
+                 group: str | int = 'image',
+                 eval_group: str | int = 'image',
+                 tutel_compat: bool = False) -> None:
+        super().__init__(dim, num_experts, scorer, noise_std, group,
+                         eval_group)
+        if loss_weights is None:
+            loss_weights = DEFAULT_LOSS_WEIGHTS if noise_std else {
+                'importance': 0.01}
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.capacity_multiple = capacity_multiple or (
+            1 if tutel_compat else 4)
+        self.priority = priority
+        self.loss_weights = dict(loss_weights)
+        self.tutel_compat = tutel_compat
+        self._check()
+
+    @property
+    def experts_per_token(self) -> float:
+        return min(self.top_k, self.num_experts)
+
+    @property
+    def keeps_every_token(self) -> bool:  # type: ignore[override]
+        return self._factor() is None
+
+    @property
+    def balance_advice(self) -> str:  # type: ignore[override]
+        return ('larger weights in router.loss_weights (now '
+                f'{self.loss_weights}), more noise_std, a lower learning rate '
+                'of the router, or fewer experts')
+
+    def _route(self, x_TD: Tensor, valid_T: Tensor | None,
+               num_groups: int) -> Routing:
+        logits_TE = self._logits(x_TD, valid_T)
+        noisy_TE = self._add_noise(logits_TE)
+        scores_TE, gates_TE = self._scores(noisy_TE, valid_T, num_groups)
+        rows = assignment.choose_experts(
+            scores_TE, self.top_k, valid_T,
+            self._capacity(x_TD, valid_T, num_groups), self.priority)
+        return Routing(
+            token_ids_N=rows.token_ids_N,
+            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
+            counts_E=rows.counts_E,
+            demand_E=rows.demand_E,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+            losses=self._losses(logits_TE, noisy_TE, valid_T))
+
+    def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
+                num_groups: int) -> tuple[Tensor, Tensor]:
+        """What experts are chosen by, and the gates."""
+        probs_TE = noisy_TE.softmax(1)
+        return probs_TE, probs_TE
+
+    def _capacity(self, x_TD: Tensor, valid_T: Tensor | None,
+                  num_groups: int) -> Tensor | None:
+        factor = self._factor()
+        if factor is None:
+            return None
+        return group_capacity(
+            lambda tokens: self._slots(tokens, factor), len(x_TD), valid_T,
+            num_groups, x_TD.device)
+
+    def _factor(self) -> float | None:
+        factor = (self.capacity_factor
+                  if self.training else self.eval_capacity_factor)
+        return None if self.tutel_compat and factor == 0 else factor
+
+    def _slots(self, num_tokens: int, factor: float) -> int:
+        if self.tutel_compat:
+            return tutel.compute_capacity(
+                num_tokens, self.top_k, self.num_experts, factor,
+                self.capacity_multiple)
+        return compute_capacity(num_tokens * self.top_k, self.num_experts,
+                                factor, self.capacity_multiple)
+
+    def _losses(self, logits_TE: Tensor, noisy_TE: Tensor,
+                valid_T: Tensor | None) -> dict[str, Tensor]:
+        if not self.training:
+            return {}
+        if valid_T is not None:
+            logits_TE, noisy_TE = logits_TE[valid_T], noisy_TE[valid_T]
+        source = tutel if self.tutel_compat else losses
+        compute = {
+            'importance': lambda: source.importance_loss(
+                logits_TE.softmax(1)),
+            'load': lambda: source.load_loss(logits_TE, noisy_TE, self.top_k,
+                                             self.noise_sd),
+            'gshard': lambda: losses.gshard_loss(noisy_TE.softmax(1)),
+            'z': lambda: losses.z_loss(logits_TE),
+        }
+        # A loss of weight 0 is skipped, not multiplied: 0 * inf is nan.
+        return {
+            name: weight * compute[name]()
+            for name, weight in self.loss_weights.items() if weight
+        }
+
+    def _check(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f'top_k={self.top_k} must lie between 1 and '
+                             f'num_experts={self.num_experts}')
+        for factor in (self.capacity_factor, self.eval_capacity_factor):
+            if factor is not None and not self.tutel_compat:
+                compute_capacity(1, self.num_experts, factor,
+                                 self.capacity_multiple)
+        if self.priority not in assignment.PRIORITIES:
+            raise ValueError(f'priority={self.priority!r} is not one of '
+                             f'{assignment.PRIORITIES}')
+        for name, weight in self.loss_weights.items():
+            if name not in LOSS_NAMES:
+                raise ValueError(f'loss_weights names {name!r}; the losses '
+                                 f'are {LOSS_NAMES}')
+            if not weight >= 0:
+                raise ValueError(f'loss_weights[{name!r}]={weight} must not '
+                                 'be negative')
+        if self.loss_weights.get('load') and not self.noise_std:
+            raise ValueError(
+                "the 'load' loss is defined by the router's noise: set "
+                'noise_std > 0 or drop it from loss_weights')
+
+    def extra_repr(self) -> str:
+        return (f'num_experts={self.num_experts}, top_k={self.top_k}, '
+                f'noise_std={self.noise_std}, '
+                f'capacity_factor={self.capacity_factor}, '
+                f'priority={self.priority!r}, '
+                f'loss_weights={self.loss_weights}')
+
+
+@MODELS.register_module()
+class SinkhornTokenChoiceRouter(TokenChoiceRouter):
+    """Each token chooses its k best experts by a balanced transport plan.
+
+    The plan (2401.15969, :func:`rmoe.moe.transport.sinkhorn`) gives each
+    expert its fair share of each group, so that no auxiliary loss is needed;
+    in evaluation too. Choosing by it stays balanced only nearly.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K.
+        iterations: Sinkhorn iterations.
+        combine: what the gates are: 'softmax' of the logits, or the 'plan',
+            through which the router then gets its gradient.
+        scorer: see :class:`TokenChoiceRouter`, like all that follow.
+        noise_std: on the logits that make the plan and the gates.
+        capacity_factor: in training.
+        eval_capacity_factor: in evaluation.
+        capacity_multiple: slots are rounded up to a multiple of it.
+        priority: who gets the slots, by values of the plan.
+        loss_weights: None means no auxiliary loss.
+        group: whose tokens share a plan in training.
+        eval_group: whose tokens share a plan in evaluation.
+
+    Raises:
+        ValueError: for options that make no sense.
+    """
+
+    def __init__(self,
+                 dim: int,
+                 num_experts: int,
+                 top_k: int = 1,
+                 iterations: int = 20,
+                 combine: str = 'softmax',
+                 scorer: Mapping | None = None,
+                 noise_std: float = 1.0,
+                 capacity_factor: float | None = None,
+                 eval_capacity_factor: float | None = None,
+                 capacity_multiple: int = 4,
+                 priority: str = 'first_come',
+                 loss_weights: Mapping[str, float] | None = None,
+                 group: str | int = 'image',
+                 eval_group: str | int = 'image') -> None:
+        super().__init__(
+            dim, num_experts, top_k=top_k, scorer=scorer, noise_std=noise_std,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            capacity_multiple=capacity_multiple, priority=priority,
+            loss_weights=loss_weights or {}, group=group,
+            eval_group=eval_group)
+        check_plan(iterations, combine)
+        self.iterations = iterations
+        self.combine = combine
+
+    def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
+                num_groups: int) -> tuple[Tensor, Tensor]:
+        plan_TE = sinkhorn_plan(noisy_TE, valid_T, num_groups,
+                                self.iterations,
+                                differentiable=self.combine == 'plan')
+        if self.combine == 'plan':
+            return plan_TE, plan_TE
+        return plan_TE, noisy_TE.softmax(1)
+
+
+def sinkhorn_plan(logits_TE: Tensor, valid_T: Tensor | None, num_groups: int,
+                  iterations: int, differentiable: bool) -> Tensor:
+    """(T, E) the plan of each group, group after group."""
+    valid_GS = None if valid_T is None else valid_T.view(num_groups, -1)
+    logits_GSE = logits_TE.unflatten(0, (num_groups, -1))
+    if not len(logits_TE):
+        return logits_TE
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+        return transport.sinkhorn(logits_GSE, iterations,
+                                  valid_GS).flatten(0, 1)
+
+
+def check_plan(iterations: int, combine: str) -> None:
+    """Raises:
+        ValueError: for iterations below 1 or an unknown ``combine``.
+    """
+    if iterations < 1:
+        raise ValueError(f'iterations={iterations} must be at least 1')
+    if combine not in COMBINE_WEIGHTS:
+        raise ValueError(f'combine={combine!r} is not one of '
+                         f'{COMBINE_WEIGHTS}')

@@ -1,0 +1,63 @@
+"""Tutel's capacity rule and losses where they differ from V-MoE's: for
+checkpoints and configs that come from there (Swin-MoE).
+
+Tutel: 2206.03382, github.com/microsoft/tutel. Axis letters as in routing.py.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+
+def compute_capacity(num_tokens: int, top_k: int, num_experts: int,
+                     capacity_factor: float, multiple_of: int = 1) -> int:
+    """Slots per expert: k * floor(factor * ceil(S / E)), rounded up.
+
+    Args:
+        num_tokens: S.
+        top_k: K.
+        num_experts: E.
+        capacity_factor: only its absolute value counts. In Tutel a negative
+            one shortens buffers to the largest load, which changes nothing
+            that is computed.
+        multiple_of: the result is a multiple of this.
+
+    Raises:
+        ValueError: if there are tokens and no slot.
+    """
+    capacity = top_k * int(
+        abs(capacity_factor) * math.ceil(num_tokens / num_experts))
+    if not capacity and num_tokens:
+        raise ValueError(
+            f'capacity_factor={capacity_factor} leaves no slot per expert for '
+            f"{num_tokens} tokens and {num_experts} experts by Tutel's rule: "
+            'raise it, or set tutel_compat=False')
+    return math.ceil(capacity / multiple_of) * multiple_of
+
+
+def importance_loss(probs_TE: Tensor) -> Tensor:
+    """CV^2 of the summed probabilities with the unbiased variance."""
+    return _squared_variation(probs_TE.sum(0))
+
+
+def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
+              noise_std: float) -> Tensor:
+    """CV^2 of sum_t Phi((p_te - threshold_t) / noise_std).
+
+    As in Tutel, p is the softmax of the noise-free logits but the threshold
+    is the k-th largest noisy *logit*: the units do not match, and the loss is
+    not V-MoE's. With ``rmoe.moe.losses.load_loss`` it is.
+
+    Args:
+        logits_TE: (T, E) noise-free logits.
+        noisy_logits_TE: (T, E) the logits the choice was made by.
+        top_k: K.
+        noise_std: standard deviation of the noise that was added, > 0.
+    """
+    threshold_T1 = noisy_logits_TE.topk(top_k, dim=1).values[:, -1:]
+    distance_TE = (logits_TE.softmax(1) - threshold_T1) / noise_std
+    return _squared_variation(torch.special.ndtr(distance_TE).sum(0))
+
+
+def _squared_variation(values_E: Tensor) -> Tensor:
+    return values_E.var() / (values_E.mean().square() + 1e-10)
