@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmoe.moe import MoEFFN, Routing
+from rmoe.moe import MoEFFN, Routing, SoftRouting
 
 
 def expert_weights(layer: MoEFFN, expert: int) -> list[Tensor]:
@@ -50,4 +50,26 @@ def mixture(layer: MoEFFN, x_TD: Tensor, routing: Routing) -> Tensor:
             else:
                 y = y + gate * out
         outputs.append(y)
+    return torch.stack(outputs)
+
+
+def soft_mixture(layer: MoEFFN, x_TD: Tensor, routing: SoftRouting) -> Tensor:
+    """The same for a soft routing: one slot at a time."""
+    core = [layer.layers[0][0].weight, layer.layers[0][0].bias,
+            layer.layers[1].weight, layer.layers[1].bias]
+    groups, tokens, slots = routing.dispatch_GSN.shape
+    outputs = []
+    for group, x_SD in enumerate(x_TD.view(groups, tokens, -1)):
+        y = [layer.layers(x) if layer.align == 'difference' else 0 * x
+             for x in x_SD]
+        for slot in range(slots):
+            mixture = sum(routing.dispatch_GSN[group, token, slot] * x
+                          for token, x in enumerate(x_SD))
+            expert = slot // (slots // layer.num_experts)
+            out = ffn(mixture, expert_weights(layer, expert))
+            if layer.align == 'difference':
+                out = out - ffn(mixture, core)
+            y = [each + routing.combine_GSN[group, token, slot] * out
+                 for token, each in enumerate(y)]
+        outputs += y
     return torch.stack(outputs)

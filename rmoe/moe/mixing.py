@@ -76,12 +76,7 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
         core: the dense FFN they are residuals of.
         align: one of ``SOFT_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
     """
-    if not len(x_TD):
-        # Nothing to mix, but every parameter stays in the graph.
-        return x_TD + 0 * experts(x_TD, torch.zeros_like(routing.counts_E),
-                                  core)
-    groups = len(routing.dispatch_GSN)
-    x_GSD = x_TD.unflatten(0, (groups, -1))
+    x_GSD = x_TD.unflatten(0, routing.dispatch_GSN.shape[:2])
     slots_GND = routing.dispatch_GSN.to(x_TD.dtype).mT @ x_GSD
     # Rows sorted by expert: (G, E, C, D) to (E, G, C, D).
     rows_EGCD = slots_GND.unflatten(
@@ -93,4 +88,7 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
         out_ND = out_ND - core(rows_ND)
     out_GND = out_ND.reshape(rows_EGCD.shape).transpose(0, 1).flatten(1, 2)
     y_TD = (routing.combine_GSN.to(out_GND.dtype) @ out_GND).flatten(0, 1)
-    return y_TD if core is None or align != 'difference' else y_TD + core(x_TD)
+    if align == 'difference':
+        assert core is not None
+        y_TD = y_TD + core(x_TD)
+    return y_TD

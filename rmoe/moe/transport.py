@@ -98,16 +98,16 @@ def k_sparse_plan(similarity_GSE: Tensor, capacity_G: Tensor,
     and each expert projects its C largest on the simplex, so that a token
     that got too little rises. It ends far from the tokens' marginals.
 
-    'matching' starts from those dual variables and meets the marginals:
+    'matching' starts from those dual variables and meets the marginals. The
+    best plan on given places, C tokens of each expert, is a convex problem,
+    solved by Newton's method.
 
-    1. Each token is matched with one expert, by deferred acceptance (a stable
-       matching) on floor(S / E) places per expert. The fewer than E tokens
-       that remain may go to every expert. Now some plan exists, if each
-       expert has room for them: if E * C >= S, and for an S that E does not
-       divide, C >= floor(S / E) + S mod E.
-    2. Each expert's places up to C are filled with its largest entries.
-    3. What is left, the best plan on these places, is convex and is solved by
-       Newton's method.
+    1. Try each expert's C largest entries.
+    2. Where they allow no plan: match each token with one expert, by deferred
+       acceptance (a stable matching) on floor(S / E) places per expert; share
+       the fewer than E tokens that remain out evenly, at most two to an
+       expert; fill each expert's places up to C with its largest entries. Now
+       a plan exists if C >= S / E and E divides S, or C >= floor(S / E) + 2.
 
     Args:
         similarity_GSE: (G, S, E) float32, A; the softmax of the logits.
@@ -134,16 +134,32 @@ def k_sparse_plan(similarity_GSE: Tensor, capacity_G: Tensor,
     raised = similarity + dual_GS[:, None]
     plan = _project_columns(raised, share_G, capacity_G)
     if solver == 'matching':
-        support = _support(raised, mass_GS > 0, share_G, capacity_G)
-        possible_G = (support.any(1) | (mass_GS == 0)).all(1)
-        if possible_G.any():
-            exact = plan.clone()
-            exact[possible_G] = _solve_on_support(
-                similarity[possible_G], support[possible_G],
-                mass_GS[possible_G], share_G[possible_G])
-            solved_G = _token_error(exact, mass_GS) <= TOLERANCE
-            plan = torch.where(solved_G[:, None, None], exact, plan)
+        plan = _meet_marginals(
+            plan, largest(raised, capacity_G[:, None]), similarity, mass_GS,
+            share_G)
+        if bool((_token_error(plan, mass_GS) > TOLERANCE).any()):
+            plan = _meet_marginals(
+                plan, _support(raised, mass_GS > 0, share_G, capacity_G),
+                similarity, mass_GS, share_G)
     return SparsePlan(plan.transpose(1, 2), _token_error(plan, mass_GS))
+
+
+def _meet_marginals(plan_GES: Tensor, support_GES: Tensor,
+                    similarity_GES: Tensor, mass_GS: Tensor,
+                    share_G: Tensor) -> Tensor:
+    """Replace the plan of each group that is off by the best one on its
+    support, where there is one."""
+    covered_G = (support_GES.any(1) | (mass_GS == 0)).all(1)
+    todo_G = covered_G & (_token_error(plan_GES, mass_GS) > TOLERANCE)
+    if not bool(todo_G.any()):
+        return plan_GES
+    solved = _solve_on_support(similarity_GES[todo_G], support_GES[todo_G],
+                               mass_GS[todo_G], share_G[todo_G])
+    good_G = _token_error(solved, mass_GS[todo_G]) <= TOLERANCE
+    plan_GES = plan_GES.clone()
+    plan_GES[todo_G] = torch.where(good_G[:, None, None], solved,
+                                   plan_GES[todo_G])
+    return plan_GES
 
 
 def _token_error(plan_GES: Tensor, mass_GS: Tensor) -> Tensor:
@@ -201,11 +217,20 @@ def project_on_simplex(values: Tensor, held: Tensor, total: Tensor) -> Tensor:
 def _support(raised_GES: Tensor, valid_GS: Tensor, share_G: Tensor,
              capacity_G: Tensor) -> Tensor:
     """(G, E, S) bool, C tokens of each expert, among which a plan exists."""
+    num_experts = raised_GES.shape[1]
     places_G = torch.minimum(share_G.floor().long(), capacity_G)
     matched = _deferred_acceptance(raised_GES, places_G)
-    remaining_G1S = (valid_GS & ~matched.any(1))[:, None]
-    raised_GES = raised_GES + FIRST * remaining_G1S + 2 * FIRST * matched
-    return largest(raised_GES, capacity_G[:, None])
+    # The mass of the tokens that remain, laid end to end, is cut in E pieces.
+    remaining_GS = valid_GS & ~matched.any(1)
+    count_G1 = remaining_GS.sum(1, keepdim=True)
+    place_GS = remaining_GS.cumsum(1) - 1
+    expert_E = torch.arange(num_experts, device=raised_GES.device)
+    first_GE = expert_E * count_G1 // num_experts
+    last_GE = ((expert_E + 1) * count_G1 - 1) // num_experts
+    cut = remaining_GS[:, None] & (
+        place_GS[:, None] >= first_GE[..., None]) & (
+            place_GS[:, None] <= last_GE[..., None])
+    return largest(raised_GES + FIRST * (cut | matched), capacity_G[:, None])
 
 
 def _deferred_acceptance(values_GES: Tensor, places_G: Tensor) -> Tensor:

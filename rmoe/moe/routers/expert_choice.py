@@ -243,9 +243,9 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
             return
         self._warned = True
         warnings.warn(
-            f'the k-sparse plan of a router did not converge: a token is off '
+            'the k-sparse plan of a router did not converge: a token is off '
             f'its mass by {self.plan_error:.2g}. {self.num_experts} experts '
-            f'with {int(capacity_G.min())} tokens each cannot hold all tokens '
-            f'of a group: raise capacity_factor (now {self._factor()}; 2 has '
-            "room). Until then tokens are chosen by Adam's plan",
+            f'with {int(capacity_G.min())} tokens each have no room for a '
+            f'plan: raise capacity_factor (now {self._factor()}; it takes '
+            "more than 1). Until then tokens are chosen by Adam's plan",
             stacklevel=2)

@@ -1,0 +1,184 @@
+"""Fine-tune one dense checkpoint with every router, equally long, and write
+the table that compares them.
+
+    python tools/experiments/compare_routers.py CONFIG DENSE_CHECKPOINT \\
+        --out docs/results.md
+
+CONFIG is a MoE config; its router is replaced, everything else stays. The
+first row goes on without MoE. A run that has finished is not repeated. The
+table replaces what stands between the two markers of the file --out names.
+"""
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, median
+
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOOLS))
+
+from _config import run  # noqa: E402
+from mmengine.config import Config, DictAction  # noqa: E402
+
+DENSE = 'dense, continued'
+ROUTERS = {
+    'softmax token choice': dict(type='TokenChoiceRouter'),
+    'Sinkhorn token choice': dict(type='SinkhornTokenChoiceRouter'),
+    'softmax expert choice': dict(type='ExpertChoiceRouter'),
+    'Sinkhorn expert choice': dict(type='SinkhornExpertChoiceRouter'),
+    'sparse expert choice': dict(type='SparseExpertChoiceRouter'),
+    'Soft MoE': dict(type='SoftRouter'),
+    'cosine token choice': dict(
+        type='TokenChoiceRouter', scorer=dict(type='CosineScorer')),
+    'bias-balanced token choice': dict(type='BiasBalancedRouter'),
+}
+BEGIN, END = '<!-- routers: begin -->', '<!-- routers: end -->'
+COLUMNS = ('router', 'mIoU', 'load entropy', 'smallest load / fair share',
+           'tokens without expert', 's/iteration')
+
+
+def main() -> None:
+    args = parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.out:
+        check_markers(args.out)
+    results = {}
+    names = [DENSE, *ROUTERS]
+    for number, name in enumerate(args.only or names, 1):
+        print(f'[{number}/{len(args.only or names)}] {name}', flush=True)
+        results[name] = result_of(name, args)
+    table = to_markdown(results)
+    print(table)
+    if args.out:
+        write_between_markers(args.out, table)
+        print(f'wrote {args.out}')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='MoE config')
+    parser.add_argument('checkpoint', help='dense checkpoint')
+    parser.add_argument('--work-dir', type=Path,
+                        default=Path('work_dirs/routers'))
+    parser.add_argument('--out', type=Path,
+                        help='file with the markers of the table')
+    parser.add_argument('--only', nargs='+', choices=[DENSE, *ROUTERS],
+                        metavar='ROUTER', help='some of them: '
+                        + ', '.join(repr(name) for name in [DENSE, *ROUTERS]))
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        help='override settings of the config')
+    return parser.parse_args()
+
+
+def result_of(name: str, args: argparse.Namespace) -> dict:
+    folder = args.work_dir / name.replace(' ', '-').replace(',', '')
+    record = folder / 'result.json'
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / 'run.py'
+        run_config(name, args).dump(config)
+        train(config, folder)
+        record.write_text(json.dumps(read_scalars(folder), indent=1))
+    return json.loads(record.read_text())
+
+
+def train(config: Path, folder: Path) -> None:
+    """Run tools/train.py; show its iterations, keep all it says in a file."""
+    command = [sys.executable, str(TOOLS / 'train.py'), str(config),
+               '--work-dir', str(folder)]
+    log = folder / 'train.log'
+    with open(log, 'w') as file, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True) as process:
+        for line in process.stdout or ():
+            file.write(line)
+            if 'Iter(train)' in line:
+                print('  ' + ' '.join(line.split('Iter(train)')[1].split())
+                      [:76], flush=True)
+    if process.returncode:
+        raise ValueError(f'training failed; the reason is at the end of {log}')
+
+
+def run_config(name: str, args: argparse.Namespace) -> Config:
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    if not cfg.model.backbone.get('moe'):
+        raise ValueError(f'{args.config} has no model.backbone.moe: name a '
+                         'MoE config')
+    cfg.load_from = args.checkpoint
+    if name == DENSE:
+        cfg.model.backbone.moe = None
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks
+                            if not hook['type'].startswith('rmoe.')]
+        return cfg
+    cfg.model.backbone.moe.router = copy.deepcopy(ROUTERS[name])
+    cfg.model.backbone.moe.pop('align', None)
+    if ROUTERS[name]['type'] == 'BiasBalancedRouter':
+        cfg.custom_hooks.append(dict(type='rmoe.BalanceBiasHook'))
+    return cfg
+
+
+def read_scalars(folder: Path) -> dict:
+    """Score, loads of the last window and time of a finished run."""
+    logs = sorted(folder.glob('*/vis_data/scalars.json'))
+    lines = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    result = dict(mIoU=[line['mIoU'] for line in lines if 'mIoU' in line][-1])
+    # Median: an iteration that something disturbed does not count.
+    times = [line['time'] for line in lines if 'loss' in line]
+    result['time'] = median(times[len(times) // 2:])
+    loads = [line for line in lines
+             if any(key.endswith('/entropy') for key in line)]
+    if loads:
+        result.update(summarise_loads(loads[-1]))
+    return result
+
+
+def summarise_loads(scalars: dict) -> dict:
+    """Over all layers of the last window."""
+    shares: dict[str, list[float]] = {}
+    for key, value in scalars.items():
+        layer, _, what = key.rpartition('/')
+        if what.startswith('load_'):
+            shares.setdefault(layer, []).append(value)
+    return dict(
+        entropy=mean(value for key, value in scalars.items()
+                     if key.endswith('/entropy')),
+        unrouted=mean(value for key, value in scalars.items()
+                      if key.endswith('/unrouted')),
+        smallest_load=min(min(loads) * len(loads)
+                          for loads in shares.values()))
+
+
+def to_markdown(results: dict[str, dict]) -> str:
+    rows = [COLUMNS, ['---'] * len(COLUMNS)]
+    for name, result in results.items():
+        loads = ['', '', ''] if 'entropy' not in result else [
+            f'{result["entropy"]:.3f}', f'{result["smallest_load"]:.2f}',
+            f'{100 * result["unrouted"]:.1f} %']
+        rows.append([name, f'{result["mIoU"]:.2f}', *loads,
+                     f'{result["time"]:.2f}'])
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+
+
+def check_markers(path: Path) -> None:
+    text = path.read_text() if path.exists() else ''
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or (
+            text.index(BEGIN) > text.index(END)):
+        raise ValueError(f'{path} must exist and have the lines {BEGIN!r} and '
+                         f'{END!r}, once and in this order; the table goes '
+                         'between them')
+
+
+def write_between_markers(path: Path, table: str) -> None:
+    text = path.read_text()
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(f'{head}{BEGIN}\n{table}\n{END}{tail}')
+
+
+if __name__ == '__main__':
+    run(main)
