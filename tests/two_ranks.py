@@ -55,6 +55,22 @@ def train(rank, work_dir, collapsed):
                 changed=watch.changed)
 
 
+def train_bias(rank, work_dir, backbone, hook):
+    """One iteration of bias balancing; loads of this rank, and the biases."""
+    runner = toy_runner(
+        f'{work_dir}/{rank}', max_iters=1, hooks=(hook, ), backbone=backbone,
+        launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        model_wrapper_cfg=dict(
+            type='MMDistributedDataParallel', device_ids=None))
+    runner.train()
+    layers = moe_layers(runner.model.module)
+    return dict(
+        loads={name: layer.demand_E.tolist()
+               for name, layer in layers.items()},
+        bias={name: layer.router.balance_bias
+              for name, layer in layers.items()})
+
+
 class Watch(Hook):
     """Which roles an iteration changes, and whether MoE layers route."""
 

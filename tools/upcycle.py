@@ -11,6 +11,7 @@ and the MoE model's features on a random image.
 import argparse
 import ast
 import json
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
+from rmoe.moe import moe_layers
 from rmoe.registry import MODELS
 from rmoe.upcycling import (
     Report,
@@ -94,10 +96,14 @@ def main() -> None:
         report.status[key] = 'copied'
     out = {BACKBONE + key: value for key, value in result.items()} | rest
     write_checkpoint(args.out, out, dict(rmoe_version=__version__))
-    write_report(args, report, difference)
+    changing = layers_that_change_the_function(moe)
+    write_report(args, report, difference, changing)
     print(report.table())
     print(f'largest difference between dense and MoE features on a random '
           f'{args.size}x{args.size} image: {difference:.3g}')
+    if changing and not args.to_dense:
+        print('warning: the MoE model does not compute the dense function, by '
+              f'its configuration: {changing}')
     print(f'wrote {args.out} and {report_path(args.out)}')
 
 
@@ -158,16 +164,30 @@ def largest_difference(dense: BaseModule, moe: BaseModule,
                for a, b in zip(dense(image), moe(image)))
 
 
+def layers_that_change_the_function(moe: BaseModule) -> str:
+    """Why upcycling alone changes the model, even with zero residuals; empty
+    if it does not."""
+    kinds = Counter(
+        f'{type(layer.router).__name__} with align={layer.align!r}, '
+        f'unrouted={layer.unrouted!r}, core={layer.layers is not None}'
+        for layer in moe_layers(moe).values()
+        if not layer.preserves_function)
+    return '; '.join(f'{count} MoE layers are {kind}'
+                     for kind, count in kinds.items())
+
+
 def report_path(out: str) -> Path:
     return Path(out).with_suffix('.report.json')
 
 
 def write_report(args: argparse.Namespace, report: Report,
-                 difference: float) -> None:
+                 difference: float, changing: str) -> None:
     content = dict(
         checkpoint=args.checkpoint, config=args.config, source=report.source,
         to_dense=args.to_dense, noise=args.noise, seed=args.seed,
-        largest_feature_difference=difference, counts=report.counts(),
+        largest_feature_difference=difference,
+        preserves_function=not changing, changing_layers=changing,
+        counts=report.counts(),
         keys=report.status, left_out=report.left_out)
     write_atomically(report_path(args.out),
                      json.dumps(content, indent=1).encode())

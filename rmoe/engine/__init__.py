@@ -12,5 +12,6 @@ compat.apply()
 
 __all__ = [
     'BalanceBiasHook', 'CheckpointHook', 'LabelCheckHook',
-    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook', 'RoutingStatsHook'
+    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook',
+    'RoutingStatsHook'
 ]

@@ -2,7 +2,6 @@
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -48,7 +47,5 @@ def update_biases(model: nn.Module) -> None:
 
 
 def _routers(model: nn.Module) -> list[BiasBalancedRouter]:
-    if is_model_wrapper(model):
-        model = model.module
     return [module for module in model.modules()
             if isinstance(module, BiasBalancedRouter)]

@@ -164,7 +164,8 @@ def test_model_without_moe_is_refused(tmp_path, hook):
 def test_role_of():
     assert role_of('backbone.stages.2.blocks.1.ffn.layers.0.0.weight') == (
         'core')
-    assert role_of('backbone.stages.2.blocks.1.ffn.router.scorer.weight') == 'router'
+    assert role_of('backbone.stages.2.blocks.1.ffn.router.scorer.weight'
+                   ) == 'router'
     assert role_of('backbone.stages.2.blocks.1.ffn.experts.residual_fc1_up'
                    ) == 'residual'
     assert role_of('decode_head.conv_seg.weight') == 'head'

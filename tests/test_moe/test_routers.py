@@ -315,7 +315,7 @@ def test_groups_couple_their_own_images_only(name, group):
 def test_groups_that_do_not_divide_the_batch(name):
     layer = build_layer(dict(ROUTERS[name], group=2))
     with pytest.raises(ValueError, match='group=2 images do not divide a '
-                       'batch of 3: set router.group'):
+                       r'batch of 3: set router\.group'):
         layer(images(3))
     layer.eval()(images(3))  # by the image, unless eval_group says else
 

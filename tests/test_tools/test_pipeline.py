@@ -2,86 +2,18 @@
 resume, and back to a dense file that mmseg itself loads."""
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import test as test_tool  # tools/test.py
 import torch
 import train
 import upcycle
-from _config import run
+from commands import DENSE, command, miou, options
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from safetensors.torch import load_file
 
-from rmoe.datasets.scenes import CLASSES, PALETTE, write_scenes
 from rmoe.upcycling import read_checkpoint, state_dict_of
-
-CONFIGS = Path(__file__).parents[2] / 'configs/demo'
-DENSE = CONFIGS / 'swin-micro_upernet_scenes-128x128.py'
-MOE = CONFIGS / 'swin-micro-moe-e8k1_upernet_scenes-128x128.py'
-
-
-def command(module, *args):
-    """Run a tool in this process, as its command line would."""
-    argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
-    try:
-        run(module.main)
-    finally:
-        sys.argv = argv
-
-
-@pytest.fixture(scope='module')
-def work(tmp_path_factory):
-    root = tmp_path_factory.mktemp('work')
-    write_scenes(root / 'scenes', num_train=8, num_val=3, size=64)
-    return root
-
-
-def options(work, name, *more):
-    data = [f'{split}_dataloader.dataset.data_root={work / "scenes"}'
-            for split in ('train', 'val', 'test')]
-    return ['--work-dir', work / name, '--cfg-options', *data,
-            'train_cfg.max_iters=4', 'train_dataloader.batch_size=2',
-            'default_hooks.checkpoint.interval=2',
-            'default_hooks.logger.interval=1', *more]
-
-
-@pytest.fixture(scope='module')
-def configs(work):
-    """The demo's configs with the scenes' class names filled in."""
-    made = {}
-    for name, path in (('dense', DENSE), ('moe', MOE)):
-        cfg = Config.fromfile(path)
-        for split in ('train', 'val', 'test'):
-            cfg[f'{split}_dataloader'].dataset.metainfo = dict(
-                classes=CLASSES, palette=PALETTE)
-        made[name] = work / f'{name}.py'
-        cfg.dump(made[name])
-    return made
-
-
-def miou(folder: Path) -> float:
-    """The last mIoU that was written below a folder."""
-    files = sorted(folder.rglob('*.json'), key=lambda f: f.stat().st_mtime)
-    values = re.findall(r'"mIoU": ([\d.]+)', ''.join(
-        file.read_text() for file in files))
-    return float(values[-1])
-
-
-@pytest.fixture(scope='module')
-def dense_checkpoint(work, configs):
-    command(train, configs['dense'], *options(work, 'dense'))
-    return work / 'dense/iter_4.pth'
-
-
-@pytest.fixture(scope='module')
-def upcycled(work, configs, dense_checkpoint):
-    command(upcycle, dense_checkpoint, '--config', configs['moe'],
-            '--out', work / 'moe.pth', '--size', 64)
-    return work / 'moe.pth'
 
 
 def test_upcycling_alone_moves_nothing(work, configs, dense_checkpoint,
@@ -210,9 +142,3 @@ def test_dense_config_cannot_be_upcycled_into(work, configs,
     with pytest.raises(SystemExit, match='is a dense model'):
         command(upcycle, dense_checkpoint, '--config', configs['dense'],
                 '--out', work / 'never.pth')
-
-
-@pytest.fixture(autouse=True)
-def _fresh_logger():
-    yield
-    MMLogger._instance_dict.clear()

@@ -1,6 +1,7 @@
 """How much time MoE costs, as ratios within one run.
 
     python tools/analysis_tools/benchmark.py layer
+    python tools/analysis_tools/benchmark.py routers
     python tools/analysis_tools/benchmark.py backbone --size 512 --batch 2
 
 Contenders take turns and the median counts, so that a noisy machine disturbs
@@ -23,6 +24,7 @@ from rmoe.registry import MODELS
 
 LAYER_SIZES = ((2048, 384, 8), (512, 768, 8), (8192, 384, 8),
                (32768, 192, 8), (8192, 384, 32))
+ROUTER_SIZE = (8192, 384, 8)
 SWIN_MOE = dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8)
 
 
@@ -34,6 +36,11 @@ def main() -> None:
     parser.add_argument('--json', metavar='FILE', help='write the table too')
     commands = parser.add_subparsers(dest='command', required=True)
     commands.add_parser('layer', help='MoE layer over the dense FFN')
+    routers = commands.add_parser(
+        'routers', help='each router alone, and Soft MoE against its own '
+        'matrix products')
+    routers.add_argument('--images', type=int, default=8,
+                         help='that the 8192 tokens belong to')
     backbone = commands.add_parser(
         'backbone', help="Swin-MoE and dense SwinMoE over mmseg's Swin")
     backbone.add_argument('--size', type=int, default=512)
@@ -42,13 +49,19 @@ def main() -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     print(f'torch {torch.__version__}, {device}, {platform.processor()}, '
           f'{torch.get_num_threads()} threads, median of {args.repeats}')
-    rows = (benchmark_layer(args.repeats, device) if args.command == 'layer'
-            else benchmark_backbone(args.repeats, device, args.size,
-                                    args.batch))
-    print_table(rows)
+    if args.command == 'layer':
+        tables = [benchmark_layer(args.repeats, device)]
+    elif args.command == 'routers':
+        tables = [benchmark_routers(args.repeats, device, args.images),
+                  benchmark_soft(args.repeats, device, args.images)]
+    else:
+        tables = [benchmark_backbone(args.repeats, device, args.size,
+                                     args.batch)]
+    for rows in tables:
+        print_table(rows)
     if args.json:
         with open(args.json, 'w') as file:
-            json.dump(rows, file, indent=1)
+            json.dump(tables, file, indent=1)
 
 
 def benchmark_layer(repeats: int, device: str) -> list[dict]:
@@ -75,10 +88,104 @@ def benchmark_layer(repeats: int, device: str) -> list[dict]:
     return rows
 
 
+def benchmark_routers(repeats: int, device: str,
+                      images: int) -> list[dict]:
+    """Routing alone over the forward pass of the dense FFN, and the layer's
+    forward and backward over the FFN's."""
+    tokens, dim, experts = ROUTER_SIZE
+    dense = FFN(dim, 4 * dim, act_cfg=dict(type='GELU')).to(device)
+    layers = {name: MoEFFN(dim, 4 * dim, experts, router=router).to(device)
+              for name, router in routers(tokens // images).items()}
+    spread_load(layers.values())
+    for layer in layers.values():  # no warning that nobody collects losses
+        layer.losses = []
+    x = torch.randn(images, tokens // images, dim, device=device)
+
+    def route(layer: MoEFFN, training: bool) -> Callable[[], None]:
+        def run() -> None:
+            layer.router.train(training)
+            with torch.set_grad_enabled(training):
+                layer.router(x.view(tokens, dim), None, images)
+        return run
+
+    seconds = {}
+    for what, steps in (
+            ('evaluation', {n: route(m, False) for n, m in layers.items()}),
+            ('training', {n: route(m, True) for n, m in layers.items()})):
+        steps['dense'] = step(dense, x, 'forward')
+        times = interleave(steps, repeats)
+        seconds[what] = {n: t / times['dense'] for n, t in times.items()}
+    steps = {n: step(m, x, 'forward+backward') for n, m in layers.items()}
+    steps['dense'] = step(dense, x, 'forward+backward')
+    times = interleave(steps, repeats)
+    return [{'router': name, 'routing, evaluation':
+             round(seconds['evaluation'][name], 3),
+             'routing, training': round(seconds['training'][name], 3),
+             'layer forward+backward': round(times[name] / times['dense'], 2)}
+            for name in layers]
+
+
+def routers(tokens_per_image: int) -> dict[str, dict]:
+    experts = ROUTER_SIZE[2]
+    return {
+        'softmax token choice': dict(type='TokenChoiceRouter'),
+        'the same, capacity 1, batch prioritised': dict(
+            type='TokenChoiceRouter', capacity_factor=1.,
+            eval_capacity_factor=1., priority='bpr'),
+        'Sinkhorn token choice': dict(type='SinkhornTokenChoiceRouter'),
+        'softmax expert choice': dict(type='ExpertChoiceRouter'),
+        'Sinkhorn expert choice': dict(type='SinkhornExpertChoiceRouter'),
+        'sparse expert choice': dict(type='SparseExpertChoiceRouter'),
+        'cosine token choice': dict(
+            type='TokenChoiceRouter', scorer=dict(type='CosineScorer')),
+        'bias-balanced token choice': dict(type='BiasBalancedRouter'),
+        'Soft MoE, a slot per token': dict(
+            type='SoftRouter', slots_per_expert=tokens_per_image // experts),
+        'Soft MoE, a slot per four tokens': dict(
+            type='SoftRouter',
+            slots_per_expert=tokens_per_image // experts // 4),
+    }
+
+
+def benchmark_soft(repeats: int, device: str, images: int) -> list[dict]:
+    """Soft MoE's forward and backward over the time its own matrix products
+    take at the rate of a large one, measured between its repetitions."""
+    tokens, dim, experts = ROUTER_SIZE
+    x = torch.randn(images, tokens // images, dim, device=device)
+    left = torch.randn(tokens, dim, device=device)
+    right = torch.randn(dim, 4 * dim, device=device)
+    rows = []
+    for slots in (tokens // images, tokens // images // 4):
+        for align in ('none', 'difference'):
+            layer = MoEFFN(dim, 4 * dim, experts, align=align, router=dict(
+                type='SoftRouter', slots_per_expert=slots // experts)
+                           ).to(device)
+            times = interleave(
+                {'layer': step(layer, x, 'forward+backward'),
+                 'product': lambda: left @ right}, repeats)
+            rate = 8 * tokens * dim**2 / times['product']
+            # A product has two of its size in backward.
+            mix = 3 * 2 * tokens * slots * dim
+            ffn = 3 * 16 * images * slots * dim**2
+            own = ffn + 2 * mix
+            if align == 'difference':  # the core on slots and on tokens
+                own += ffn + 3 * 16 * tokens * dim**2
+            rows.append({
+                'Soft MoE': align, 'slots per token': slots * images / tokens,
+                'ms': round(1e3 * times['layer'], 1),
+                'GFLOP/s of a product': round(rate / 1e9),
+                'over experts, dispatch, combine':
+                    round(times['layer'] * rate / own, 2),
+                'and the logits product':
+                    round(times['layer'] * rate / (own + mix), 2)})
+    return rows
+
+
 def spread_load(models) -> None:
     """Routers that use every expert about equally on random tokens."""
     for model in models:
-        if isinstance(model, MoEFFN):
+        if isinstance(model, MoEFFN) and hasattr(
+                getattr(model.router, 'scorer', None), 'weight'):
             nn.init.normal_(model.router.scorer.weight, std=1.)
 
 

@@ -19,8 +19,8 @@ from statistics import mean, median
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
-from _config import run  # noqa: E402
-from mmengine.config import Config, DictAction  # noqa: E402
+from _config import run
+from mmengine.config import Config, DictAction
 
 DENSE = 'dense, continued'
 ROUTERS = {

@@ -1,0 +1,143 @@
+"""The tools around routers: upcycling's verdict, the sweep, the comparison."""
+import json
+
+import capacity_sweep
+import compare_routers
+import pytest
+import train
+import upcycle
+from commands import command, options
+
+
+@pytest.mark.parametrize('moe, preserves', [
+    (['num_experts=4'], True),
+    (['router.type=SoftRouter'], True),
+    (['router.type=SoftRouter', 'align=none'], False),
+    (['router.type=ExpertChoiceRouter'], True),
+    (['router.type=ExpertChoiceRouter', 'unrouted=zero'], False),
+], ids=str)
+def test_upcycling_says_whether_it_preserves_the_function(
+        work, configs, dense_checkpoint, capsys, moe, preserves):
+    command(upcycle, dense_checkpoint, '--config', configs['moe'], '--out',
+            work / 'm.pth', '--size', 64, '--cfg-options',
+            *(f'model.backbone.moe.{option}' for option in moe))
+    report = json.loads((work / 'm.report.json').read_text())
+    assert report['preserves_function'] == preserves
+    assert (report['largest_feature_difference'] < 1e-5) == preserves
+    warned = 'does not compute the dense function' in capsys.readouterr().out
+    assert warned == (not preserves)
+
+
+@pytest.fixture(scope='module')
+def moe_checkpoint(work, configs, upcycled):
+    command(train, configs['moe'], *options(
+        work, 'sweep-train', f'load_from={upcycled}',
+        'custom_hooks.2.interval=2'))
+    return work / 'sweep-train/iter_4.pth'
+
+
+def test_capacity_sweep(work, configs, moe_checkpoint, capsys):
+    command(capacity_sweep, configs['moe'], moe_checkpoint, '--capacities',
+            '0.25', '1', '8', *options(work, 'sweep'))
+    found = json.loads((work / 'sweep/capacity_sweep.json').read_text())
+    rows = found['rows']
+    assert [(row['order'], row['capacity']) for row in rows] == [
+        ('reference', None)] + [
+            (order, capacity)
+            for order in ('first come', 'batch prioritised')
+            for capacity in (.25, 1., 8.)]
+    full, few, _, eight, prioritised, *_ = rows
+    # eight slots over the fair share of eight experts: nothing is dropped
+    assert eight['score'] == full['score'] and eight['skipped'] == 0
+    assert eight['gflops'] == pytest.approx(full['gflops'])
+    assert full['gflops'] == pytest.approx(full['dense_gflops'], rel=.02)
+    for row in (few, prioritised):
+        # 16 tokens and 8 experts: one slot each; 4 tokens: one each too
+        assert row['skipped'] > .3
+        assert row['gflops'] < full['gflops']
+    assert few['gflops'] == pytest.approx(prioritised['gflops'], rel=.05)
+    assert set(found['kept']) == {'first come', 'batch prioritised'}
+    assert 'keeps 99 % of the score' in capsys.readouterr().out
+    assert (work / 'sweep/capacity_sweep.png').stat().st_size > 10_000
+
+
+def test_capacity_sweep_of_expert_choice(work, configs, dense_checkpoint):
+    command(capacity_sweep, configs['moe'], dense_checkpoint, '--capacities',
+            '0.5', '2', *options(
+                work, 'sweep-ec',
+                'model.backbone.moe.router.type=ExpertChoiceRouter'))
+    found = json.loads((work / 'sweep-ec/capacity_sweep.json').read_text())
+    assert [row['order'] for row in found['rows']] == [
+        'reference', 'expert choice', 'expert choice']
+    _, half, double = (row['gflops'] for row in found['rows'])
+    assert half < double
+
+
+@pytest.mark.parametrize('flags, more, message', [
+    (['--capacities', '0'], [], 'must be positive'),
+    (['--metric', 'PQ'], [], "none of ..PQ"),
+    ([], ['model.backbone.moe.router.type=SoftRouter'],
+     'SoftRouter.*no capacity to change'),
+    ([], ['model.backbone.moe=None'], 'no MoE layer'),
+])
+def test_capacity_sweep_of_what_has_none(work, configs, dense_checkpoint,
+                                         flags, more, message):
+    with pytest.raises(SystemExit, match=message):
+        command(capacity_sweep, configs['moe'], dense_checkpoint, *flags,
+                *options(work, 'sweep-bad', *more))
+
+
+def test_the_smallest_capacity_is_one_that_holds():
+    rows = [dict(order='reference', score=50.)] + [
+        dict(order='bpr', capacity=c, score=s) for c, s in
+        ((.1, 49.9), (.3, 40.), (.5, 49.6), (1., 49.4), (2., 50.))]
+    # 99 % of 50 is 49.5: 1.0 has less, so .5 and .1 are luck
+    assert capacity_sweep.smallest_capacity(rows, 'bpr') == 2.
+    rows[4]['score'] = 49.5
+    assert capacity_sweep.smallest_capacity(rows, 'bpr') == .5
+
+
+def test_compare_routers_writes_its_table(work, configs, dense_checkpoint,
+                                          monkeypatch):
+    out = work / 'results.md'
+    out.write_text(f'before\n{compare_routers.BEGIN}\nold\n'
+                   f'{compare_routers.END}\nafter\n')
+    # in this process: starting Python nine times is no part of the test
+    monkeypatch.setattr(
+        compare_routers, 'train', lambda config, folder: command(
+            train, config, '--work-dir', folder))
+    data = options(work, 'unused', 'custom_hooks.2.interval=2')[3:]
+    arguments = (
+        configs['moe'], dense_checkpoint, '--work-dir', work / 'compare',
+        '--out', out, '--only', 'dense, continued', 'Soft MoE',
+        'bias-balanced token choice', '--cfg-options', *data)
+    command(compare_routers, *arguments)
+    text = out.read_text()
+    assert text.startswith('before\n') and text.endswith('after\n')
+    assert 'old' not in text
+    lines = [line.split(' | ') for line in text.splitlines()
+             if line.startswith('| ') and '---' not in line]
+    assert [line[0] for line in lines] == [
+        '| router', '| dense, continued', '| Soft MoE',
+        '| bias-balanced token choice']
+    assert all(0 <= float(line[1]) <= 100 for line in lines[1:])
+    # finished runs are read, not repeated
+    monkeypatch.setattr(compare_routers, 'train', None)
+    command(compare_routers, *arguments)
+    assert out.read_text() == text
+
+
+def test_compare_routers_wants_its_markers(work, configs, dense_checkpoint):
+    out = work / 'empty.md'
+    out.write_text('nothing here')
+    with pytest.raises(SystemExit, match='must exist and have the lines'):
+        command(compare_routers, configs['moe'], dense_checkpoint, '--out',
+                out)
+
+
+def test_every_published_router_is_compared():
+    types = [router['type'] for router in compare_routers.ROUTERS.values()]
+    assert set(types) == {
+        'TokenChoiceRouter', 'SinkhornTokenChoiceRouter',
+        'ExpertChoiceRouter', 'SinkhornExpertChoiceRouter',
+        'SparseExpertChoiceRouter', 'SoftRouter', 'BiasBalancedRouter'}

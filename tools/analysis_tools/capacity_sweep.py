@@ -1,0 +1,206 @@
+"""How much compute can a trained MoE model give up? Evaluate it at several
+capacities, filled by first come and by Batch Prioritized Routing.
+
+    python tools/analysis_tools/capacity_sweep.py CONFIG CHECKPOINT
+
+Prints the table, draws the score against the FLOPs of the backbone
+(capacity_sweep.png in the work dir), and names the smallest capacity that
+keeps 99 % of the score (V-MoE, 2106.05974, section 4). Tokens that find their
+experts full are skipped (--unrouted zero), as in the paper: with a core
+('core') they would cost what they cost before.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOOLS))
+
+import torch
+from _config import add_common_arguments, load_config, run
+from matplotlib.figure import Figure
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from rmoe import compat
+from rmoe.engine.data_check import check_data_roots
+from rmoe.moe import TokenChoiceRouter, moe_layers
+from rmoe.moe.complexity import complexity
+from rmoe.visualization.recording import record_routing
+
+CAPACITIES = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1., 1.25, 1.5, 2.)
+FIRST_COME, PRIORITISED = 'first come', 'batch prioritised'
+EXPERTS_CHOOSE = 'expert choice'
+KEEP = 0.99
+# Main scores of mmseg's and mmdet's evaluators.
+METRICS = ('mIoU', 'coco/segm_mAP', 'coco/bbox_mAP', 'pascal_voc/mAP')
+
+
+def main() -> None:
+    args = parse_args()
+    if min(args.capacities) <= 0:
+        raise ValueError(f'--capacities {args.capacities} must be positive')
+    cfg = load_config(args)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.log_level = 'WARNING'  # a table of classes per evaluation is noise
+    check_data_roots(cfg, ('test', ))
+    compat.apply()
+    runner = Runner.from_cfg(cfg)
+    rows = sweep(runner, sorted(args.capacities), args.unrouted, args.metric)
+    print(table(rows))
+    kept = {order: smallest_capacity(rows, order) for order in
+            dict.fromkeys(row['order'] for row in rows[1:])}
+    for order, capacity in kept.items():
+        print(f'{order}: capacity {capacity} keeps {100 * KEEP:.0f} % of the '
+              'score' if capacity else f'{order}: no capacity of these keeps '
+              f'{100 * KEEP:.0f} % of the score')
+    folder = Path(runner.work_dir)
+    (folder / 'capacity_sweep.json').write_text(json.dumps(
+        dict(config=args.config, checkpoint=args.checkpoint,
+             unrouted=args.unrouted, rows=rows, kept=kept), indent=1))
+    draw(rows, folder / 'capacity_sweep.png', Path(args.config).stem)
+    print(f'wrote {folder / "capacity_sweep.png"} and capacity_sweep.json')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a MoE model')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--capacities', type=float, nargs='+',
+                        default=CAPACITIES, metavar='C')
+    parser.add_argument('--unrouted', choices=['zero', 'core'],
+                        default='zero',
+                        help='what a token gets that no expert has room for')
+    parser.add_argument('--metric', help='key of the evaluator; by default '
+                        'the first found of ' + ', '.join(METRICS))
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def sweep(runner: Runner, capacities: list[float], unrouted: str,
+          metric: str | None) -> list[dict]:
+    """A row for each order and capacity, the reference first: everything
+    kept, or for expert choice the capacity it was trained with."""
+    layers = moe_layers(runner.model).values()
+    routers = [layer.router for layer in layers]
+    fixed = {type(router).__name__ for router in routers
+             if not hasattr(router, 'eval_capacity_factor')}
+    if fixed or not routers:
+        raise ValueError(
+            f'the routers {sorted(fixed)} of the model have no capacity to '
+            'change' if fixed else 'the model has no MoE layer')
+    for layer in layers:
+        layer.unrouted = unrouted
+    orders = [FIRST_COME, PRIORITISED]
+    if not all(isinstance(router, TokenChoiceRouter) for router in routers):
+        orders = [EXPERTS_CHOOSE]
+    plan = [('reference', None)] + [
+        (order, capacity) for order in orders for capacity in capacities]
+    rows: list[dict] = []
+    for number, (order, capacity) in enumerate(plan, 1):
+        print(f'[{number}/{len(plan)}] {order}'
+              + (f', capacity {capacity}' if capacity else ''), flush=True)
+        for router in routers:
+            router.eval_capacity_factor = capacity
+            router.capacity_multiple = 1  # 4 would blur small capacities
+            if order in (FIRST_COME, PRIORITISED):
+                router.priority = ('bpr' if order == PRIORITISED
+                                   else 'first_come')
+        score = main_score(runner.test(), metric)
+        rows.append(dict(order=order, capacity=capacity, score=score,
+                         **cost(runner)))
+    if all(layer.layers is not None for layer in layers):
+        for layer in layers:
+            layer.core_only = True
+        rows[0]['dense_gflops'] = cost(runner)['gflops']
+    return rows
+
+
+def main_score(metrics: dict, name: str | None) -> float:
+    names = [name] if name else METRICS
+    for each in names:
+        if each in metrics:
+            return float(metrics[each])
+    raise ValueError(f'the evaluator gave {sorted(metrics)} and none of '
+                     f'{list(names)}: name one with --metric')
+
+
+@torch.no_grad()
+def cost(runner: Runner) -> dict:
+    """GFLOPs of the backbone and share of skipped tokens, on the first test
+    image."""
+    image = first_image(runner)
+    backbone: nn.Module = runner.model.backbone
+    gflops = complexity(backbone, image).flops / 1e9
+    backbone.eval()
+    with record_routing(backbone) as records:
+        backbone(image)
+    kept = [routing.kept_per_token() for routings in records.values()
+            for routing in routings]
+    skipped = torch.cat(kept) == 0 if kept else torch.zeros(1)
+    return dict(gflops=gflops, skipped=float(skipped.float().mean()))
+
+
+def first_image(runner: Runner) -> Tensor:
+    data = pseudo_collate([runner.test_dataloader.dataset[0]])
+    return runner.model.data_preprocessor(data, False)['inputs']
+
+
+def smallest_capacity(rows: list[dict], order: str) -> float | None:
+    """The smallest that keeps the score, and so do all above it."""
+    wanted = KEEP * rows[0]['score']
+    smallest = None
+    for row in reversed([row for row in rows if row['order'] == order]):
+        if row['score'] < wanted:
+            break
+        smallest = row['capacity']
+    return smallest
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f'{"order":<20}{"capacity":>9}{"score":>9}{"of full":>9}'
+             f'{"GFLOPs":>9}{"skipped":>9}']
+    for row in rows:
+        lines.append(
+            f'{row["order"]:<20}{row["capacity"] or "":>9}'
+            f'{row["score"]:>9.4g}'
+            f'{row["score"] / max(rows[0]["score"], 1e-12):>9.1%}'
+            f'{row["gflops"]:>9.3f}{row["skipped"]:>9.1%}')
+    return '\n'.join(lines)
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    figure = Figure((7, 4.5), dpi=110, layout='constrained')
+    axes = figure.add_subplot()
+    for order, marker in ((FIRST_COME, 'o'), (PRIORITISED, 's'),
+                          (EXPERTS_CHOOSE, 'o')):
+        chosen = [row for row in rows if row['order'] == order]
+        if not chosen:
+            continue
+        axes.plot([row['gflops'] for row in chosen],
+                  [row['score'] for row in chosen], marker=marker,
+                  label=order)
+        for row in chosen:
+            axes.annotate(f'{row["capacity"]:g}',
+                          (row['gflops'], row['score']), fontsize=7,
+                          xytext=(3, -9), textcoords='offset points')
+    full = rows[0]
+    axes.axhline(KEEP * full['score'], color='grey', linestyle=':',
+                 label=f'{100 * KEEP:.0f} % of the full score')
+    if 'dense_gflops' in full:
+        axes.axvline(full['dense_gflops'], color='black', linestyle='--',
+                     linewidth=1, label='dense backbone')
+    axes.set(xlabel='GFLOPs of the backbone, one image', ylabel='score',
+             title=title)
+    axes.title.set_fontsize(8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == '__main__':
+    run(main)
