@@ -1,7 +1,9 @@
 """Train a segmentor (mmseg config) or a detector (mmdet config)."""
 import argparse
 
+import torch
 from _config import add_common_arguments, load_config, run
+from _memory import keep_freed_memory
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -40,6 +42,8 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     check_data_roots(cfg, ('train', 'val'))
     compat.apply()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     runner = (RUNNERS.build(cfg) if 'runner_type' in cfg
               else Runner.from_cfg(cfg))
     runner.train()

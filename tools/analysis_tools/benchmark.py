@@ -10,11 +10,18 @@ all of them alike.
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from statistics import median
 
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOOLS))
+
 import torch
+from _memory import keep_freed_memory
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
@@ -47,6 +54,8 @@ def main() -> None:
     backbone.add_argument('--batch', type=int, default=2)
     args = parser.parse_args()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cpu':
+        keep_freed_memory()  # as tools/train.py does
     print(f'torch {torch.__version__}, {device}, {platform.processor()}, '
           f'{torch.get_num_threads()} threads, median of {args.repeats}')
     if args.command == 'layer':
@@ -148,37 +157,64 @@ def routers(tokens_per_image: int) -> dict[str, dict]:
 
 
 def benchmark_soft(repeats: int, device: str, images: int) -> list[dict]:
-    """Soft MoE's forward and backward over the time its own matrix products
-    take at the rate of a large one, measured between its repetitions."""
+    """Forward and backward of Soft MoE over the time of its own matrix
+    products alone, which take turns with it; the dense FFN for comparison."""
     tokens, dim, experts = ROUTER_SIZE
-    x = torch.randn(images, tokens // images, dim, device=device)
-    left = torch.randn(tokens, dim, device=device)
-    right = torch.randn(dim, 4 * dim, device=device)
+    hidden, size = 4 * dim, tokens // images
+    x = torch.randn(images, size, dim, device=device)
+
+    def ffn(rows: int, count: int = 1) -> list[Callable[[], None]]:
+        return count * (products(1, rows, dim, hidden, device) +
+                        products(1, rows, hidden, dim, device))
+
+    dense = FFN(dim, hidden, act_cfg=dict(type='GELU')).to(device)
+    contenders = [('dense FFN', '', dense, ffn(tokens), [])]
+    for slots in (size, size // 4):
+        logits = products(1, tokens, dim, slots, device)
+        # dispatch: slots from tokens; combine: tokens from slots
+        mixing = (products(images, slots, size, dim, device) +
+                  products(images, size, slots, dim, device))
+        on_slots = ffn(images * slots // experts, experts)
+        for align, more in (('none', []), (
+                'difference', ffn(images * slots) + ffn(tokens))):
+            layer = MoEFFN(
+                dim, hidden, experts, align=align, core=align != 'none',
+                router=dict(type='SoftRouter',
+                            slots_per_expert=slots // experts)).to(device)
+            contenders.append((f"Soft MoE, align='{align}'", slots / size,
+                               layer, mixing + on_slots + more, logits))
     rows = []
-    for slots in (tokens // images, tokens // images // 4):
-        for align in ('none', 'difference'):
-            layer = MoEFFN(dim, 4 * dim, experts, align=align, router=dict(
-                type='SoftRouter', slots_per_expert=slots // experts)
-                           ).to(device)
-            times = interleave(
-                {'layer': step(layer, x, 'forward+backward'),
-                 'product': lambda: left @ right}, repeats)
-            rate = 8 * tokens * dim**2 / times['product']
-            # A product has two of its size in backward.
-            mix = 3 * 2 * tokens * slots * dim
-            ffn = 3 * 16 * images * slots * dim**2
-            own = ffn + 2 * mix
-            if align == 'difference':  # the core on slots and on tokens
-                own += ffn + 3 * 16 * tokens * dim**2
-            rows.append({
-                'Soft MoE': align, 'slots per token': slots * images / tokens,
-                'ms': round(1e3 * times['layer'], 1),
-                'GFLOP/s of a product': round(rate / 1e9),
-                'over experts, dispatch, combine':
-                    round(times['layer'] * rate / own, 2),
-                'and the logits product':
-                    round(times['layer'] * rate / (own + mix), 2)})
+    for name, slots_per_token, layer, own, logits in contenders:
+        times = interleave({'layer': step(layer, x, 'forward+backward'),
+                            'own': partial(run_all, own),
+                            'logits': partial(run_all, logits)}, repeats)
+        rows.append({
+            'forward+backward': name, 'slots per token': slots_per_token,
+            'ms': round(1e3 * times['layer'], 1),
+            'over its products': round(
+                times['layer'] / (times['own'] + times['logits']), 2),
+            'the logits product not counted': round(
+                times['layer'] / times['own'], 2)})
     return rows
+
+
+def products(batch: int, rows: int, inner: int, columns: int,
+             device: str) -> list[Callable[[], None]]:
+    """The three products of a linear map, forward and backward."""
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=device)
+
+    left, right, out = (matrix(rows, inner), matrix(inner, columns),
+                        matrix(rows, columns))
+    left_grad, right_grad = torch.empty_like(left), torch.empty_like(right)
+    return [lambda: torch.bmm(left, right, out=out),
+            lambda: torch.bmm(out, right.mT, out=left_grad),
+            lambda: torch.bmm(left.mT, out, out=right_grad)]
+
+
+def run_all(steps: list[Callable[[], None]]) -> None:
+    for each in steps:
+        each()
 
 
 def spread_load(models) -> None:
