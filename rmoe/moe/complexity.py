@@ -34,10 +34,10 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
         inputs: what it is called with.
     """
     total = sum(p.numel() for p in model.parameters())
-    inactive = sum(_inactive_params(layer)
-                   for layer in moe_layers(model).values())
     training = model.training
     model.eval()
+    inactive = sum(_inactive_params(layer)
+                   for layer in moe_layers(model).values())
     # Attention is counted as plain matrix products, whatever kernel runs.
     with torch.no_grad(), FlopCounterMode(display=False) as counter, \
             nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):

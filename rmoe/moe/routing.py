@@ -175,8 +175,11 @@ def compute_capacity(num_rows: int,
         At least ``multiple_of``, so every expert has a slot.
 
     Raises:
-        ValueError: if ``capacity_factor`` is not positive.
+        ValueError: if ``capacity_factor`` is not positive or
+            ``multiple_of`` below 1.
     """
+    if multiple_of < 1:
+        raise ValueError(f'capacity_multiple={multiple_of} must be at least 1')
     if not capacity_factor > 0:
         raise ValueError(
             f'capacity_factor={capacity_factor} must be positive; leave it '

@@ -43,3 +43,28 @@ def test_core_only_costs_what_dense_costs():
     layer.core_only = True
     found = cost(layer)
     assert (found.active_params, found.flops) == (FFN_PARAMS, FFN_FLOPS)
+
+
+def test_expert_choice_costs_its_evaluation_capacity():
+    # ceil(10 * 2 / 4) = 5 tokens for each of four experts
+    layer = MoEFFN(D, H, E, unrouted='zero', router=dict(
+        type='ExpertChoiceRouter', capacity_factor=1.,
+        eval_capacity_factor=2.))
+    found = cost(layer.train())
+    assert found.active_params == 2 * FFN_PARAMS + ROUTER_PARAMS
+    assert found.flops == E * 5 * (FFN_FLOPS // T) + ROUTER_FLOPS
+    assert layer.training
+
+
+@pytest.mark.parametrize('align, ffns', [
+    ('none', 0), ('difference', T)])
+def test_soft_moe_costs_its_slots_and_its_mixing(align, ffns):
+    slots = 2 * E
+    layer = MoEFFN(D, H, E, align=align, router=dict(
+        type='SoftRouter', slots_per_expert=2))
+    found = cost(layer)
+    rows = slots + (slots + ffns if align == 'difference' else 0)
+    # logits, dispatch and combine: 2 T slots D each
+    assert found.flops == rows * (FFN_FLOPS // T) + 3 * 2 * T * slots * D
+    # every expert has a part in every token
+    assert found.active_params == E * FFN_PARAMS + slots * D + 1

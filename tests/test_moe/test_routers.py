@@ -434,6 +434,8 @@ def test_sparse_plan_that_cannot_converge_is_told_once():
     ('ExpertChoiceRouter', dict(group=True), 'group=True must'),
     ('ExpertChoiceRouter', dict(eval_group='images'),
      "eval_group='images' must"),
+    ('ExpertChoiceRouter', dict(capacity_multiple=0), 'capacity_multiple=0'),
+    ('TokenChoiceRouter', dict(capacity_multiple=0), 'capacity_multiple=0'),
     ('SinkhornExpertChoiceRouter', dict(iterations=0), 'iterations=0'),
     ('SinkhornExpertChoiceRouter', dict(combine='gate'), "combine='gate'"),
     ('SinkhornTokenChoiceRouter', dict(combine='gate'), "combine='gate'"),

@@ -80,8 +80,9 @@ class TokenChoiceRouter(ScoredRouter):
         self.top_k = top_k
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        self.capacity_multiple = capacity_multiple or (
-            1 if tutel_compat else 4)
+        if capacity_multiple is None:
+            capacity_multiple = 1 if tutel_compat else 4
+        self.capacity_multiple = capacity_multiple
         self.priority = priority
         self.loss_weights = dict(loss_weights)
         self.tutel_compat = tutel_compat
@@ -172,9 +173,10 @@ class TokenChoiceRouter(ScoredRouter):
             raise ValueError(f'top_k={self.top_k} must lie between 1 and '
                              f'num_experts={self.num_experts}')
         for factor in (self.capacity_factor, self.eval_capacity_factor):
-            if factor is not None and not self.tutel_compat:
-                compute_capacity(1, self.num_experts, factor,
-                                 self.capacity_multiple)
+            # Tutel's factor may have any sign.
+            compute_capacity(1, self.num_experts, 1. if (
+                factor is None or self.tutel_compat) else factor,
+                self.capacity_multiple)
         if self.priority not in assignment.PRIORITIES:
             raise ValueError(f'priority={self.priority!r} is not one of '
                              f'{assignment.PRIORITIES}')
