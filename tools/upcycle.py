@@ -96,14 +96,16 @@ def main() -> None:
         report.status[key] = 'copied'
     out = {BACKBONE + key: value for key, value in result.items()} | rest
     write_checkpoint(args.out, out, dict(rmoe_version=__version__))
-    changing = layers_that_change_the_function(moe)
+    changing = {mode: layers_that_change_the_function(moe.train(
+        mode == 'training')) for mode in ('training', 'evaluation')}
     write_report(args, report, difference, changing)
     print(report.table())
     print(f'largest difference between dense and MoE features on a random '
           f'{args.size}x{args.size} image: {difference:.3g}')
-    if changing and not args.to_dense:
-        print('warning: the MoE model does not compute the dense function, by '
-              f'its configuration: {changing}')
+    for mode, layers in changing.items():
+        if layers and not args.to_dense:
+            print('warning: by its configuration the MoE model does not '
+                  f'compute the dense function in {mode}: {layers}')
     print(f'wrote {args.out} and {report_path(args.out)}')
 
 
@@ -165,8 +167,8 @@ def largest_difference(dense: BaseModule, moe: BaseModule,
 
 
 def layers_that_change_the_function(moe: BaseModule) -> str:
-    """Why upcycling alone changes the model, even with zero residuals; empty
-    if it does not."""
+    """Why upcycling alone changes the model in its present mode, even with
+    zero residuals; empty if it does not."""
     kinds = Counter(
         f'{type(layer.router).__name__} with align={layer.align!r}, '
         f'unrouted={layer.unrouted!r}, core={layer.layers is not None}'
@@ -181,12 +183,13 @@ def report_path(out: str) -> Path:
 
 
 def write_report(args: argparse.Namespace, report: Report,
-                 difference: float, changing: str) -> None:
+                 difference: float, changing: dict[str, str]) -> None:
     content = dict(
         checkpoint=args.checkpoint, config=args.config, source=report.source,
         to_dense=args.to_dense, noise=args.noise, seed=args.seed,
         largest_feature_difference=difference,
-        preserves_function=not changing, changing_layers=changing,
+        preserves_function=not any(changing.values()),
+        layers_that_change_the_function=changing,
         counts=report.counts(),
         keys=report.status, left_out=report.left_out)
     write_atomically(report_path(args.out),

@@ -43,7 +43,7 @@ def update_biases(model: nn.Module) -> None:
         trains = any(p.requires_grad for p in router.parameters())
         if trains and bool(load_E.any()):
             router.update_bias(load_E)
-        router.recent_load_E.zero_()
+        router.count_anew()
 
 
 def _routers(model: nn.Module) -> list[BiasBalancedRouter]:

@@ -50,6 +50,8 @@ def _inactive_params(layer: MoEFFN) -> int:
     if layer.core_only:
         return sum(p.numel() for module in (layer.experts, layer.router)
                    for p in module.parameters())
+    if layer.router.soft and layer.align == 'difference':
+        return 0  # a token meets the core by itself and inside every expert
     experts = layer.experts
     expert_size = sum(
         getattr(experts, f'residual_{name}_bias')[0].numel() +

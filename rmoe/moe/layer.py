@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rmoe.moe.buffers import ExactBuffers
 from rmoe.moe.experts import Experts
 from rmoe.moe.mixing import (
     SOFT_ALIGNMENTS,
@@ -24,7 +25,7 @@ UNROUTED = ('core', 'zero')
 
 
 @MODELS.register_module()
-class MoEFFN(nn.Module):
+class MoEFFN(ExactBuffers):
     """A FFN whose weights depend on the token: core + residual (2204.09636).
 
     The core has the parameter names of mmcv's FFN (``layers.0.0``,
@@ -71,11 +72,11 @@ class MoEFFN(nn.Module):
         name: where the layer stands, for messages.
         losses: auxiliary losses of the forward passes since
             ``collect_losses(True)``, or None while nobody collects.
-        demand_E: (E,) int64 tokens that asked for each expert in training,
+        demand_E: (E,) float64 tokens that asked for each expert in training,
             since they were last zeroed; for a soft router the sum of its
             combine weights.
-        kept_E: (E,) int64 tokens that each expert kept.
-        token_counts: (2,) int64 valid tokens, and those no expert kept.
+        kept_E: (E,) float64 tokens that each expert kept.
+        token_counts: (2,) float64 valid tokens, and those no expert kept.
 
     Raises:
         ValueError: for an unknown option or a contradictory pair.
@@ -83,6 +84,7 @@ class MoEFFN(nn.Module):
     demand_E: Tensor
     kept_E: Tensor
     token_counts: Tensor
+    exact_buffers = ('demand_E', 'kept_E', 'token_counts')
 
     def __init__(self,
                  embed_dims: int,
@@ -136,7 +138,7 @@ class MoEFFN(nn.Module):
         for name, size in (('demand_E', num_experts), ('kept_E', num_experts),
                            ('token_counts', 2)):
             self.register_buffer(
-                name, torch.zeros(size, dtype=torch.int64),
+                name, torch.zeros(size, dtype=torch.float64),
                 persistent=False)
 
     @property
@@ -146,7 +148,7 @@ class MoEFFN(nn.Module):
     @property
     def preserves_function(self) -> bool:
         """Does the layer compute the dense function while residuals are
-        zero?"""
+        zero, in the present mode?"""
         if self.layers is None:
             # Equal experts, whose gates must then sum to one.
             return self.align in ('stopgrad', 'renormalize') and (
@@ -187,17 +189,17 @@ class MoEFFN(nn.Module):
         if self.training:
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled():
-            y_TD = checkpoint(self._apply_experts, x_TD, routing,
+            y_TD = checkpoint(self._apply_experts, x_TD, routing, valid_T,
                               use_reentrant=False)
         else:
-            y_TD = self._apply_experts(x_TD, routing)
+            y_TD = self._apply_experts(x_TD, routing, valid_T)
         return y_TD.to(x.dtype).reshape(x.shape)
 
-    def _apply_experts(self, x_TD: Tensor,
-                       routing: Routing | SoftRouting) -> Tensor:
+    def _apply_experts(self, x_TD: Tensor, routing: Routing | SoftRouting,
+                       valid_T: Tensor | None) -> Tensor:
         if isinstance(routing, SoftRouting):
             return mix_soft(x_TD, routing, self.experts, self.layers,
-                            self.align)
+                            self.align, valid_T)
         return mix_sparse(x_TD, routing, self.experts, self.layers,
                           self.align, self.unrouted)
 

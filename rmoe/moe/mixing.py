@@ -56,17 +56,19 @@ def _gates(routing: Routing, align: str, table_TK: Tensor,
         return weights_N, None if most == 1 else torch.full_like(
             weights_N, 1 / most)
     if align == 'renormalize':
+        # Gates that underflowed count alike.
+        weights_N = weights_N + torch.finfo(weights_N.dtype).tiny
         total_T1 = Combine.apply(weights_N[:, None],
                                  torch.ones_like(weights_N), None,
                                  token_ids_N, table_TK)
-        weights_N = weights_N / Dispatch.apply(
-            total_T1, token_ids_N, table_TK)[:, 0].clamp_min(
-                torch.finfo(weights_N.dtype).tiny)
+        weights_N = weights_N / Dispatch.apply(total_T1, token_ids_N,
+                                               table_TK)[:, 0]
     return weights_N, weights_N.detach()
 
 
 def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
-             core: nn.Sequential | None, align: str) -> Tensor:
+             core: nn.Sequential | None, align: str,
+             valid_T: Tensor | None = None) -> Tensor:
     """(T, D), each token's mixture of the slots' outputs.
 
     Args:
@@ -75,9 +77,15 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
         experts: what is applied to the slots.
         core: the dense FFN they are residuals of.
         align: one of ``SOFT_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
+        valid_T: (T,) bool, False for padding, which has no weight in a slot.
     """
-    x_GSD = x_TD.unflatten(0, routing.dispatch_GSN.shape[:2])
-    slots_GND = routing.dispatch_GSN.to(x_TD.dtype).mT @ x_GSD
+    mixed_TD = x_TD
+    if valid_T is not None:
+        # No weight is not enough: 0 * nan is nan.
+        mixed_TD = x_TD.masked_fill(~valid_T[:, None], 0.)
+    dispatch_GSN = routing.dispatch_GSN.to(x_TD.dtype)
+    slots_GND = dispatch_GSN.mT @ mixed_TD.unflatten(
+        0, dispatch_GSN.shape[:2])
     # Rows sorted by expert: (G, E, C, D) to (E, G, C, D).
     rows_EGCD = slots_GND.unflatten(
         1, (experts.num_experts, -1)).transpose(0, 1)

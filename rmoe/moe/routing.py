@@ -104,19 +104,22 @@ class SoftRouting:
         combine_GSN: (G, S, E*C) float32, differentiable; sums to one over
             the slots.
         num_experts: E.
-        load_E: (E,) int64, sum of each expert's combine weights over the
-            valid tokens, rounded: what it serves, in tokens.
-        losses: auxiliary losses; there are none.
+        load_E: (E,) float32, sum of each expert's combine weights over the
+            valid tokens: what it serves, in tokens.
     """
     dispatch_GSN: Tensor
     combine_GSN: Tensor
     num_experts: int
     load_E: Tensor
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return self.dispatch_GSN.shape[0] * self.dispatch_GSN.shape[1]
+
+    @property
+    def losses(self) -> Mapping[str, Tensor]:
+        """There is nothing to balance."""
+        return {}
 
     @property
     def demand_E(self) -> Tensor:
@@ -189,12 +192,14 @@ def compute_capacity(num_rows: int,
     return max(1, math.ceil(capacity / multiple_of)) * multiple_of
 
 
-def count_groups(num_images: int, group: str | int) -> int:
+def count_groups(num_images: int, group: str | int,
+                 option: str = 'group') -> int:
     """G, how many groups of whole images a batch is routed in.
 
     Args:
         num_images: B.
         group: 'image', 'batch', or the number of images of a group.
+        option: name of the router's option it comes from.
 
     Raises:
         ValueError: if groups of that size do not divide the batch.
@@ -206,9 +211,9 @@ def count_groups(num_images: int, group: str | int) -> int:
     assert isinstance(group, int)
     if num_images % group:
         raise ValueError(
-            f'group={group} images do not divide a batch of {num_images}: '
-            "set router.group to a divisor of the batch size of one GPU, to "
-            "'image' or to 'batch'")
+            f'{option}={group} images do not divide a batch of {num_images}: '
+            f'set router.{option} to a divisor of the batch size of one GPU, '
+            "to 'image' or to 'batch'")
     return num_images // group
 
 

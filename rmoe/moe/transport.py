@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rmoe.moe.assignment import largest
 
+# Less than the log of any mass.
+LOG_NOTHING = -1e30
 # The recipe of the reference router (Adam on the semi-dual).
 ADAM_RATE, ADAM_BETAS, ADAM_EPS, ADAM_STOP = 1e-2, (0.9, 0.999), 1e-8, 1e-3
 # A plan whose marginals are off by more than this did not converge.
@@ -36,31 +38,27 @@ def sinkhorn(logits_GSE: Tensor, iterations: int = 20,
         valid_GS: (G, S) bool; padded tokens give nothing and get a row of
             zeros.
     """
-    groups, tokens, num_experts = logits_GSE.shape
+    _, tokens, num_experts = logits_GSE.shape
     if not tokens:
         return logits_GSE
     # The long axis last: sums over it run over contiguous memory.
     log_plan = logits_GSE.transpose(1, 2).contiguous()
-    share = logits_GSE.new_full((groups, 1, 1), tokens / num_experts)
-    if valid_GS is not None:
-        log_plan = log_plan.masked_fill(~valid_GS[:, None], -float('inf'))
-        # A group of padding alone: any share will do.
-        share = valid_GS.sum(1).clamp_min(1)[:, None, None] / num_experts
+    if valid_GS is None:
+        valid_GS = torch.ones_like(log_plan[:, 0], dtype=torch.bool)
+    padded = ~valid_GS[:, None]
+    # A group of padding alone: any share will do.
+    share = valid_GS.sum(1).clamp_min(1)[:, None, None] / num_experts
     log_share = share.to(log_plan.dtype).log()
     token_scale = torch.zeros_like(log_plan[:, :1])
     expert_scale = torch.zeros_like(log_plan[:, :, :1])
     for _ in range(iterations):
-        expert_scale = log_share - _finite(
-            torch.logsumexp(log_plan + token_scale, 2, keepdim=True))
-        token_scale = -_finite(
-            torch.logsumexp(log_plan + expert_scale, 1, keepdim=True))
+        # Not -inf: the gradient of a sum of nothing is nan.
+        given = (log_plan + token_scale).masked_fill(padded, LOG_NOTHING)
+        expert_scale = log_share - torch.logsumexp(given, 2, keepdim=True)
+        token_scale = -torch.logsumexp(log_plan + expert_scale, 1,
+                                       keepdim=True)
     plan = (log_plan + expert_scale + token_scale).exp()
-    return plan.transpose(1, 2)
-
-
-def _finite(log_sums: Tensor) -> Tensor:
-    """The log of an empty sum does not matter, but must not make a nan."""
-    return log_sums.masked_fill(log_sums == -float('inf'), 0.)
+    return plan.masked_fill(padded, 0.).transpose(1, 2)
 
 
 @dataclass(frozen=True)

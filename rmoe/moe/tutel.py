@@ -60,4 +60,6 @@ def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
 
 
 def _squared_variation(values_E: Tensor) -> Tensor:
+    if len(values_E) == 1:  # one expert is balanced; its variance is 0 / 0
+        return 0 * values_E.sum()
     return values_E.var() / (values_E.mean().square() + 1e-10)

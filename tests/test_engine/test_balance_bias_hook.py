@@ -77,6 +77,24 @@ def test_a_frozen_router_keeps_its_bias():
     assert router.recent_load_E.tolist() == [0, 0, 0]
 
 
+def test_a_frozen_router_is_no_forgotten_one(monkeypatch, recwarn):
+    monkeypatch.setattr('rmoe.moe.routers.bias_balanced.PATIENCE', 3)
+    router = BiasBalancedRouter(4, 3).requires_grad_(False)
+    for _ in range(5):
+        router(torch.randn(10, 4))
+        update_biases(router)
+    assert not recwarn.list
+
+
+def test_the_bias_is_not_cast_with_the_model():
+    router = BiasBalancedRouter(4, 3, update_rate=0.001).bfloat16()
+    assert router.balance_bias.dtype == torch.float32
+    for _ in range(2000):
+        router.update_bias(torch.tensor([6, 2, 0]))
+    torch.testing.assert_close(router.balance_bias, torch.tensor(
+        [-2., 2, 2]), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize('accumulative_counts', [1, 3])
 def test_once_per_optimizer_step(tmp_path, accumulative_counts):
     config = toy_config(tmp_path, max_iters=6, hooks=(HOOK, ),

@@ -66,5 +66,6 @@ def test_soft_moe_costs_its_slots_and_its_mixing(align, ffns):
     rows = slots + (slots + ffns if align == 'difference' else 0)
     # logits, dispatch and combine: 2 T slots D each
     assert found.flops == rows * (FFN_FLOPS // T) + 3 * 2 * T * slots * D
-    # every expert has a part in every token
-    assert found.active_params == E * FFN_PARAMS + slots * D + 1
+    # every expert has a part in every token; 'difference' also the core
+    folded = E + (align == 'difference')
+    assert found.active_params == folded * FFN_PARAMS + slots * D + 1

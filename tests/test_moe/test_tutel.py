@@ -40,6 +40,12 @@ def test_importance_has_the_unbiased_variance():
     assert tutel.importance_loss(G1).item() == pytest.approx(.058125)
 
 
+def test_one_expert_is_balanced():
+    one = torch.ones(4, 1)
+    assert tutel.importance_loss(one) == 0
+    assert tutel.load_loss(one, one, 1, .1) == 0
+
+
 def test_load_with_its_units_mended_is_v_moes_unbiased():
     # V-MoE's .4857386 is the population's; three experts: times 3 / 2
     load = losses.load_loss(LOGITS, LOGITS + NOISE, 2, .1).item()

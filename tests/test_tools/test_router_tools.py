@@ -4,9 +4,10 @@ import json
 import capacity_sweep
 import compare_routers
 import pytest
+import test as test_tool  # tools/test.py
 import train
 import upcycle
-from commands import command, options
+from commands import command, miou, options
 
 
 @pytest.mark.parametrize('moe, preserves', [
@@ -15,6 +16,9 @@ from commands import command, options
     (['router.type=SoftRouter', 'align=none'], False),
     (['router.type=ExpertChoiceRouter'], True),
     (['router.type=ExpertChoiceRouter', 'unrouted=zero'], False),
+    # drops in training only, so that features in evaluation are equal
+    (['router.type=TokenChoiceRouter', 'router.capacity_factor=0.5',
+      'unrouted=zero'], None),
 ], ids=str)
 def test_upcycling_says_whether_it_preserves_the_function(
         work, configs, dense_checkpoint, capsys, moe, preserves):
@@ -22,10 +26,16 @@ def test_upcycling_says_whether_it_preserves_the_function(
             work / 'm.pth', '--size', 64, '--cfg-options',
             *(f'model.backbone.moe.{option}' for option in moe))
     report = json.loads((work / 'm.report.json').read_text())
-    assert report['preserves_function'] == preserves
-    assert (report['largest_feature_difference'] < 1e-5) == preserves
-    warned = 'does not compute the dense function' in capsys.readouterr().out
-    assert warned == (not preserves)
+    assert report['preserves_function'] == bool(preserves)
+    assert (report['largest_feature_difference'] < 1e-5) == (
+        preserves is not False)
+    out = capsys.readouterr().out
+    for mode, changes in (('training', not preserves),
+                          ('evaluation', preserves is False)):
+        text = f'compute the dense function in {mode}: '
+        assert (text in out) == changes
+        assert bool(report['layers_that_change_the_function'][mode]
+                    ) == changes
 
 
 @pytest.fixture(scope='module')
@@ -56,12 +66,20 @@ def test_capacity_sweep(work, configs, moe_checkpoint, capsys):
         assert row['skipped'] > .3
         assert row['gflops'] < full['gflops']
     assert few['gflops'] == pytest.approx(prioritised['gflops'], rel=.05)
+    command(test_tool, configs['moe'], moe_checkpoint,
+            *options(work, 'sweep-reference'))
+    assert full['score'] == pytest.approx(miou(work / 'sweep-reference'),
+                                          abs=.01)
     assert set(found['kept']) == {'first come', 'batch prioritised'}
     assert 'keeps 99 % of the score' in capsys.readouterr().out
     assert (work / 'sweep/capacity_sweep.png').stat().st_size > 10_000
 
 
 def test_capacity_sweep_of_expert_choice(work, configs, dense_checkpoint):
+    # an upcycled model is the dense one; left-out tokens get the core
+    command(test_tool, configs['dense'], dense_checkpoint,
+            *options(work, 'sweep-dense'))
+    reference = miou(work / 'sweep-dense')
     command(capacity_sweep, configs['moe'], dense_checkpoint, '--capacities',
             '0.5', '2', *options(
                 work, 'sweep-ec',
@@ -69,6 +87,7 @@ def test_capacity_sweep_of_expert_choice(work, configs, dense_checkpoint):
     found = json.loads((work / 'sweep-ec/capacity_sweep.json').read_text())
     assert [row['order'] for row in found['rows']] == [
         'reference', 'expert choice', 'expert choice']
+    assert found['rows'][0]['score'] == pytest.approx(reference, abs=.01)
     _, half, double = (row['gflops'] for row in found['rows'])
     assert half < double
 
@@ -79,6 +98,8 @@ def test_capacity_sweep_of_expert_choice(work, configs, dense_checkpoint):
     ([], ['model.backbone.moe.router.type=SoftRouter'],
      'SoftRouter.*no capacity to change'),
     ([], ['model.backbone.moe=None'], 'no MoE layer'),
+    (['--unrouted', 'core'], ['model.backbone.moe.core=False'],
+     'needs a model with core=True'),
 ])
 def test_capacity_sweep_of_what_has_none(work, configs, dense_checkpoint,
                                          flags, more, message):
@@ -95,6 +116,8 @@ def test_the_smallest_capacity_is_one_that_holds():
     assert capacity_sweep.smallest_capacity(rows, 'bpr') == 2.
     rows[4]['score'] = 49.5
     assert capacity_sweep.smallest_capacity(rows, 'bpr') == .5
+    rows[5]['score'] = float('nan')
+    assert capacity_sweep.smallest_capacity(rows, 'bpr') is None
 
 
 def test_compare_routers_writes_its_table(work, configs, dense_checkpoint,
@@ -121,10 +144,18 @@ def test_compare_routers_writes_its_table(work, configs, dense_checkpoint,
         '| router', '| dense, continued', '| Soft MoE',
         '| bias-balanced token choice']
     assert all(0 <= float(line[1]) <= 100 for line in lines[1:])
-    # finished runs are read, not repeated
-    monkeypatch.setattr(compare_routers, 'train', None)
-    command(compare_routers, *arguments)
-    assert out.read_text() == text
+    # finished runs are read, not repeated, and keep their rows
+    again = []
+    monkeypatch.setattr(
+        compare_routers, 'train', lambda config, folder: again.append(
+            folder.name))
+    command(compare_routers, *arguments[:6], '--only', 'Soft MoE',
+            '--cfg-options', *data)
+    assert out.read_text() == text and not again
+    # unless they would be others now
+    command(compare_routers, *arguments[:6], '--only', 'Soft MoE',
+            '--cfg-options', *data, 'randomness.seed=7')
+    assert again == ['Soft-MoE']
 
 
 def test_compare_routers_wants_its_markers(work, configs, dense_checkpoint):

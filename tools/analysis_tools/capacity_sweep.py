@@ -5,9 +5,9 @@ capacities, filled by first come and by Batch Prioritized Routing.
 
 Prints the table, draws the score against the FLOPs of the backbone
 (capacity_sweep.png in the work dir), and names the smallest capacity that
-keeps 99 % of the score (V-MoE, 2106.05974, section 4). Tokens that find their
-experts full are skipped (--unrouted zero), as in the paper: with a core
-('core') they would cost what they cost before.
+keeps 99 % of the score of the model as it is (V-MoE, 2106.05974, section 4).
+Tokens that find their experts full are skipped (--unrouted zero), as in the
+paper: with a core ('core') they would cost what they cost before.
 """
 import argparse
 import json
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rmoe import compat
 from rmoe.engine.data_check import check_data_roots
-from rmoe.moe import TokenChoiceRouter, moe_layers
+from rmoe.moe import MoEFFN, TokenChoiceRouter, moe_layers
 from rmoe.moe.complexity import complexity
 from rmoe.visualization.recording import record_routing
 
@@ -83,8 +83,8 @@ def parse_args() -> argparse.Namespace:
 
 def sweep(runner: Runner, capacities: list[float], unrouted: str,
           metric: str | None) -> list[dict]:
-    """A row for each order and capacity, the reference first: everything
-    kept, or for expert choice the capacity it was trained with."""
+    """A row for each order and capacity, the reference first: the model as
+    configured, but with nothing dropped where tokens choose."""
     layers = moe_layers(runner.model).values()
     routers = [layer.router for layer in layers]
     fixed = {type(router).__name__ for router in routers
@@ -93,8 +93,8 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
         raise ValueError(
             f'the routers {sorted(fixed)} of the model have no capacity to '
             'change' if fixed else 'the model has no MoE layer')
-    for layer in layers:
-        layer.unrouted = unrouted
+    if unrouted == 'core' and any(layer.layers is None for layer in layers):
+        raise ValueError('--unrouted core needs a model with core=True')
     orders = [FIRST_COME, PRIORITISED]
     if not all(isinstance(router, TokenChoiceRouter) for router in routers):
         orders = [EXPERTS_CHOOSE]
@@ -104,12 +104,8 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
     for number, (order, capacity) in enumerate(plan, 1):
         print(f'[{number}/{len(plan)}] {order}'
               + (f', capacity {capacity}' if capacity else ''), flush=True)
-        for router in routers:
-            router.eval_capacity_factor = capacity
-            router.capacity_multiple = 1  # 4 would blur small capacities
-            if order in (FIRST_COME, PRIORITISED):
-                router.priority = ('bpr' if order == PRIORITISED
-                                   else 'first_come')
+        for layer in layers:
+            set_capacity(layer, order, capacity, unrouted)
         score = main_score(runner.test(), metric)
         rows.append(dict(order=order, capacity=capacity, score=score,
                          **cost(runner)))
@@ -118,6 +114,21 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
             layer.core_only = True
         rows[0]['dense_gflops'] = cost(runner)['gflops']
     return rows
+
+
+def set_capacity(layer: MoEFFN, order: str, capacity: float | None,
+                 unrouted: str) -> None:
+    router = layer.router
+    if capacity is None:
+        if isinstance(router, TokenChoiceRouter):
+            router.eval_capacity_factor = None
+        return
+    layer.unrouted = unrouted
+    router.eval_capacity_factor = capacity
+    router.capacity_multiple = 1  # 4 would blur small capacities
+    if isinstance(router, TokenChoiceRouter):
+        router.tutel_compat = False  # its rule has no small capacities
+        router.priority = 'bpr' if order == PRIORITISED else 'first_come'
 
 
 def main_score(metrics: dict, name: str | None) -> float:
@@ -155,7 +166,7 @@ def smallest_capacity(rows: list[dict], order: str) -> float | None:
     wanted = KEEP * rows[0]['score']
     smallest = None
     for row in reversed([row for row in rows if row['order'] == order]):
-        if row['score'] < wanted:
+        if not row['score'] >= wanted:  # nan keeps nothing
             break
         smallest = row['capacity']
     return smallest

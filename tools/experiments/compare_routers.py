@@ -4,9 +4,11 @@ the table that compares them.
     python tools/experiments/compare_routers.py CONFIG DENSE_CHECKPOINT \\
         --out docs/results.md
 
-CONFIG is a MoE config; its router is replaced, everything else stays. The
-first row goes on without MoE. A run that has finished is not repeated. The
-table replaces what stands between the two markers of the file --out names.
+CONFIG is a MoE config; its router is replaced, and align and unrouted are left
+to the router's defaults; everything else stays. The first row goes on without
+MoE. A run that has finished is not repeated, unless its config changed. The
+table has all finished runs and replaces what stands between the two markers of
+the file --out names.
 """
 import argparse
 import copy
@@ -44,12 +46,13 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.out:
         check_markers(args.out)
-    results = {}
-    names = [DENSE, *ROUTERS]
-    for number, name in enumerate(args.only or names, 1):
-        print(f'[{number}/{len(args.only or names)}] {name}', flush=True)
-        results[name] = result_of(name, args)
-    table = to_markdown(results)
+    names = args.only or [DENSE, *ROUTERS]
+    for number, name in enumerate(names, 1):
+        print(f'[{number}/{len(names)}] {name}', flush=True)
+        finish(name, args)
+    table = to_markdown({name: json.loads(record_of(name, args).read_text())
+                         for name in [DENSE, *ROUTERS]
+                         if record_of(name, args).exists()})
     print(table)
     if args.out:
         write_between_markers(args.out, table)
@@ -74,16 +77,25 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def result_of(name: str, args: argparse.Namespace) -> dict:
-    folder = args.work_dir / name.replace(' ', '-').replace(',', '')
-    record = folder / 'result.json'
-    if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / 'run.py'
-        run_config(name, args).dump(config)
-        train(config, folder)
-        record.write_text(json.dumps(read_scalars(folder), indent=1))
-    return json.loads(record.read_text())
+def record_of(name: str, args: argparse.Namespace) -> Path:
+    return (args.work_dir / name.replace(' ', '-').replace(',', '') /
+            'result.json')
+
+
+def finish(name: str, args: argparse.Namespace) -> None:
+    """Train, unless the same config has been trained to its end."""
+    record = record_of(name, args)
+    text = run_config(name, args).pretty_text
+    if record.exists() and json.loads(record.read_text()).get('config') == text:
+        return
+    record.unlink(missing_ok=True)
+    folder = record.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / 'run.py'
+    config.write_text(text)
+    train(config, folder)
+    record.write_text(json.dumps(
+        dict(config=text, **read_scalars(folder)), indent=1))
 
 
 def train(config: Path, folder: Path) -> None:
@@ -111,13 +123,15 @@ def run_config(name: str, args: argparse.Namespace) -> Config:
         raise ValueError(f'{args.config} has no model.backbone.moe: name a '
                          'MoE config')
     cfg.load_from = args.checkpoint
+    cfg.setdefault('custom_hooks', [])
     if name == DENSE:
         cfg.model.backbone.moe = None
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks
                             if not hook['type'].startswith('rmoe.')]
         return cfg
     cfg.model.backbone.moe.router = copy.deepcopy(ROUTERS[name])
-    cfg.model.backbone.moe.pop('align', None)
+    for option in ('align', 'unrouted'):
+        cfg.model.backbone.moe.pop(option, None)
     if ROUTERS[name]['type'] == 'BiasBalancedRouter':
         cfg.custom_hooks.append(dict(type='rmoe.BalanceBiasHook'))
     return cfg

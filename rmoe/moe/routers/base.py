@@ -12,6 +12,9 @@ from rmoe.moe.routing import (
 )
 from rmoe.registry import MODELS
 
+# Of a token's logits; anything near it is no logit.
+MAX_SUM = 1e30
+
 
 class NotFiniteError(ValueError):
     """A router met nan or inf."""
@@ -73,8 +76,11 @@ class Router(nn.Module):
             NotFiniteError: for nan or inf in a valid token.
             ValueError: for groups that do not divide the batch.
         """
-        group = self.group if self.training else self.eval_group
-        num_groups = count_groups(num_images, group)
+        option = 'group' if self.training else 'eval_group'
+        num_groups = count_groups(num_images, getattr(self, option), option)
+        if valid_T is not None:
+            # Whatever padding is, nan included, it must not reach a gradient.
+            x_TD = x_TD.masked_fill(~valid_T[:, None], 0.)
         # Rounding to bfloat16 flips choices between near-equal experts, so
         # autocast stays outside.
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -112,29 +118,35 @@ class ScoredRouter(Router):
             default_args=dict(
                 _scope_='rmoe', dim=dim, num_experts=num_experts))
 
-    def _logits(self, x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
-        logits_TE = self.scorer(x_TD)
-        return finite(logits_TE, valid_T)
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        return finite(self.scorer(x_TD))
 
 
-def finite(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-    """The logits, if they are; those of padding become zero.
+def finite(values_TN: Tensor) -> Tensor:
+    """The values, if they are.
 
     Raises:
-        NotFiniteError: for nan or inf in a valid token.
+        NotFiniteError: for nan or inf, or values as large as that.
     """
-    if valid_T is not None:
-        logits_TE = logits_TE.masked_fill(~valid_T[:, None], 0.)
-    # One number tells: a sum of finite logits overflows only for logits that
+    # One number tells: a sum of finite values overflows only for values that
     # are as good as infinite.
-    if not bool(logits_TE.detach().sum().isfinite()):
-        bad_T = ~logits_TE.isfinite().all(1)
+    if not bool(values_TN.detach().sum().isfinite()):
+        bad_T = ~(values_TN.abs().sum(1) < MAX_SUM)
         raise NotFiniteError(
             f'router logits are nan or inf for {int(bad_T.sum())} of '
             f'{len(bad_T)} tokens: the features or the router diverged. Try a '
             'lower learning rate, clip_grad in optim_wrapper, or bfloat16 '
             'instead of float16')
-    return logits_TE
+    return values_TN
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises:
+        ValueError: if a token cannot have so many experts.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f'top_k={top_k} must lie between 1 and '
+                         f'num_experts={num_experts}')
 
 
 def group_capacity(rule: Callable[[int], int], num_tokens: int,

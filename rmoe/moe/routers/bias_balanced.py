@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from rmoe.moe import assignment
-from rmoe.moe.routers.base import ScoredRouter
+from rmoe.moe.buffers import ExactBuffers
+from rmoe.moe.routers.base import ScoredRouter, check_top_k
 from rmoe.moe.routing import Routing
 from rmoe.registry import MODELS
 
@@ -15,7 +16,7 @@ PATIENCE = 1000
 
 
 @MODELS.register_module()
-class BiasBalancedRouter(ScoredRouter):
+class BiasBalancedRouter(ExactBuffers, ScoredRouter):
     """Each token chooses its k best experts by sigmoid score plus a bias that
     balances the load (2408.15664, DeepSeek-V3).
 
@@ -44,6 +45,7 @@ class BiasBalancedRouter(ScoredRouter):
                       'the router, or fewer experts')
     balance_bias: Tensor
     recent_load_E: Tensor
+    exact_buffers = ('balance_bias', )
 
     def __init__(self,
                  dim: int,
@@ -52,9 +54,7 @@ class BiasBalancedRouter(ScoredRouter):
                  update_rate: float = 0.001,
                  scorer: Mapping | None = None) -> None:
         super().__init__(dim, num_experts, scorer, 0., 'image', 'image')
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f'top_k={top_k} must lie between 1 and '
-                             f'num_experts={num_experts}')
+        check_top_k(top_k, num_experts)
         if not update_rate > 0:
             raise ValueError(f'update_rate={update_rate} must be positive')
         self.top_k = top_k
@@ -67,17 +67,17 @@ class BiasBalancedRouter(ScoredRouter):
 
     @property
     def experts_per_token(self) -> float:
-        return min(self.top_k, self.num_experts)
+        return self.top_k
 
     def _route(self, x_TD: Tensor, valid_T: Tensor | None,
                num_groups: int) -> Routing:
-        logits_TE = self._logits(x_TD, valid_T)
+        check_top_k(self.top_k, self.num_experts)
+        logits_TE = self._logits(x_TD)
         gates_TE = logits_TE.sigmoid()
-        scores_TE = gates_TE.detach() + self.balance_bias.float()
+        scores_TE = gates_TE.detach() + self.balance_bias
         rows = assignment.choose_experts(scores_TE, self.top_k, valid_T)
         if self.training:
-            self.recent_load_E += rows.demand_E
-            self._check_updated()
+            self._count(rows.demand_E)
         return Routing(
             token_ids_N=rows.token_ids_N,
             weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
@@ -96,9 +96,14 @@ class BiasBalancedRouter(ScoredRouter):
         load_E = load_E.float()
         self.balance_bias += self.update_rate * torch.sign(
             load_E.mean() - load_E)
+
+    def count_anew(self) -> None:
+        """Forget the loads so far."""
+        self.recent_load_E.zero_()
         self._waiting = 0
 
-    def _check_updated(self) -> None:
+    def _count(self, load_E: Tensor) -> None:
+        self.recent_load_E += load_E
         self._waiting += 1
         if self._waiting == PATIENCE:
             warnings.warn(

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from rmoe.moe import assignment, transport
 from rmoe.moe.routers.base import ScoredRouter, group_capacity
-from rmoe.moe.routers.token_choice import check_plan, sinkhorn_plan
+from rmoe.moe.routers.token_choice import (
+    check_combine,
+    check_iterations,
+    sinkhorn_plan,
+)
 from rmoe.moe.routing import Routing, compute_capacity
 from rmoe.registry import MODELS
 
@@ -74,16 +78,16 @@ class ExpertChoiceRouter(ScoredRouter):
 
     def _route(self, x_TD: Tensor, valid_T: Tensor | None,
                num_groups: int) -> Routing:
-        logits_TE = self._logits(x_TD, valid_T)
+        logits_TE = self._logits(x_TD)
         noisy_TE = self._add_noise(logits_TE)
         capacity_G = group_capacity(self._slots, len(x_TD), valid_T,
                                     num_groups, x_TD.device)
-        scores_TE, gates_TE, allowed_TE = self._scores(
-            noisy_TE, valid_T, capacity_G)
-        shape = (num_groups, len(x_TD) // num_groups, -1)
+        scores_TE, gates_TE = self._scores(noisy_TE, valid_T, capacity_G)
+        allowed = self._allowed(scores_TE, valid_T)
+        groups = (num_groups, len(x_TD) // num_groups)
         rows = assignment.choose_tokens(
-            scores_TE.reshape(*shape[:2], self.num_experts), capacity_G,
-            None if allowed_TE is None else allowed_TE.reshape(shape))
+            scores_TE.unflatten(0, groups), capacity_G,
+            None if allowed is None else allowed.unflatten(0, groups))
         return Routing(
             token_ids_N=rows.token_ids_N,
             weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
@@ -98,12 +102,15 @@ class ExpertChoiceRouter(ScoredRouter):
             self.capacity_multiple))
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
-                capacity_G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What tokens are chosen by, the gates, and (T, E) or (T, 1) which
-        may be chosen."""
+                capacity_G: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are chosen by, and the gates."""
         probs_TE = noisy_TE.softmax(1)
-        return probs_TE, probs_TE, (None if valid_T is None
-                                    else valid_T[:, None])
+        return probs_TE, probs_TE
+
+    def _allowed(self, scores_TE: Tensor,
+                 valid_T: Tensor | None) -> Tensor | None:
+        """(T, E) or (T, 1) bool, who may be chosen; None means everybody."""
+        return None if valid_T is None else valid_T[:, None]
 
     def extra_repr(self) -> str:
         return (f'num_experts={self.num_experts}, '
@@ -152,18 +159,18 @@ class SinkhornExpertChoiceRouter(ExpertChoiceRouter):
         super().__init__(dim, num_experts, capacity_factor,
                          eval_capacity_factor, capacity_multiple, scorer,
                          noise_std, group, eval_group)
-        check_plan(iterations, combine)
+        check_iterations(iterations)
+        check_combine(combine)
         self.iterations = iterations
         self.combine = combine
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
-                capacity_G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                capacity_G: Tensor) -> tuple[Tensor, Tensor]:
         plan_TE = sinkhorn_plan(noisy_TE, valid_T, len(capacity_G),
                                 self.iterations,
                                 differentiable=self.combine == 'plan')
-        gates_TE = plan_TE if self.combine == 'plan' else noisy_TE.softmax(1)
-        return plan_TE, gates_TE, (None if valid_T is None
-                                   else valid_T[:, None])
+        return plan_TE, (plan_TE if self.combine == 'plan'
+                         else noisy_TE.softmax(1))
 
 
 @MODELS.register_module()
@@ -212,7 +219,7 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
         super().__init__(dim, num_experts, capacity_factor,
                          eval_capacity_factor, capacity_multiple, scorer, 0.,
                          group, eval_group)
-        check_plan(iterations, 'softmax')
+        check_iterations(iterations)
         if solver not in transport.SOLVERS:
             raise ValueError(f'solver={solver!r} is not one of '
                              f'{transport.SOLVERS}')
@@ -222,10 +229,10 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
         self._warned = False
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
-                capacity_G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                capacity_G: Tensor) -> tuple[Tensor, Tensor]:
         probs_TE = noisy_TE.softmax(1)
         if not len(probs_TE):
-            return probs_TE, probs_TE, None
+            return probs_TE, probs_TE
         groups = (len(capacity_G), -1)
         with torch.no_grad():
             plan = transport.k_sparse_plan(
@@ -235,8 +242,11 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
         self.plan_error = float(plan.error_G.max())
         if self.solver == 'matching' and not plan.converged():
             self._warn(capacity_G)
-        plan_TE = plan.plan_GSE.flatten(0, 1)
-        return plan_TE, probs_TE, plan_TE > 0
+        return plan.plan_GSE.flatten(0, 1), probs_TE
+
+    def _allowed(self, scores_TE: Tensor,
+                 valid_T: Tensor | None) -> Tensor | None:
+        return scores_TE > 0  # padding has no mass
 
     def _warn(self, capacity_G: Tensor) -> None:
         if self._warned:
@@ -244,8 +254,9 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
         self._warned = True
         warnings.warn(
             'the k-sparse plan of a router did not converge: a token is off '
-            f'its mass by {self.plan_error:.2g}. {self.num_experts} experts '
-            f'with {int(capacity_G.min())} tokens each have no room for a '
-            f'plan: raise capacity_factor (now {self._factor()}; it takes '
-            "more than 1). Until then tokens are chosen by Adam's plan",
+            f'its mass by {self.plan_error:.2g}, for {self.num_experts} '
+            f'experts with {int(capacity_G.min())} or more tokens each. A '
+            'plan exists where each may hold two more than its fair share: '
+            f'raise capacity_factor (now {self._factor()}). Until then tokens '
+            "are chosen by Adam's plan",
             stacklevel=2)

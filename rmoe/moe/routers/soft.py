@@ -71,7 +71,7 @@ class SoftRouter(Router):
         slots_ND = _normalise(self.embeddings.float()).flatten(0, 1)
         # Scaled where it is smaller.
         logits_TN = F.linear(_normalise(x_TD), self.scale.float() * slots_ND)
-        logits_TN = self._add_noise(finite(logits_TN, valid_T))
+        logits_TN = self._add_noise(finite(logits_TN))
         logits_GSN = logits_TN.unflatten(
             0, (num_groups, len(x_TD) // num_groups))
         dispatch_logits = logits_GSN
@@ -88,7 +88,7 @@ class SoftRouter(Router):
         return SoftRouting(
             dispatch_GSN=dispatch_logits.softmax(1),
             combine_GSN=combine_GSN, num_experts=self.num_experts,
-            load_E=mass_TE.sum(0).round().long())
+            load_E=mass_TE.sum(0))
 
     def extra_repr(self) -> str:
         return (f'num_experts={self.num_experts}, '
@@ -96,4 +96,6 @@ class SoftRouter(Router):
 
 
 def _normalise(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+    # Checked here: vectors of any size but infinite give finite logits.
+    squared = finite(x.square().sum(-1, keepdim=True).flatten(0, -2))
+    return x * torch.rsqrt(squared.view(*x.shape[:-1], 1) + EPS)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rmoe.moe import assignment, losses, transport, tutel
-from rmoe.moe.routers.base import ScoredRouter, group_capacity
+from rmoe.moe.routers.base import ScoredRouter, check_top_k, group_capacity
 from rmoe.moe.routing import Routing, compute_capacity
 from rmoe.registry import MODELS
 
@@ -90,7 +90,7 @@ class TokenChoiceRouter(ScoredRouter):
 
     @property
     def experts_per_token(self) -> float:
-        return min(self.top_k, self.num_experts)
+        return self.top_k
 
     @property
     def keeps_every_token(self) -> bool:  # type: ignore[override]
@@ -104,7 +104,8 @@ class TokenChoiceRouter(ScoredRouter):
 
     def _route(self, x_TD: Tensor, valid_T: Tensor | None,
                num_groups: int) -> Routing:
-        logits_TE = self._logits(x_TD, valid_T)
+        check_top_k(self.top_k, self.num_experts)
+        logits_TE = self._logits(x_TD)
         noisy_TE = self._add_noise(logits_TE)
         scores_TE, gates_TE = self._scores(noisy_TE, valid_T, num_groups)
         rows = assignment.choose_experts(
@@ -169,9 +170,7 @@ class TokenChoiceRouter(ScoredRouter):
         }
 
     def _check(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f'top_k={self.top_k} must lie between 1 and '
-                             f'num_experts={self.num_experts}')
+        check_top_k(self.top_k, self.num_experts)
         for factor in (self.capacity_factor, self.eval_capacity_factor):
             # Tutel's factor may have any sign.
             compute_capacity(1, self.num_experts, 1. if (
@@ -251,7 +250,8 @@ class SinkhornTokenChoiceRouter(TokenChoiceRouter):
             capacity_multiple=capacity_multiple, priority=priority,
             loss_weights=loss_weights or {}, group=group,
             eval_group=eval_group)
-        check_plan(iterations, combine)
+        check_iterations(iterations)
+        check_combine(combine)
         self.iterations = iterations
         self.combine = combine
 
@@ -277,12 +277,18 @@ def sinkhorn_plan(logits_TE: Tensor, valid_T: Tensor | None, num_groups: int,
                                   valid_GS).flatten(0, 1)
 
 
-def check_plan(iterations: int, combine: str) -> None:
+def check_iterations(iterations: int) -> None:
     """Raises:
-        ValueError: for iterations below 1 or an unknown ``combine``.
+        ValueError: for less than one.
     """
     if iterations < 1:
         raise ValueError(f'iterations={iterations} must be at least 1')
+
+
+def check_combine(combine: str) -> None:
+    """Raises:
+        ValueError: for an unknown kind of gate.
+    """
     if combine not in COMBINE_WEIGHTS:
         raise ValueError(f'combine={combine!r} is not one of '
                          f'{COMBINE_WEIGHTS}')

@@ -1,0 +1,26 @@
+"""Buffers that keep their type."""
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class ExactBuffers(nn.Module):
+    """A module whose counters are not cast with it.
+
+    ``model.bfloat16()`` casts every floating-point buffer, and a sum of many
+    small steps in bfloat16 stands still.
+
+    Attributes:
+        exact_buffers: names of the buffers that move with the module and are
+            never cast.
+    """
+    exact_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor],
+               recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name) for name in self.exact_buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
