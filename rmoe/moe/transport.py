@@ -38,23 +38,21 @@ def sinkhorn(logits_GSE: Tensor, iterations: int = 20,
         valid_GS: (G, S) bool; padded tokens give nothing and get a row of
             zeros.
     """
-    _, tokens, num_experts = logits_GSE.shape
-    if not tokens:
+    if not logits_GSE.numel():
         return logits_GSE
     # The long axis last: sums over it run over contiguous memory.
     log_plan = logits_GSE.transpose(1, 2).contiguous()
     if valid_GS is None:
         valid_GS = torch.ones_like(log_plan[:, 0], dtype=torch.bool)
     padded = ~valid_GS[:, None]
-    # A group of padding alone: any share will do.
-    share = valid_GS.sum(1).clamp_min(1)[:, None, None] / num_experts
-    log_share = share.to(log_plan.dtype).log()
     token_scale = torch.zeros_like(log_plan[:, :1])
     expert_scale = torch.zeros_like(log_plan[:, :, :1])
     for _ in range(iterations):
         # Not -inf: the gradient of a sum of nothing is nan.
         given = (log_plan + token_scale).masked_fill(padded, LOG_NOTHING)
-        expert_scale = log_share - torch.logsumexp(given, 2, keepdim=True)
+        # To one, not to its share: shares are equal, so that their size
+        # cancels when tokens are scaled.
+        expert_scale = -torch.logsumexp(given, 2, keepdim=True)
         token_scale = -torch.logsumexp(log_plan + expert_scale, 1,
                                        keepdim=True)
     plan = (log_plan + expert_scale + token_scale).exp()
