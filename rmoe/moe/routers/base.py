@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rmoe.moe.assignment import Rows
 from rmoe.moe.routing import (
     Routing,
     SoftRouting,
@@ -120,6 +121,19 @@ class ScoredRouter(Router):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         return finite(self.scorer(x_TD))
+
+    @staticmethod
+    def _routing(rows: Rows, logits_TE: Tensor, scores_TE: Tensor,
+                 gates_TE: Tensor,
+                 losses: Mapping[str, Tensor] | None = None) -> Routing:
+        return Routing(
+            token_ids_N=rows.token_ids_N,
+            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
+            counts_E=rows.counts_E,
+            demand_E=rows.demand_E,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+            losses=losses or {})
 
 
 def finite(values_TN: Tensor) -> Tensor:

@@ -78,13 +78,7 @@ class BiasBalancedRouter(ExactBuffers, ScoredRouter):
         rows = assignment.choose_experts(scores_TE, self.top_k, valid_T)
         if self.training:
             self._count(rows.demand_E)
-        return Routing(
-            token_ids_N=rows.token_ids_N,
-            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
-            counts_E=rows.counts_E,
-            demand_E=rows.demand_E,
-            logits_TE=logits_TE,
-            scores_TE=scores_TE)
+        return self._routing(rows, logits_TE, scores_TE, gates_TE)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:

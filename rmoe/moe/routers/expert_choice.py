@@ -88,13 +88,7 @@ class ExpertChoiceRouter(ScoredRouter):
         rows = assignment.choose_tokens(
             scores_TE.unflatten(0, groups), capacity_G,
             None if allowed is None else allowed.unflatten(0, groups))
-        return Routing(
-            token_ids_N=rows.token_ids_N,
-            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
-            counts_E=rows.counts_E,
-            demand_E=rows.demand_E,
-            logits_TE=logits_TE,
-            scores_TE=scores_TE)
+        return self._routing(rows, logits_TE, scores_TE, gates_TE)
 
     def _slots(self, num_tokens: int) -> int:
         return min(num_tokens, compute_capacity(

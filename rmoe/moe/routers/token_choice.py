@@ -111,14 +111,8 @@ class TokenChoiceRouter(ScoredRouter):
         rows = assignment.choose_experts(
             scores_TE, self.top_k, valid_T,
             self._capacity(x_TD, valid_T, num_groups), self.priority)
-        return Routing(
-            token_ids_N=rows.token_ids_N,
-            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
-            counts_E=rows.counts_E,
-            demand_E=rows.demand_E,
-            logits_TE=logits_TE,
-            scores_TE=scores_TE,
-            losses=self._losses(logits_TE, noisy_TE, valid_T))
+        return self._routing(rows, logits_TE, scores_TE, gates_TE,
+                             self._losses(logits_TE, noisy_TE, valid_T))
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 num_groups: int) -> tuple[Tensor, Tensor]:
