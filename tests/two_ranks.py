@@ -71,6 +71,31 @@ def train_bias(rank, work_dir, backbone, hook):
               for name, layer in layers.items()})
 
 
+def train_every_router(rank, work_dir, routers):
+    """Two DDP steps with each router; rank 1 gets hardly any variety."""
+    images = ToyImages()
+    states = {}
+    for name, router in routers.items():
+        torch.manual_seed(0)
+        model = toy_model(router=router)
+        # No find_unused_parameters: an expert without tokens must not matter.
+        parallel = torch.nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(2):
+            picked = [2 * step, 2 * step + 1] if rank == 0 else [9, 9]
+            losses = parallel(
+                torch.stack([images[i]['inputs'] for i in picked]),
+                torch.stack([images[i]['labels'] for i in picked]),
+                mode='loss')
+            optimizer.zero_grad()
+            losses['loss_ce'].backward()
+            optimizer.step()
+        states[name] = {key: value.detach().clone()
+                        for key, value in model.named_parameters()}
+    return states
+
+
 class Watch(Hook):
     """Which roles an iteration changes, and whether MoE layers route."""
 

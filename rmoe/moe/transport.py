@@ -215,7 +215,7 @@ def _support(raised_GES: Tensor, valid_GS: Tensor, share_G: Tensor,
     """(G, E, S) bool, C tokens of each expert, among which a plan exists."""
     num_experts = raised_GES.shape[1]
     places_G = torch.minimum(share_G.floor().long(), capacity_G)
-    matched = _deferred_acceptance(raised_GES, places_G)
+    matched = deferred_acceptance(raised_GES, places_G)
     # The mass of the tokens that remain, laid end to end, is cut in E pieces.
     remaining_GS = valid_GS & ~matched.any(1)
     count_G1 = remaining_GS.sum(1, keepdim=True)
@@ -229,7 +229,7 @@ def _support(raised_GES: Tensor, valid_GS: Tensor, share_G: Tensor,
     return largest(raised_GES + FIRST * (cut | matched), capacity_G[:, None])
 
 
-def _deferred_acceptance(values_GES: Tensor, places_G: Tensor) -> Tensor:
+def deferred_acceptance(values_GES: Tensor, places_G: Tensor) -> Tensor:
     """(G, E, S) bool, at most one expert per token, each with so many tokens
     as it has places.
 

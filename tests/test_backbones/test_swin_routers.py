@@ -5,6 +5,7 @@ import pytest
 import torch
 from routers import ROUTERS
 from toy import BACKBONE, STAGES, copied_state, toy_runner
+from two_ranks import run_two_ranks, train_every_router
 
 from rmoe.backbones import SwinMoE
 from rmoe.engine.roles import role_of
@@ -87,6 +88,14 @@ def test_not_finite_features_name_stage_and_block():
     moe.stages[2].blocks[0].norm2.weight.data[3] = float('nan')
     with pytest.raises(ValueError, match='MoE layer of stage 2, block 0: '):
         moe(torch.randn(1, 3, 64, 64))
+
+
+def test_ranks_stay_equal_with_every_router(tmp_path):
+    first, second = run_two_ranks(train_every_router, str(tmp_path), ROUTERS)
+    assert set(first) == set(ROUTERS)
+    for name, state in first.items():
+        for key, value in state.items():
+            assert torch.equal(value, second[name][key]), (name, key)
 
 
 @every_router

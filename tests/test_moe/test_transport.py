@@ -3,7 +3,12 @@ import pytest
 import torch
 
 from rmoe.moe import assignment
-from rmoe.moe.transport import k_sparse_plan, project_on_simplex, sinkhorn
+from rmoe.moe.transport import (
+    deferred_acceptance,
+    k_sparse_plan,
+    project_on_simplex,
+    sinkhorn,
+)
 
 L = torch.tensor([[2., 0, 0], [1.5, 0, 0], [1, 1, 0], [.5, 0, .2]])
 
@@ -184,6 +189,24 @@ def test_matching_is_no_worse_than_other_plans_on_its_places():
                                 [step, -step, -step, step])
                             assert value(other) <= value(plan) + 1e-6
     assert tried > 10
+
+
+def test_deferred_acceptance_is_stable():
+    # Gale and Shapley: no token and expert would rather have each other.
+    values = torch.rand(2, 4, 20)
+    places = torch.tensor([5, 3])
+    matched = deferred_acceptance(values, places)
+    assert matched.sum(1).max() == 1
+    for group, count in enumerate(places.tolist()):
+        assert (matched[group].sum(1) == count).all()
+        for expert in range(4):
+            worst = values[group, expert][matched[group, expert]].min()
+            for token in range(20):
+                own = (values[group, :, token] * matched[group, :, token]
+                       ).sum()
+                wants = values[group, expert, token] > own
+                wanted = values[group, expert, token] > worst
+                assert not (wants and wanted)
 
 
 def test_a_plan_that_cannot_be_is_reported():
