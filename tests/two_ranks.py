@@ -6,9 +6,10 @@ import torch
 from mmengine.hooks import Hook
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 
+from rmoe.engine.balance_bias_hook import update_biases
 from rmoe.engine.moe_loss_hook import install
 from rmoe.engine.roles import role_of
-from rmoe.moe import moe_layers
+from rmoe.moe import BiasBalancedRouter, moe_layers
 
 
 def run_two_ranks(function, work_dir: str, *args) -> list:
@@ -56,7 +57,8 @@ def train(rank, work_dir, collapsed):
 
 
 def train_bias(rank, work_dir, backbone, hook):
-    """One iteration of bias balancing; loads of this rank, and the biases."""
+    """One iteration of bias balancing: loads of this rank and the biases;
+    and a step of a router whose ranks disagree."""
     runner = toy_runner(
         f'{work_dir}/{rank}', max_iters=1, hooks=(hook, ), backbone=backbone,
         launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo')),
@@ -64,7 +66,11 @@ def train_bias(rank, work_dir, backbone, hook):
             type='MMDistributedDataParallel', device_ids=None))
     runner.train()
     layers = moe_layers(runner.model.module)
+    router = BiasBalancedRouter(4, 3, update_rate=1.)
+    router.recent_load_E += torch.tensor([[6, 0, 3], [0, 9, 3]][rank])
+    update_biases(router)
     return dict(
+        opposed=router.balance_bias.tolist(),
         loads={name: layer.demand_E.tolist()
                for name, layer in layers.items()},
         bias={name: layer.router.balance_bias

@@ -172,6 +172,8 @@ def test_a_bias_that_nobody_updates_is_told(monkeypatch):
 def test_two_ranks_step_alike_from_the_loads_of_both(tmp_path):
     ranks = run_two_ranks(train_bias, str(tmp_path), backbone(), HOOK)
     assert ranks[0]['loads'] != ranks[1]['loads']
+    # loads 6 0 3 and 0 9 3 sum to 6 9 6, of mean 7
+    assert [rank['opposed'] for rank in ranks] == [[1, -1, 1]] * 2
     for name, bias in ranks[0]['bias'].items():
         assert torch.equal(bias, ranks[1]['bias'][name])
         load = (torch.tensor(ranks[0]['loads'][name]) +
