@@ -9,6 +9,7 @@ from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 from rmoe.engine.balance_bias_hook import update_biases
 from rmoe.engine.moe_loss_hook import install
 from rmoe.engine.roles import role_of
+from rmoe.engine.routing_stats_hook import _take_counts
 from rmoe.moe import BiasBalancedRouter, moe_layers
 
 
@@ -66,13 +67,19 @@ def train_bias(rank, work_dir, backbone, hook):
             type='MMDistributedDataParallel', device_ids=None))
     runner.train()
     layers = moe_layers(runner.model.module)
+    loads = {name: layer.demand_E.tolist() for name, layer in layers.items()}
     router = BiasBalancedRouter(4, 3, update_rate=1.)
     router.recent_load_E += torch.tensor([[6, 0, 3], [0, 9, 3]][rank])
     update_biases(router)
+    layer = next(iter(layers.values()))
+    layer.demand_E.copy_(torch.arange(4) + 10 * rank)
+    layer.token_counts.copy_(torch.tensor([50, 5 + rank]))
+    demand_E, _, tokens = _take_counts({'a': layer})['a']
     return dict(
+        counted=(demand_E.tolist(), tokens.tolist(),
+                 layer.demand_E.tolist()),
         opposed=router.balance_bias.tolist(),
-        loads={name: layer.demand_E.tolist()
-               for name, layer in layers.items()},
+        loads=loads,
         bias={name: layer.router.balance_bias
               for name, layer in layers.items()})
 

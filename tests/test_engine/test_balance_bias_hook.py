@@ -174,6 +174,9 @@ def test_two_ranks_step_alike_from_the_loads_of_both(tmp_path):
     assert ranks[0]['loads'] != ranks[1]['loads']
     # loads 6 0 3 and 0 9 3 sum to 6 9 6, of mean 7
     assert [rank['opposed'] for rank in ranks] == [[1, -1, 1]] * 2
+    # statistics are of both ranks too, and start anew
+    for rank in ranks:
+        assert rank['counted'] == ([10, 12, 14, 16], [100, 11], [0] * 4)
     for name, bias in ranks[0]['bias'].items():
         assert torch.equal(bias, ranks[1]['bias'][name])
         load = (torch.tensor(ranks[0]['loads'][name]) +
