@@ -36,6 +36,7 @@ ROUTERS = {
     'bias balanced k=2': dict(type='BiasBalancedRouter', top_k=2),
 }
 SPARSE = {name: router for name, router in ROUTERS.items() if name != 'soft'}
+B, S = 3, 10
 D, H, E = 12, 20, 4
 
 
@@ -51,3 +52,12 @@ def build_layer(router: dict, randomise: bool = True,
                 torch.nn.init.normal_(
                     parameter, std=1. if 'router' in name else 0.3)
     return layer
+
+
+def images(count: int = B, tokens: int = S) -> torch.Tensor:
+    return torch.randn(count, tokens, D)
+
+
+def route(layer: MoEFFN, x: torch.Tensor, valid: torch.Tensor | None = None):
+    """What the layer's router decides for (B, S, D) images."""
+    return layer.router(x.reshape(-1, D), valid, len(x))
