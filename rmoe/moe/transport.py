@@ -42,21 +42,23 @@ def sinkhorn(logits_GSE: Tensor, iterations: int = 20,
         return logits_GSE
     # The long axis last: sums over it run over contiguous memory.
     log_plan = logits_GSE.transpose(1, 2).contiguous()
-    if valid_GS is None:
-        valid_GS = torch.ones_like(log_plan[:, 0], dtype=torch.bool)
-    padded = ~valid_GS[:, None]
+    padded = None if valid_GS is None else ~valid_GS[:, None]
     token_scale = torch.zeros_like(log_plan[:, :1])
     expert_scale = torch.zeros_like(log_plan[:, :, :1])
     for _ in range(iterations):
-        # Not -inf: the gradient of a sum of nothing is nan.
-        given = (log_plan + token_scale).masked_fill(padded, LOG_NOTHING)
+        given = log_plan + token_scale
+        if padded is not None:
+            # Not -inf: the gradient of a sum of nothing is nan.
+            given = given.masked_fill(padded, LOG_NOTHING)
         # To one, not to its share: shares are equal, so that their size
         # cancels when tokens are scaled.
         expert_scale = -torch.logsumexp(given, 2, keepdim=True)
         token_scale = -torch.logsumexp(log_plan + expert_scale, 1,
                                        keepdim=True)
     plan = (log_plan + expert_scale + token_scale).exp()
-    return plan.masked_fill(padded, 0.).transpose(1, 2)
+    if padded is not None:
+        plan = plan.masked_fill(padded, 0.)
+    return plan.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """What routers share. Axis letters as in routing.py."""
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,7 +22,7 @@ class NotFiniteError(ValueError):
     """A router met nan or inf."""
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Maps tokens to a routing, in float32 whatever autocast says.
 
     Args:
@@ -59,8 +60,9 @@ class Router(nn.Module):
         self.eval_group = eval_group
 
     @property
+    @abstractmethod
     def experts_per_token(self) -> float:
-        raise NotImplementedError
+        ...
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None,
                 num_images: int = 1) -> Routing | SoftRouting:
@@ -87,9 +89,10 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return self._route(x_TD.float(), valid_T, num_groups)
 
+    @abstractmethod
     def _route(self, x_TD: Tensor, valid_T: Tensor | None,
                num_groups: int) -> Routing | SoftRouting:
-        raise NotImplementedError
+        ...
 
     def _add_noise(self, logits: Tensor) -> Tensor:
         if not (self.training and self.noise_std):
