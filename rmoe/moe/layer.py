@@ -189,17 +189,17 @@ class MoEFFN(ExactBuffers):
         if self.training:
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled():
-            y_TD = checkpoint(self._apply_experts, x_TD, routing, valid_T,
+            y_TD = checkpoint(self._apply_experts, x_TD, routing,
                               use_reentrant=False)
         else:
-            y_TD = self._apply_experts(x_TD, routing, valid_T)
+            y_TD = self._apply_experts(x_TD, routing)
         return y_TD.to(x.dtype).reshape(x.shape)
 
-    def _apply_experts(self, x_TD: Tensor, routing: Routing | SoftRouting,
-                       valid_T: Tensor | None) -> Tensor:
+    def _apply_experts(self, x_TD: Tensor,
+                       routing: Routing | SoftRouting) -> Tensor:
         if isinstance(routing, SoftRouting):
             return mix_soft(x_TD, routing, self.experts, self.layers,
-                            self.align, valid_T)
+                            self.align)
         return mix_sparse(x_TD, routing, self.experts, self.layers,
                           self.align, self.unrouted)
 

@@ -67,8 +67,7 @@ def _gates(routing: Routing, align: str, table_TK: Tensor,
 
 
 def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
-             core: nn.Sequential | None, align: str,
-             valid_T: Tensor | None = None) -> Tensor:
+             core: nn.Sequential | None, align: str) -> Tensor:
     """(T, D), each token's mixture of the slots' outputs.
 
     Args:
@@ -77,12 +76,11 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
         experts: what is applied to the slots.
         core: the dense FFN they are residuals of.
         align: one of ``SOFT_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
-        valid_T: (T,) bool, False for padding, which has no weight in a slot.
     """
     mixed_TD = x_TD
-    if valid_T is not None:
-        # No weight is not enough: 0 * nan is nan.
-        mixed_TD = x_TD.masked_fill(~valid_T[:, None], 0.)
+    if routing.valid_T is not None:
+        # Padding has no weight, which is not enough: 0 * nan is nan.
+        mixed_TD = x_TD.masked_fill(~routing.valid_T[:, None], 0.)
     dispatch_GSN = routing.dispatch_GSN.to(x_TD.dtype)
     slots_GND = dispatch_GSN.mT @ mixed_TD.unflatten(
         0, dispatch_GSN.shape[:2])

@@ -8,6 +8,7 @@ width, H hidden width.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -104,13 +105,12 @@ class SoftRouting:
         combine_GSN: (G, S, E*C) float32, differentiable; sums to one over
             the slots.
         num_experts: E.
-        load_E: (E,) float32, sum of each expert's combine weights over the
-            valid tokens: what it serves, in tokens.
+        valid_T: (T,) bool, False for padding; None means all are valid.
     """
     dispatch_GSN: Tensor
     combine_GSN: Tensor
     num_experts: int
-    load_E: Tensor
+    valid_T: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -120,6 +120,15 @@ class SoftRouting:
     def losses(self) -> Mapping[str, Tensor]:
         """There is nothing to balance."""
         return {}
+
+    @cached_property
+    def load_E(self) -> Tensor:
+        """(E,) float32, sum of each expert's combine weights over the valid
+        tokens: what it serves, in tokens."""
+        mass_TE = self._weight_of_experts()
+        if self.valid_T is not None:
+            mass_TE = mass_TE[self.valid_T]
+        return mass_TE.sum(0)
 
     @property
     def demand_E(self) -> Tensor:
@@ -141,8 +150,7 @@ class SoftRouting:
 
     def strongest_expert(self) -> Tensor:
         """(T,) int64, the expert whose slots weigh most in the token."""
-        return self.combine_GSN.detach().flatten(0, 1).unflatten(
-            1, (self.num_experts, -1)).sum(2).argmax(1)
+        return self._weight_of_experts().argmax(1)
 
     def dispatch_tensor(self) -> Tensor:
         """(T, E, C) of the unified formulation (2401.15969), with C the
@@ -152,6 +160,11 @@ class SoftRouting:
     def combine_tensor(self) -> Tensor:
         """(T, E, C) of the unified formulation."""
         return self._spread(self.combine_GSN)
+
+    def _weight_of_experts(self) -> Tensor:
+        """(T, E), without gradient."""
+        return self.combine_GSN.detach().flatten(0, 1).unflatten(
+            1, (self.num_experts, -1)).sum(2)
 
     def _spread(self, tensor_GSN: Tensor) -> Tensor:
         groups, tokens, _ = tensor_GSN.shape

@@ -14,6 +14,12 @@ def pairs(rows) -> set[tuple[int, int]]:
     return set(zip(rows.token_ids_N.tolist(), rows.expert_ids_N.tolist()))
 
 
+def combined(rows) -> list[dict[int, float]]:
+    """For each token, the gate of each expert that kept it."""
+    return [{e: G2[t, e].item() for s, e in sorted(pairs(rows)) if s == t}
+            for t in range(3)]
+
+
 def test_top_k_orders_by_score_and_breaks_ties_low():
     scores = torch.tensor([[.2, .5, .5, .1], [.25, .25, .25, .25]])
     assert assignment.top_k(scores, 3).tolist() == [[1, 2, 0], [0, 1, 2]]
@@ -34,6 +40,11 @@ def test_token_choice_with_two_slots(priority, kept):
     assert rows.counts_E.tolist() == [2, 0, 2]
     assert rows.expert_ids_N.tolist() == [0, 0, 2, 2]
     assert pairs(rows) == kept
+    # first come: t0 .4/.2, t1 .5, t2 .6; by priority: t0 .4, t1 .5/.4, t2 .6
+    expected = {'first_come': [{0: .4, 2: .2}, {0: .5}, {2: .6}]}.get(
+        priority, [{0: .4}, {0: .5, 2: .4}, {2: .6}])
+    for found, gates in zip(combined(rows), expected):
+        assert found == pytest.approx(gates)
 
 
 def test_priorities_differ_where_the_sum_and_the_maximum_do():
@@ -50,6 +61,9 @@ def test_expert_choice_with_two_slots():
     rows = assignment.choose_tokens(G2[None], torch.tensor([2]))
     assert pairs(rows) == {(1, 0), (0, 0), (2, 1), (1, 1), (2, 2), (1, 2)}
     assert rows.counts_E.tolist() == [2, 2, 2]
+    for found, gates in zip(combined(rows), (
+            {0: .4}, {0: .5, 1: .1, 2: .4}, {1: .2, 2: .6})):
+        assert found == pytest.approx(gates)
     # experts per token 1, 3, 2
     assert torch.bincount(rows.token_ids_N).tolist() == [1, 3, 2]
 

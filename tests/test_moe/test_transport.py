@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from rmoe.moe import assignment
+from rmoe.moe import assignment, transport
 from rmoe.moe.transport import (
     deferred_acceptance,
     k_sparse_plan,
@@ -115,6 +115,10 @@ def test_the_reference_recipe_of_the_sparse_plan():
     expected = torch.tensor([[.739735, 0, 0], [.593598, 0, 0],
                              [0, .794958, .632876], [0, .538375, .700458]])
     torch.testing.assert_close(found.plan_GSE[0], expected, atol=2e-6, rtol=0)
+    dual = transport._adam(L.softmax(1).t()[None], torch.ones(1, 4),
+                           torch.tensor([4 / 3]), torch.tensor([2]), 20)
+    torch.testing.assert_close(dual[0], torch.tensor(
+        [.062015, .011425, .016515, -.076138]), atol=2e-6, rtol=0)
     # rows sum to .740, .594, 1.428, 1.239: the third is off by most
     assert found.error_G.item() == pytest.approx(.427834, abs=1e-5)
     assert not found.converged()

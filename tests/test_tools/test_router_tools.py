@@ -94,6 +94,7 @@ def test_capacity_sweep_of_expert_choice(work, configs, dense_checkpoint):
 
 @pytest.mark.parametrize('flags, more, message', [
     (['--capacities', '0'], [], 'must be positive'),
+    (['--launcher', 'pytorch'], [], 'runs in one process'),
     (['--metric', 'PQ'], [], "none of ..PQ"),
     ([], ['model.backbone.moe.router.type=SoftRouter'],
      'SoftRouter.*no capacity to change'),

@@ -42,6 +42,9 @@ def main() -> None:
     args = parse_args()
     if min(args.capacities) <= 0:
         raise ValueError(f'--capacities {args.capacities} must be positive')
+    if args.launcher != 'none':
+        raise ValueError(f'--launcher {args.launcher}: the sweep runs in one '
+                         'process')
     cfg = load_config(args)
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.log_level = 'WARNING'  # a table of classes per evaluation is noise

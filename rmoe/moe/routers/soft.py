@@ -80,15 +80,10 @@ class SoftRouter(Router):
             dispatch_logits = logits_GSN.masked_fill(
                 ~valid_T.view(num_groups, -1, 1),
                 torch.finfo(logits_GSN.dtype).min)
-        combine_GSN = logits_GSN.softmax(2)
-        mass_TE = combine_GSN.detach().flatten(0, 1).unflatten(
-            1, (self.num_experts, -1)).sum(2)
-        if valid_T is not None:
-            mass_TE = mass_TE * valid_T[:, None]
         return SoftRouting(
             dispatch_GSN=dispatch_logits.softmax(1),
-            combine_GSN=combine_GSN, num_experts=self.num_experts,
-            load_E=mass_TE.sum(0))
+            combine_GSN=logits_GSN.softmax(2),
+            num_experts=self.num_experts, valid_T=valid_T)
 
     def extra_repr(self) -> str:
         return (f'num_experts={self.num_experts}, '

@@ -165,11 +165,14 @@ class TokenChoiceRouter(ScoredRouter):
 
     def _check(self) -> None:
         check_top_k(self.top_k, self.num_experts)
-        for factor in (self.capacity_factor, self.eval_capacity_factor):
-            # Tutel's factor may have any sign.
-            compute_capacity(1, self.num_experts, 1. if (
-                factor is None or self.tutel_compat) else factor,
-                self.capacity_multiple)
+        factors = [1.]  # for the multiple's sake
+        if not self.tutel_compat:  # whose factor may have any sign
+            factors += [factor for factor in (
+                self.capacity_factor, self.eval_capacity_factor)
+                if factor is not None]
+        for factor in factors:
+            compute_capacity(1, self.num_experts, factor,
+                             self.capacity_multiple)
         if self.priority not in assignment.PRIORITIES:
             raise ValueError(f'priority={self.priority!r} is not one of '
                              f'{assignment.PRIORITIES}')
