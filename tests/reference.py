@@ -3,30 +3,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmoe.moe import MoEFFN, Routing, SoftRouting
+from rmoe.moe import MoELayer, Routing, SoftRouting
 
 
-def expert_weights(layer: MoEFFN, expert: int) -> list[Tensor]:
+def expert_weights(layer: MoELayer, expert: int) -> list[Tensor | None]:
     """fc1 weight, fc1 bias, fc2 weight, fc2 bias of core + residual."""
     experts = layer.experts
     weights = []
-    for name, core in (('fc1', layer.layers and layer.layers[0][0]),
-                       ('fc2', layer.layers and layer.layers[1])):
+    for name in ('fc1', 'fc2'):
         weight = experts.residual_weight(name)[expert]
-        bias = getattr(experts, f'residual_{name}_bias')[expert]
-        if core is not None:
-            weight, bias = weight + core.weight, bias + core.bias
+        bias = getattr(experts, f'residual_{name}_bias')
+        bias = None if bias is None else bias[expert]
+        if layer.core is not None:
+            core = getattr(layer.core, name)
+            weight = weight + core.weight
+            bias = None if bias is None else bias + core.bias
         weights += [weight, bias]
     return weights
 
 
-def ffn(x: Tensor, weights: list[Tensor]) -> Tensor:
+def ffn(x: Tensor, weights: list[Tensor | None]) -> Tensor:
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias))
     return F.linear(hidden, fc2_weight, fc2_bias)
 
 
-def mixture(layer: MoEFFN, x_TD: Tensor, routing: Routing) -> Tensor:
+def mixture(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
     """What the layer should add to its input, given who goes where."""
     kept: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(x_TD))]
     for row, (token, expert) in enumerate(zip(routing.token_ids_N.tolist(),
@@ -36,7 +38,7 @@ def mixture(layer: MoEFFN, x_TD: Tensor, routing: Routing) -> Tensor:
     for token, choices in enumerate(kept):
         x = x_TD[token]
         if not choices:
-            lonely = layer.layers(x) if layer.unrouted == 'core' else 0 * x
+            lonely = layer.core(x) if layer.unrouted == 'core' else 0 * x
             outputs.append(lonely)
             continue
         total = sum(gate for _, gate in choices)
@@ -53,14 +55,14 @@ def mixture(layer: MoEFFN, x_TD: Tensor, routing: Routing) -> Tensor:
     return torch.stack(outputs)
 
 
-def soft_mixture(layer: MoEFFN, x_TD: Tensor, routing: SoftRouting) -> Tensor:
+def soft_mixture(layer: MoELayer, x_TD: Tensor, routing: SoftRouting) -> Tensor:
     """The same for a soft routing: one slot at a time."""
-    core = [layer.layers[0][0].weight, layer.layers[0][0].bias,
-            layer.layers[1].weight, layer.layers[1].bias]
+    core = layer.core and [layer.core.fc1.weight, layer.core.fc1.bias,
+                           layer.core.fc2.weight, layer.core.fc2.bias]
     groups, tokens, slots = routing.dispatch_GSN.shape
     outputs = []
     for group, x_SD in enumerate(x_TD.view(groups, tokens, -1)):
-        y = [layer.layers(x) if layer.align == 'difference' else 0 * x
+        y = [layer.core(x) if layer.align == 'difference' else 0 * x
              for x in x_SD]
         for slot in range(slots):
             mixture = sum(routing.dispatch_GSN[group, token, slot] * x

@@ -171,7 +171,7 @@ def layers_that_change_the_function(moe: BaseModule) -> str:
     zero residuals; empty if it does not."""
     kinds = Counter(
         f'{type(layer.router).__name__} with align={layer.align!r}, '
-        f'unrouted={layer.unrouted!r}, core={layer.layers is not None}'
+        f'unrouted={layer.unrouted!r}, core={layer.experts.core}'
         for layer in moe_layers(moe).values()
         if not layer.preserves_function)
     return '; '.join(f'{count} MoE layers are {kind}'

@@ -19,9 +19,10 @@ from rmoe.backbones.window_attention import (
     WindowAttention,
     shift_mask,
 )
-from rmoe.moe import MoEFFN
+from rmoe.moe import MoELayer
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
+from rmoe.upcycling.keymaps import SWIN
 
 # embed_dims, depths, num_heads
 ARCHITECTURES = {
@@ -45,7 +46,7 @@ class SwinBlock(nn.Module):
         self.with_cp = with_cp
         # A MoE FFN checkpoints its experts itself and routes outside: routing
         # twice would count twice and could choose twice.
-        self.ffn_with_cp = with_cp and not isinstance(ffn, MoEFFN)
+        self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
 
     def forward(self, x: Tensor, hw: tuple[int, int],
                 mask: Tensor | None) -> Tensor:
@@ -206,10 +207,10 @@ class SwinMoE(BaseModule):
         if use_abs_pos_embed:
             sides = (pretrain_img_size, ) * 2 if isinstance(
                 pretrain_img_size, int) else pretrain_img_size
+            self.position_grid = (sides[0] // patch_size,
+                                  sides[1] // patch_size)
             self.absolute_pos_embed = nn.Parameter(torch.zeros(
-                1, (sides[0] // patch_size) * (sides[1] // patch_size),
-                embed_dims))
-            self._abs_grid = (sides[0] // patch_size, sides[1] // patch_size)
+                1, self.position_grid[0] * self.position_grid[1], embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
 
         plan = FFNPlan(depths, moe, with_cp)
@@ -243,7 +244,7 @@ class SwinMoE(BaseModule):
                 f'norm{i}',
                 build_norm_layer(dict(norm_cfg), self.num_features[i])[1])
 
-        check_loading(self, (moe or {}).get('expert_mismatch', 'raise'))
+        check_loading(self, SWIN, (moe or {}).get('expert_mismatch', 'raise'))
         self._freeze()
 
     def init_weights(self) -> None:
@@ -281,9 +282,9 @@ class SwinMoE(BaseModule):
 
     def _position_table(self, table: Tensor,
                         hw: tuple[int, int]) -> Tensor:
-        if hw == self._abs_grid:
+        if hw == self.position_grid:
             return table
-        grid = table.transpose(1, 2).unflatten(2, self._abs_grid)
+        grid = table.transpose(1, 2).unflatten(2, self.position_grid)
         grid = F.interpolate(grid, hw, mode='bicubic', align_corners=False)
         return grid.flatten(2).transpose(1, 2)
 

@@ -74,8 +74,9 @@ class CheckpointHook(MMEngineCheckpointHook):
         if is_model_wrapper(model):
             model = model.module
         # Other backbones' checkpoints look like anything.
-        if moe_layers(getattr(model, 'backbone', nn.Identity())):
-            check_prefix(checkpoint.get('state_dict', checkpoint),
+        backbone = getattr(model, 'backbone', nn.Identity())
+        if moe_layers(backbone):
+            check_prefix(backbone, checkpoint.get('state_dict', checkpoint),
                          'backbone.')
         if runner._resume:
             self._rng_state = checkpoint.get('rng_state')

@@ -140,7 +140,7 @@ class ResidualMoEHook(Hook):
                              'model: give the backbone a moe=dict(layers=...)')
         core_only = not {'residual', 'router'} & set(stage.roles)
         for name, layer in layers.items():
-            if core_only and layer.layers is None:
+            if core_only and layer.core is None:
                 raise ValueError(
                     f'stage {stage.name!r} trains no expert, but {name} has '
                     'core=False; add residual and router to its roles')

@@ -9,7 +9,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
-from rmoe.moe import MoEFFN, moe_layers
+from rmoe.moe import MoELayer, moe_layers
 from rmoe.registry import HOOKS
 
 
@@ -82,7 +82,7 @@ class RoutingStatsHook(Hook):
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     @staticmethod
-    def _layers(runner: Runner) -> dict[str, MoEFFN]:
+    def _layers(runner: Runner) -> dict[str, MoELayer]:
         model = runner.model
         layers = moe_layers(model.module if is_model_wrapper(model) else model)
         if not layers:
@@ -95,7 +95,7 @@ class RoutingStatsHook(Hook):
         limit = self.dead_below / len(share_E)
         return torch.nonzero(share_E <= limit).flatten().tolist()
 
-    def _warn(self, runner: Runner, name: str, layer: MoEFFN,
+    def _warn(self, runner: Runner, name: str, layer: MoELayer,
               dead: list[int]) -> None:
         """Once per expert, until it comes back."""
         # mmengine drops a repeated warning for good; naming the iteration
@@ -121,7 +121,7 @@ def normalised_entropy(share_E: Tensor) -> float:
     return float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
 
 
-def _take_counts(layers: dict[str, MoEFFN]) -> dict[str, list[Tensor]]:
+def _take_counts(layers: dict[str, MoELayer]) -> dict[str, list[Tensor]]:
     """Demand, kept and token counts of all ranks since the last call, on the
     CPU; zeroes them.
 

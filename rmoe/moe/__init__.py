@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: routing, experts, losses."""
 from rmoe.moe.experts import Experts
-from rmoe.moe.layer import MoEFFN, collect_losses, moe_layers
+from rmoe.moe.ffn import MoEFFN
+from rmoe.moe.layer import MoELayer, collect_losses, moe_layers
 from rmoe.moe.routers import (
     BiasBalancedRouter,
     CosineScorer,
@@ -16,8 +17,8 @@ from rmoe.moe.routing import Routing, SoftRouting, compute_capacity
 
 __all__ = [
     'BiasBalancedRouter', 'CosineScorer', 'ExpertChoiceRouter', 'Experts',
-    'LinearScorer', 'MoEFFN', 'Routing', 'SinkhornExpertChoiceRouter',
-    'SinkhornTokenChoiceRouter', 'SoftRouter', 'SoftRouting',
-    'SparseExpertChoiceRouter', 'TokenChoiceRouter', 'collect_losses',
-    'compute_capacity', 'moe_layers'
+    'LinearScorer', 'MoEFFN', 'MoELayer', 'Routing',
+    'SinkhornExpertChoiceRouter', 'SinkhornTokenChoiceRouter', 'SoftRouter',
+    'SoftRouting', 'SparseExpertChoiceRouter', 'TokenChoiceRouter',
+    'collect_losses', 'compute_capacity', 'moe_layers'
 ]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmoe.moe.layer import MoEFFN, moe_layers
+from rmoe.moe.layer import MoELayer, moe_layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     return Complexity(total, total - inactive, counter.get_total_flops())
 
 
-def _inactive_params(layer: MoEFFN) -> int:
+def _inactive_params(layer: MoELayer) -> int:
     if layer.core_only:
         return sum(p.numel() for module in (layer.experts, layer.router)
                    for p in module.parameters())
@@ -54,9 +54,11 @@ def _inactive_params(layer: MoEFFN) -> int:
         return 0  # a token meets the core by itself and inside every expert
     experts = layer.experts
     expert_size = sum(
-        getattr(experts, f'residual_{name}_bias')[0].numel() +
-        experts.residual_weight(name)[0].numel() for name in ('fc1', 'fc2'))
+        part[0].numel() for name in ('fc1', 'fc2')
+        for part in (experts.residual_weight(name),
+                     getattr(experts, f'residual_{name}_bias'))
+        if part is not None)
     stored = sum(p.numel() for p in experts.parameters())
-    if layer.layers is not None:
+    if experts.core:
         stored += expert_size
     return stored - round(layer.router.experts_per_token * expert_size)

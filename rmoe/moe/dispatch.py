@@ -17,22 +17,27 @@ class GroupedLinear(torch.autograd.Function):
     ``core + residual_e`` is folded one expert at a time into a scratch
     buffer that stays in cache, in forward and again in backward; gradients
     are written in place into their slice. An expert without rows takes part
-    with a zero gradient.
+    with a zero gradient. Without a bias, neither side has one.
     """
 
     @staticmethod
     def forward(ctx, rows_NI: Tensor, counts: Sequence[int],
                 core_weight_OI: Tensor | None, core_bias_O: Tensor | None,
-                bias_EO: Tensor, *residual: Tensor) -> Tensor:
+                bias_EO: Tensor | None, *residual: Tensor) -> Tensor:
         ctx.save_for_backward(rows_NI, core_weight_OI, *residual)
         ctx.counts = counts
-        bias = bias_EO if core_bias_O is None else bias_EO + core_bias_O
-        bias = bias.to(rows_NI.dtype)
-        out_NO = rows_NI.new_empty(len(rows_NI), bias.shape[1])
+        bias = None
+        if bias_EO is not None:
+            bias = bias_EO if core_bias_O is None else bias_EO + core_bias_O
+            bias = bias.to(rows_NI.dtype)
+        out_NO = rows_NI.new_empty(len(rows_NI), residual[0].shape[1])
         fold = _Fold(core_weight_OI, residual, rows_NI.dtype)
         for expert, rows in _segments(counts):
-            torch.addmm(bias[expert], rows_NI[rows], fold(expert).t(),
-                        out=out_NO[rows])
+            if bias is None:
+                torch.mm(rows_NI[rows], fold(expert).t(), out=out_NO[rows])
+            else:
+                torch.addmm(bias[expert], rows_NI[rows], fold(expert).t(),
+                            out=out_NO[rows])
         return out_NO
 
     @staticmethod

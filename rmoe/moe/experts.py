@@ -2,10 +2,30 @@
 
 Axis letters as in routing.py; R is the rank of a low-rank residual.
 """
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from rmoe.moe.dispatch import GroupedLinear
+
+
+@dataclass(frozen=True)
+class Core:
+    """The dense FFN of a MoE layer, without what stands around it.
+
+    Attributes:
+        fc1: D to H.
+        fc2: H to D.
+        function: tokens (..., D) through both.
+    """
+    fc1: nn.Linear
+    fc2: nn.Linear
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class Experts(nn.Module):
@@ -26,6 +46,7 @@ class Experts(nn.Module):
             zero at the start.
         core: False for plain experts, whose "residual" is the whole weight
             and starts as a normal layer would.
+        fc2_bias: whether the second linear layer has a bias.
 
     Raises:
         ValueError: for a rank out of range, or a rank without a core.
@@ -38,7 +59,8 @@ class Experts(nn.Module):
                  act: nn.Module,
                  dropout: float = 0.,
                  rank: int | None = None,
-                 core: bool = True) -> None:
+                 core: bool = True,
+                 fc2_bias: bool = True) -> None:
         super().__init__()
         if rank is not None and not core:
             raise ValueError(f'rank={rank} needs a core: a low-rank matrix '
@@ -54,7 +76,10 @@ class Experts(nn.Module):
         for layer, out_dim, in_dim in (
                 ('fc1', feedforward_channels, embed_dims),
                 ('fc2', embed_dims, feedforward_channels)):
-            self._add(f'{layer}_bias', num_experts, out_dim)
+            if layer == 'fc1' or fc2_bias:
+                self._add(f'{layer}_bias', num_experts, out_dim)
+            else:
+                self.register_parameter(f'residual_{layer}_bias', None)
             if rank is None:
                 self._add(f'{layer}_weight', num_experts, out_dim, in_dim)
             else:
@@ -80,15 +105,24 @@ class Experts(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
+    @torch.no_grad()
+    def copy_from(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        """Make every plain expert the dense FFN of these two layers."""
+        assert not self.core
+        for layer, linear in (('fc1', fc1), ('fc2', fc2)):
+            for part in ('weight', 'bias'):
+                stacked = getattr(self, f'residual_{layer}_{part}')
+                if stacked is not None:
+                    stacked.copy_(getattr(linear, part))
+
     def forward(self, rows_ND: Tensor, counts_E: Tensor,
-                core: nn.Sequential | None = None) -> Tensor:
+                core: Core | None = None) -> Tensor:
         """Apply expert e to its rows.
 
         Args:
             rows_ND: (N, D) rows sorted by expert.
             counts_E: (E,) rows of each expert, summing to N.
-            core: mmcv's FFN ``layers``: ((fc1, act, drop), fc2, drop); None
-                if and only if this was built with ``core=False``.
+            core: None if and only if this was built with ``core=False``.
 
         Returns:
             (N, D), in the autocast type where autocast is on.
@@ -104,10 +138,10 @@ class Experts(nn.Module):
             return self._linear(hidden_NH, counts, 'fc2', core)
 
     def _linear(self, rows: Tensor, counts: list[int], layer: str,
-                core: nn.Sequential | None) -> Tensor:
+                core: Core | None) -> Tensor:
         weight = bias = None
         if core is not None:
-            linear = core_linear(core, layer)
+            linear = core.fc1 if layer == 'fc1' else core.fc2
             weight, bias = linear.weight, linear.bias
         return GroupedLinear.apply(
             rows, counts, weight, bias,
@@ -126,11 +160,3 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         return f'num_experts={self.num_experts}, rank={self.rank}'
 
-
-def core_linear(layers: nn.Sequential, layer: str) -> nn.Linear:
-    """'fc1' or 'fc2' of mmcv's FFN ``layers``: ((fc1, act, drop), fc2,
-    drop)."""
-    path = {'fc1': '0.0', 'fc2': '1'}[layer]
-    linear = layers.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    return linear

@@ -1,16 +1,17 @@
-"""The mixture-of-experts FFN, a drop-in for mmcv's FFN.
+"""What every MoE layer does: route, dispatch, mix, count.
 
 Axis letters as in routing.py.
 """
 import warnings
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rmoe.moe.buffers import ExactBuffers
-from rmoe.moe.experts import Experts
+from rmoe.moe.experts import Core, Experts
 from rmoe.moe.mixing import (
     SOFT_ALIGNMENTS,
     SPARSE_ALIGNMENTS,
@@ -24,13 +25,11 @@ from rmoe.registry import MODELS
 UNROUTED = ('core', 'zero')
 
 
-@MODELS.register_module()
-class MoEFFN(ExactBuffers):
-    """A FFN whose weights depend on the token: core + residual (2204.09636).
+class MoELayer(ExactBuffers):
+    """Mixture of a dense FFN (the core) and its residuals (2204.09636).
 
-    The core has the parameter names of mmcv's FFN (``layers.0.0``,
-    ``layers.1``), so a dense checkpoint is a valid core, and a fresh layer
-    computes the dense function exactly.
+    A subclass is a drop-in for one library's FFN: it owns the core under that
+    library's parameter names and adds what that library adds around it.
 
     1. The router chooses experts for each token, in float32.
     2. Tokens are copied to rows sorted by expert.
@@ -41,33 +40,20 @@ class MoEFFN(ExactBuffers):
     Args:
         embed_dims: D.
         feedforward_channels: H.
+        act: activation between the two linear layers of an expert.
         num_experts: E.
-        router: config of a registered router; ``dim`` and ``num_experts``
-            are filled in. None means ``dict(type='TokenChoiceRouter')``.
-        core: False for plain experts without a core (the upper-bound MoE).
-        rank: rank of the residuals; None for full rank.
-        align: how gates w meet the outputs of the n experts that kept a
-            token. 'stopgrad' (RMoE): sum sg[(1/n - w) E] + w E, the scale of
-            the dense FFN forward, the gradients of the gated sum backward.
-            'none': sum w E. 'renormalize': sum (w / sum w) E; at n = 1 its
-            gate is the constant 1 and teaches the router nothing.
-            With a soft router, E being applied to slots: 'difference':
-            core(x) + sum w (E - core), the dense function as long as
-            residuals are zero, for one more FFN on the tokens and one more
-            on the slots; 'none': sum w E, as published.
-            None means 'stopgrad', or for a soft router 'difference' where
-            there is a core.
-        unrouted: what a token gets that no expert kept: 'core', or 'zero'.
-            None means 'core' where there is one.
-        act_cfg: activation; None means exact GELU.
-        ffn_drop: dropout on hidden activations and on the output.
-        dropout_layer: config of the layer (DropPath) applied before the
-            identity is added; None for none.
-        add_identity: whether to add the input or ``identity``.
-        with_cp: recompute the experts in backward. Routing stays outside, so
-            a token cannot change its expert between the two passes.
+        router: see :class:`rmoe.moe.MoEFFN`, like all that follow.
+        core: the modules of the core under the names they get here, or None
+            for plain experts.
+        rank: of the residuals.
+        align: how gates meet outputs.
+        unrouted: what a token gets that no expert kept.
+        dropout: on the hidden activations of an expert.
+        fc2_bias: whether the second linear layer has a bias.
+        with_cp: recompute the experts in backward.
 
     Attributes:
+        core_keys: where the core's two linear layers are in this module.
         core_only: True makes the layer its dense core, at dense cost.
         name: where the layer stands, for messages.
         losses: auxiliary losses of the forward passes since
@@ -81,57 +67,42 @@ class MoEFFN(ExactBuffers):
     Raises:
         ValueError: for an unknown option or a contradictory pair.
     """
+    core_keys: ClassVar[Mapping[str, str]] = {}
     demand_E: Tensor
     kept_E: Tensor
     token_counts: Tensor
     exact_buffers = ('demand_E', 'kept_E', 'token_counts')
 
-    def __init__(self,
-                 embed_dims: int,
-                 feedforward_channels: int,
-                 num_experts: int = 8,
-                 router: Mapping | None = None,
-                 core: bool = True,
-                 rank: int | None = None,
-                 align: str | None = None,
-                 unrouted: str | None = None,
-                 act_cfg: Mapping | None = None,
-                 ffn_drop: float = 0.,
-                 dropout_layer: Mapping | None = None,
-                 add_identity: bool = True,
-                 with_cp: bool = False) -> None:
+    def __init__(self, embed_dims: int, feedforward_channels: int,
+                 act: nn.Module, core: Mapping[str, nn.Module] | None,
+                 num_experts: int, router: Mapping | None,
+                 rank: int | None, align: str | None,
+                 unrouted: str | None, dropout: float, fc2_bias: bool,
+                 with_cp: bool) -> None:
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts={num_experts} must be at least 1')
+        for name, module in (core or {}).items():
+            self.add_module(name, module)
         if unrouted is None:
             unrouted = 'core' if core else 'zero'
         if unrouted not in UNROUTED:
             raise ValueError(f'unrouted={unrouted!r} is not one of {UNROUTED}')
-        if unrouted == 'core' and not core:
+        if unrouted == 'core' and core is None:
             raise ValueError("unrouted='core' needs core=True; with "
                              "core=False set unrouted='zero'")
         self.unrouted = unrouted
-        self.add_identity = add_identity
         self.with_cp = with_cp
-        act_cfg = act_cfg or dict(type='GELU')
-        self.layers = nn.Sequential(
-            nn.Sequential(
-                nn.Linear(embed_dims, feedforward_channels),
-                MODELS.build(act_cfg), nn.Dropout(ffn_drop)),
-            nn.Linear(feedforward_channels, embed_dims),
-            nn.Dropout(ffn_drop)) if core else None
         self.router = MODELS.build(
             dict(router or dict(type='TokenChoiceRouter')),
             # The scope, or a host library's default scope would hide ours.
             default_args=dict(
                 _scope_='rmoe', dim=embed_dims, num_experts=num_experts))
-        self.align = _check_align(align, self.router.soft, core)
+        self.align = _check_align(align, self.router.soft, core is not None)
         self.experts = Experts(
-            embed_dims, feedforward_channels, num_experts,
-            act=MODELS.build(act_cfg), dropout=ffn_drop, rank=rank, core=core)
-        self.out_drop = nn.Dropout(ffn_drop)
-        self.dropout_layer = (
-            MODELS.build(dropout_layer) if dropout_layer else nn.Identity())
+            embed_dims, feedforward_channels, num_experts, act=act,
+            dropout=dropout, rank=rank, core=core is not None,
+            fc2_bias=fc2_bias)
         self.core_only = False
         self.name = ''
         self.losses: list[Mapping[str, Tensor]] | None = None
@@ -146,10 +117,24 @@ class MoEFFN(ExactBuffers):
         return self.experts.num_experts
 
     @property
+    def core(self) -> Core | None:
+        """The dense FFN inside, without what stands around it."""
+        if not self.experts.core:
+            return None
+        fc1, fc2 = (self.get_submodule(self.core_keys[layer])
+                    for layer in ('fc1', 'fc2'))
+        assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
+        return Core(fc1, fc2, self._dense)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The core's function."""
+        raise NotImplementedError
+
+    @property
     def preserves_function(self) -> bool:
         """Does the layer compute the dense function while residuals are
         zero, in the present mode?"""
-        if self.layers is None:
+        if not self.experts.core:
             # Equal experts, whose gates must then sum to one.
             return self.align in ('stopgrad', 'renormalize') and (
                 self.router.keeps_every_token)
@@ -157,27 +142,9 @@ class MoEFFN(ExactBuffers):
             self.align in ('stopgrad', 'renormalize') and
             (self.unrouted == 'core' or self.router.keeps_every_token))
 
-    def forward(self, x: Tensor, identity: Tensor | None = None,
-                valid: Tensor | None = None) -> Tensor:
-        """Same signature and residual behaviour as mmcv's FFN.
-
-        Args:
-            x: (..., D) tokens.
-            identity: (..., D), added to the output; None means ``x``.
-            valid: (...) bool, False for padded tokens, which are routed to
-                nobody; None means all are valid.
-        """
-        if self.core_only:
-            assert self.layers is not None
-            out = self.layers(x)
-        else:
-            out = self.out_drop(self._mixture(x, valid))
-        out = self.dropout_layer(out)
-        if not self.add_identity:
-            return out
-        return (x if identity is None else identity) + out
-
-    def _mixture(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def mixture(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """(..., D), each token's experts summed; see ``forward`` of the
+        subclasses."""
         x_TD = x.reshape(-1, x.shape[-1])
         valid_T = None if valid is None else valid.reshape(-1)
         try:
@@ -198,9 +165,9 @@ class MoEFFN(ExactBuffers):
     def _apply_experts(self, x_TD: Tensor,
                        routing: Routing | SoftRouting) -> Tensor:
         if isinstance(routing, SoftRouting):
-            return mix_soft(x_TD, routing, self.experts, self.layers,
+            return mix_soft(x_TD, routing, self.experts, self.core,
                             self.align)
-        return mix_sparse(x_TD, routing, self.experts, self.layers,
+        return mix_sparse(x_TD, routing, self.experts, self.core,
                           self.align, self.unrouted)
 
     def _record(self, routing: Routing | SoftRouting,
@@ -240,12 +207,12 @@ def _check_align(align: str | None, soft: bool, core: bool) -> str:
     return align
 
 
-def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The MoE layers of a model by their module name, in forward order."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, MoEFFN)
+        if isinstance(module, MoELayer)
     }
 
 

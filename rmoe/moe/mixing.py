@@ -3,10 +3,10 @@
 Axis letters as in routing.py.
 """
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmoe.moe.dispatch import Combine, Dispatch, rows_of_tokens
-from rmoe.moe.experts import Experts
+from rmoe.moe.experts import Core, Experts
 from rmoe.moe.routing import Routing, SoftRouting
 
 # How gates meet outputs; the first is the default.
@@ -15,7 +15,7 @@ SOFT_ALIGNMENTS = ('difference', 'none')
 
 
 def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
-               core: nn.Sequential | None, align: str,
+               core: Core | None, align: str,
                unrouted: str) -> Tensor:
     """(T, D), each token's experts summed.
 
@@ -67,7 +67,7 @@ def _gates(routing: Routing, align: str, table_TK: Tensor,
 
 
 def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
-             core: nn.Sequential | None, align: str) -> Tensor:
+             core: Core | None, align: str) -> Tensor:
     """(T, D), each token's mixture of the slots' outputs.
 
     Args:

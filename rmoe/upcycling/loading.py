@@ -5,11 +5,13 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from rmoe.upcycling import keymaps
-from rmoe.upcycling.upcycle import EXPERT_MISMATCH, fit
+from rmoe.upcycling.expert_count import EXPERT_MISMATCH
+from rmoe.upcycling.fit import fit
+from rmoe.upcycling.keymaps import Architecture
 
 
-def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
+def check_loading(backbone: nn.Module, architecture: Architecture,
+                  expert_mismatch: str) -> None:
     """Make every later load of this backbone complete or an error.
 
     A dense file upcycles, a file of any known source is translated, and a
@@ -17,7 +19,8 @@ def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
     resume and init_cfg and for torch's load_state_dict alike, strict or not.
 
     Args:
-        backbone: the module.
+        backbone: the module; gets ``architecture`` as an attribute.
+        architecture: what it can load.
         expert_mismatch: see :func:`rmoe.upcycling.fit`.
 
     Raises:
@@ -26,6 +29,7 @@ def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
     if expert_mismatch not in EXPERT_MISMATCH:
         raise ValueError(f'moe.expert_mismatch={expert_mismatch!r} is not '
                          f'one of {EXPERT_MISMATCH}')
+    backbone.architecture = architecture  # type: ignore[assignment]
     backbone.register_load_state_dict_pre_hook(
         partial(_fit_in_place, expert_mismatch))
 
@@ -34,7 +38,7 @@ def _fit_in_place(expert_mismatch: str, backbone: nn.Module,
                   state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     state = {key[len(prefix):]: value for key, value in state_dict.items()
              if key.startswith(prefix)}
-    check_prefix(state_dict, prefix)
+    check_prefix(backbone, state_dict, prefix)
     fitted, report = fit(backbone, state, expert_mismatch)
     print_log(report.table(), 'current')
     for key in state:
@@ -42,15 +46,16 @@ def _fit_in_place(expert_mismatch: str, backbone: nn.Module,
     state_dict.update({prefix + key: value for key, value in fitted.items()})
 
 
-def check_prefix(state_dict: dict[str, Tensor], prefix: str) -> None:
+def check_prefix(backbone: Any, state_dict: dict[str, Tensor],
+                 prefix: str) -> None:
     """Is a backbone's checkpoint under this prefix?
 
     Raises:
         ValueError: if not; names the prefix it lies under, if it is known.
     """
-    if keymaps.recognise(state_dict, prefix) is not None:
+    if backbone.architecture.recognise(state_dict, prefix) is not None:
         return
-    found = keymaps.find_prefix(state_dict)
+    found = backbone.architecture.find_prefix(state_dict)
     if found is not None and found != prefix:
         remedy = (f"init_cfg=dict(type='Pretrained', checkpoint=..., "
                   f'prefix={found!r})' if found else

@@ -272,7 +272,7 @@ def test_unified_formulation():
     dispatch, combine = routing.dispatch_tensor(), routing.combine_tensor()
     slots = torch.einsum('tec,td->ecd', dispatch, x)
     counts = torch.full((E, ), slots.shape[1])
-    out = layer.experts(slots.flatten(0, 1), counts, layer.layers)
+    out = layer.experts(slots.flatten(0, 1), counts, layer.core)
     y = torch.einsum('tec,ecd->td', combine, out.view(slots.shape))
     torch.testing.assert_close(layer(x) - x, y, atol=1e-5, rtol=1e-4)
 

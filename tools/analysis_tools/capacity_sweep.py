@@ -96,7 +96,7 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
         raise ValueError(
             f'the routers {sorted(fixed)} of the model have no capacity to '
             'change' if fixed else 'the model has no MoE layer')
-    if unrouted == 'core' and any(layer.layers is None for layer in layers):
+    if unrouted == 'core' and any(layer.core is None for layer in layers):
         raise ValueError('--unrouted core needs a model with core=True')
     orders = [FIRST_COME, PRIORITISED]
     if not all(isinstance(router, TokenChoiceRouter) for router in routers):
@@ -112,7 +112,7 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
         score = main_score(runner.test(), metric)
         rows.append(dict(order=order, capacity=capacity, score=score,
                          **cost(runner)))
-    if all(layer.layers is not None for layer in layers):
+    if all(layer.core is not None for layer in layers):
         for layer in layers:
             layer.core_only = True
         rows[0]['dense_gflops'] = cost(runner)['gflops']

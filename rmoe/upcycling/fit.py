@@ -1,0 +1,224 @@
+"""Dense weights into a MoE model, or MoE weights into another one. Every key
+of both sides ends in a report; what is left over raises.
+"""
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmoe.moe import moe_layers
+from rmoe.moe.layer import MoELayer
+from rmoe.upcycling import keymaps
+from rmoe.upcycling.expert_count import choose_groups, regroup
+from rmoe.upcycling.report import Report
+
+EXPERT_PARTS = ('experts.', 'router.')
+
+
+def fit(model: Any, state: Mapping[str, Tensor],
+        expert_mismatch: str = 'raise',
+        loads: Mapping[str, Tensor] | None = None
+        ) -> tuple[dict[str, Tensor], Report]:
+    """Weights for every key of ``model`` from a checkpoint's state dict.
+
+    Args:
+        model: a backbone, with its ``architecture``; its MoE layers may be
+            dense in the file.
+        state: weights of the backbone alone, named by any known source.
+        expert_mismatch: what to do with experts of another count: 'raise',
+            or a way of :func:`rmoe.upcycling.expert_count.choose_groups`.
+        loads: for 'prune', tokens each expert of the file took, by the name
+            of the MoE layer.
+
+    Returns:
+        A complete state dict for the model, and the report. Tensors are
+        shared with ``state`` and the model where nothing changed.
+
+    Raises:
+        ValueError: if the file is of another architecture, another expert
+            count, or holds what the model has no place for. Names the first
+            mismatching key and both shapes.
+    """
+    architecture = model.architecture
+    source = architecture.recognise(state)
+    if source is None:
+        raise ValueError(_what_else(architecture, state))
+    if source.verify:
+        source.verify(model, state)
+    renamed, left_out = keymaps.rename(state, source)
+    report = Report(source.name, left_out=left_out)
+    target = model.state_dict()
+    for name, layer in moe_layers(model).items():
+        _convert_layer(name, layer, renamed, target, report, expert_mismatch,
+                       (loads or {}).get(name))
+    fitted = {}
+    for key, current in target.items():
+        fitted[key], status = _fit_key(model, key, current, renamed)
+        report.status.setdefault(key, status)
+    _check_leftovers(architecture, renamed, target, report)
+    return fitted, report
+
+
+def _what_else(architecture: keymaps.Architecture,
+               state: Mapping[str, Tensor]) -> str:
+    for other in keymaps.ARCHITECTURES:
+        if other is not architecture and (source := other.recognise(state)):
+            return (f'the checkpoint is that of a {source.name}, the model is '
+                    f'a {architecture.name}')
+    known = ', '.join(source.name for source in architecture.sources)
+    return ('the checkpoint is of no source this backbone can read '
+            f'({known}); its first keys are {list(state)[:4]}')
+
+
+def _convert_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
+                   target: Mapping[str, Tensor], report: Report,
+                   expert_mismatch: str, loads_E: Tensor | None) -> None:
+    """Give ``renamed`` every expert key of one layer."""
+    if not any(key.startswith(f'{name}.experts.') for key in renamed):
+        _upcycle_layer(name, layer, renamed, target, report)
+        return
+    _check_router(name, layer, renamed, target)
+    _match_core(name, layer, renamed, report)
+    own_keys = [key for key in target if key in renamed and key.startswith(
+        tuple(f'{name}.{part}' for part in EXPERT_PARTS))]
+    num_experts = len(renamed[f'{name}.experts.residual_fc1_bias'])
+    if num_experts == layer.num_experts:
+        return
+    if expert_mismatch == 'raise':
+        raise ValueError(
+            f'{name} has {num_experts} experts in the checkpoint and '
+            f'{layer.num_experts} in the model. Set moe.expert_mismatch to '
+            "'tile', 'slice' or 'merge', or num_experts="
+            f'{num_experts}')
+    if expert_mismatch == 'merge' and layer.experts.rank is not None:
+        raise ValueError(
+            f"{name}: 'merge' needs full-rank residuals; the factors of "
+            f'rank {layer.experts.rank} have no mean')
+    weights = [renamed[key].flatten(1) for key in own_keys
+               if re.search(r'residual_fc\d_weight$', key)]
+    groups = choose_groups(
+        expert_mismatch, torch.cat(weights, 1) if weights else
+        torch.zeros(num_experts, 0), layer.num_experts, loads_E)
+    for key in own_keys:
+        # What is stacked over experts has another shape, the rest of a
+        # router (a temperature, a projection) has not.
+        if renamed[key].shape != target[key].shape:
+            try:
+                renamed[key] = regroup(renamed[key], target[key].shape,
+                                       groups, num_experts)
+            except ValueError as error:
+                raise ValueError(f'{key}: {error}') from None
+            report.status[key] = 'converted'
+
+
+def _check_router(name: str, layer: MoELayer, renamed: Mapping[str, Tensor],
+                  target: Mapping[str, Tensor]) -> None:
+    """Has the file's router the weights that the model's has?"""
+    prefix = f'{name}.router.'
+    theirs, ours = ({key.removeprefix(prefix) for key in state
+                     if key.startswith(prefix)} for state in (renamed, target))
+    if theirs != ours:
+        raise ValueError(
+            f"{name}: the checkpoint's router has the weights "
+            f'{sorted(theirs)}, the {type(layer.router).__name__} of the '
+            f'model needs {sorted(ours)}. Set moe.router to the router the '
+            'checkpoint was trained with, or make it dense with '
+            'tools/upcycle.py --to-dense and upcycle it again')
+
+
+def _core_pairs(name: str, layer: MoELayer) -> list[tuple[str, str]]:
+    """(key of the core, key stacked over experts) of weights and biases."""
+    return [(f'{name}.{layer.core_keys[linear]}.{part}',
+             f'{name}.experts.residual_{linear}_{part}')
+            for linear in ('fc1', 'fc2') for part in ('weight', 'bias')]
+
+
+def _match_core(name: str, layer: MoELayer, renamed: dict[str, Tensor],
+                report: Report) -> None:
+    """Plain experts get their mean as core; or a core goes into each."""
+    pairs = [(core, expert) for core, expert in _core_pairs(name, layer)
+             if expert in renamed]
+    in_file = pairs[0][0] in renamed
+    if in_file == layer.experts.core:
+        return
+    for core, expert in pairs:
+        if in_file:
+            renamed[expert] = renamed[expert] + renamed.pop(core)
+        else:
+            whole = renamed[expert]
+            renamed[core] = whole.float().mean(0).to(whole.dtype)
+            renamed[expert] = whole - renamed[core]
+            report.status[core] = 'converted'
+        report.status[expert] = 'converted'
+
+
+def _upcycle_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
+                   target: Mapping[str, Tensor], report: Report) -> None:
+    """A dense FFN becomes the core, or every expert where there is none."""
+    for key, current in target.items():
+        if not key.startswith(tuple(f'{name}.{part}'
+                                    for part in EXPERT_PARTS)):
+            continue
+        renamed[key] = current
+        report.status[key] = 'new'
+        # Zero residuals make the model equal to the dense one; the right
+        # factor of a low-rank residual must stay random.
+        if layer.experts.core and '.residual_' in key and (
+                not key.endswith('_down')):
+            renamed[key] = current.new_zeros(()).expand_as(current)
+    for core, expert in _core_pairs(name, layer):
+        if core not in renamed:
+            continue
+        if layer.experts.core:
+            report.status[core] = 'upcycled'
+        else:
+            dense = renamed.pop(core)
+            renamed[expert] = dense.expand(layer.num_experts, *dense.shape)
+            report.status[expert] = 'upcycled'
+
+
+def _fit_key(model: Any, key: str, current: Tensor,
+             renamed: Mapping[str, Tensor]) -> tuple[Tensor, str]:
+    architecture = model.architecture
+    if any(re.fullmatch(pattern, key) for pattern in architecture.computed):
+        return current, 'loaded'
+    if key not in renamed:
+        if any(re.fullmatch(pattern, key) for pattern in architecture.new):
+            return current, 'new'
+        raise ValueError(
+            f'{key} {tuple(current.shape)} of the model is not in the '
+            'checkpoint; it is of another architecture or depth')
+    tensor = renamed[key]
+    if tensor.shape == current.shape:
+        return tensor, 'loaded'
+    for pattern, resize in architecture.resize:
+        if re.fullmatch(pattern, key) and (
+                resized := resize(tensor, current, model)) is not None:
+            return resized, 'resized'
+    raise ValueError(
+        f'{key} has shape {tuple(tensor.shape)} in the checkpoint and '
+        f'{tuple(current.shape)} in the model: another architecture, width '
+        'or rank')
+
+
+def _check_leftovers(architecture: keymaps.Architecture,
+                     renamed: Mapping[str, Tensor],
+                     target: Mapping[str, Tensor], report: Report) -> None:
+    for key, tensor in renamed.items():
+        if key in target:
+            continue
+        reason = keymaps.matching(key, architecture.spare)
+        if reason:
+            report.left_out[key] = reason
+            continue
+        if re.search(r'\.(experts\.residual|router\.)', key):
+            raise ValueError(
+                f'{key} {tuple(tensor.shape)} of the checkpoint belongs to a '
+                'MoE layer where the model is dense: name its block in '
+                'moe.layers, or convert the file with tools/upcycle.py '
+                '--to-dense')
+        raise ValueError(
+            f'{key} {tuple(tensor.shape)} of the checkpoint has no place in '
+            'the model: another architecture or depth')

@@ -1,0 +1,161 @@
+"""How a source names its weights, as data, and what reads that data.
+
+The target names are those of our backbones. A rule is (pattern, replacement,
+transform); the first whose pattern matches a whole key applies. A replacement
+that ends in ``[i/n]`` says that the tensor is the i-th of n parts, which are
+joined along their first axis.
+"""
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rename = str | Callable[[re.Match], str]
+Rule = tuple[str, Rename, Callable[[Tensor], Tensor] | None]
+# The model is any backbone of the architecture, with attributes of its own.
+Resize = Callable[[Tensor, Tensor, Any], Tensor | None]
+PART = re.compile(r'(.+)\[(\d+)/(\d+)\]')
+
+
+@dataclass(frozen=True)
+class Source:
+    """One way to name the weights of one architecture.
+
+    Attributes:
+        name: for messages.
+        marks: keys that every such file has.
+        rules: ordered (pattern, replacement, transform).
+        left_out: (pattern, reason) of keys that a dense-prediction backbone
+            has no use for.
+        absent: keys that tell it from a source with the same marks.
+        verify: called with the model and the file's weights; raises
+            ValueError where the model is set up for another source.
+    """
+    name: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
+    verify: Callable[[Any, Mapping[str, Tensor]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a backbone can load.
+
+    Attributes:
+        name: for messages.
+        sources: the first has the names of the backbone itself.
+        new: patterns of keys that start fresh where a file lacks them.
+        spare: (pattern, reason) of keys that a file may have and the model
+            not.
+        resize: (pattern, function of the file's tensor, the model's and the
+            model, which returns None where it cannot).
+        computed: patterns of buffers whose content is the model's own.
+    """
+    name: str
+    sources: tuple[Source, ...]
+    new: tuple[str, ...] = ()
+    spare: tuple[tuple[str, str], ...] = ()
+    resize: tuple[tuple[str, Resize], ...] = ()
+    computed: tuple[str, ...] = ()
+
+    def recognise(self, keys: Iterable[str], prefix: str = ''
+                  ) -> Source | None:
+        """The source whose marks are among the keys under a prefix.
+
+        Raises:
+            ValueError: where two are.
+        """
+        keys = set(keys)
+        found = [source for source in self.sources
+                 if _has_marks(source, keys, prefix)]
+        if len(found) > 1:
+            raise ValueError(
+                'the file holds weights named as two sources name them: '
+                f'{found[0].name} ({prefix}{found[0].marks[0]}) and '
+                f'{found[1].name} ({prefix}{found[1].marks[0]}). Keep those '
+                'of one')
+        return found[0] if found else None
+
+    def find_prefix(self, keys: Iterable[str]) -> str | None:
+        """The prefix under which some source's weights lie, or None."""
+        keys = set(keys)
+        for source in self.sources:
+            mark = source.marks[0]
+            prefixes = sorted((key[:-len(mark)] for key in keys
+                               if key.endswith(mark)), key=len)
+            for prefix in prefixes:
+                if (not prefix or prefix[-1] in './') and _has_marks(
+                        source, keys, prefix):
+                    return prefix
+        return None
+
+
+def _has_marks(source: Source, keys: set[str], prefix: str) -> bool:
+    return (all(prefix + mark in keys for mark in source.marks) and
+            not any(prefix + mark in keys for mark in source.absent))
+
+
+def rename(state: Mapping[str, Tensor], source: Source
+           ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Translate a source's state dict to our names.
+
+    Returns:
+        The renamed weights, and the reason for each key left out.
+
+    Raises:
+        ValueError: for a key that no rule knows, a tensor that a rule cannot
+            take, or a part without its neighbours.
+    """
+    renamed: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
+    left_out: dict[str, str] = {}
+    for key, tensor in state.items():
+        reason = matching(key, source.left_out)
+        if reason:
+            left_out[key] = reason
+            continue
+        name, tensor = _apply_rules(key, tensor, source)
+        part = PART.fullmatch(name)
+        if part is None:
+            renamed[name] = tensor
+        else:
+            whole = parts.setdefault(part[1], dict.fromkeys(
+                range(int(part[3]))))  # type: ignore[arg-type]
+            whole[int(part[2])] = tensor
+    for name, pieces in parts.items():
+        missing = [i for i, piece in pieces.items() if piece is None]
+        if missing:
+            raise ValueError(
+                f'of the {len(pieces)} parts that {name} is joined from, '
+                f'numbers {missing} are not in the {source.name} checkpoint')
+        renamed[name] = torch.cat([pieces[i] for i in sorted(pieces)])
+    return renamed, left_out
+
+
+def matching(key: str, reasons: Iterable[tuple[str, str]]) -> str | None:
+    """The reason of the first pattern that matches a whole key."""
+    return next((reason for pattern, reason in reasons
+                 if re.fullmatch(pattern, key)), None)
+
+
+def _apply_rules(key: str, tensor: Tensor, source: Source
+                 ) -> tuple[str, Tensor]:
+    for pattern, replacement, transform in source.rules:
+        match = re.fullmatch(pattern, key)
+        if match is None:
+            continue
+        name = (replacement(match) if callable(replacement)
+                else match.expand(replacement))
+        try:
+            return name, transform(tensor) if transform else tensor
+        except RuntimeError as error:
+            raise ValueError(
+                f'{key} {tuple(tensor.shape)} has not the shape it has in a '
+                f'{source.name} checkpoint: {error}') from None
+    raise ValueError(f'{key!r} is no weight of a {source.name} checkpoint; '
+                     'is this another architecture?')

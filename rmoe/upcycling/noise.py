@@ -1,0 +1,49 @@
+"""Random residuals, to tell experts apart from the start."""
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe import moe_layers
+from rmoe.moe.layer import MoELayer
+
+
+def add_noise(model: nn.Module, std: float, seed: int) -> None:
+    """Random residuals with zero mean over experts, to tell them apart.
+
+    Args:
+        model: its MoE layers are changed in place.
+        std: deviation relative to that of the core's weights.
+        seed: of the noise.
+
+    Raises:
+        ValueError: for a layer without a core, or a negative ``std``.
+    """
+    if std < 0:
+        raise ValueError(f'noise={std} must not be negative')
+    generator = torch.Generator().manual_seed(seed)
+    for key, layer in moe_layers(model).items():
+        core = layer.core
+        if core is None:
+            raise ValueError(f'{key} has core=False: noise is for residuals')
+        for name in ('fc1', 'fc2'):
+            weight = getattr(core, name).weight.detach()
+            with torch.no_grad():
+                _fill_residual(layer, name, std * weight.std(), generator)
+
+
+def _fill_residual(layer: MoELayer, name: str, scale: Tensor,
+                   generator: torch.Generator) -> None:
+    experts = layer.experts
+
+    def centred(parameter: Tensor) -> Tensor:
+        noise = torch.randn(parameter.shape, generator=generator)
+        return noise - noise.mean(0)
+
+    if experts.rank is None:
+        weight = getattr(experts, f'residual_{name}_weight')
+        weight.copy_(scale * centred(weight))
+    else:
+        # One right factor for all, so that the products sum to zero.
+        down = getattr(experts, f'residual_{name}_down')
+        down.copy_(down[:1].expand_as(down).clone())
+        up = getattr(experts, f'residual_{name}_up')
+        up.copy_(scale / down[0].norm(dim=0).mean() * centred(up))
