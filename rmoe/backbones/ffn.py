@@ -1,13 +1,21 @@
 """The one place that decides dense or MoE for a (stage, block)."""
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmcv.cnn.bricks.transformer import FFN
 from torch import nn
 
 from rmoe.moe import MoEFFN
+from rmoe.moe.ffn import LayerScale
 
-# Keys of a backbone's ``moe`` that are not arguments of MoEFFN.
+# Keys of a backbone's ``moe`` that are not arguments of a MoE layer.
 PLACEMENT_KEYS = ('layers', 'expert_mismatch')
+
+
+def layer_args(moe: Mapping | None) -> dict[str, Any]:
+    """Of a backbone's ``moe``, what its MoE layers are built with."""
+    return {key: value for key, value in (moe or {}).items()
+            if key not in PLACEMENT_KEYS}
 
 
 class FFNPlan:
@@ -28,29 +36,61 @@ class FFNPlan:
     def __init__(self, depths: Sequence[int], moe: Mapping | None,
                  with_cp: bool = False) -> None:
         self.with_cp = with_cp
-        self.moe_args = {
-            key: value
-            for key, value in (moe or {}).items() if key not in PLACEMENT_KEYS
-        }
+        self.moe_args = layer_args(moe)
         self.layers = _check_layers(depths, moe['layers']
                                     if moe and 'layers' in moe else None,
                                     bool(moe))
 
     def build(self, stage: int, block: int, embed_dims: int,
               feedforward_channels: int, act_cfg: Mapping,
-              ffn_drop: float, dropout_layer: Mapping) -> nn.Module:
+              ffn_drop: float, dropout_layer: Mapping,
+              fc2_bias: bool = True,
+              layer_scale_init_value: float = 0.) -> nn.Module:
         """The FFN of one block; both kinds are called alike."""
         if block in self.layers[stage]:
             layer = MoEFFN(
                 embed_dims, feedforward_channels, act_cfg=act_cfg,
                 ffn_drop=ffn_drop, dropout_layer=dropout_layer,
-                with_cp=self.with_cp, **self.moe_args)
+                fc2_bias=fc2_bias, with_cp=self.with_cp,
+                layer_scale_init_value=layer_scale_init_value,
+                **self.moe_args)
             layer.name = f'MoE layer of stage {stage}, block {block}'
             return layer
-        return FFN(
+        ffn = FFN(
             embed_dims, feedforward_channels, num_fcs=2,
             act_cfg=dict(act_cfg), ffn_drop=ffn_drop,
             dropout_layer=dict(dropout_layer), add_identity=True)
+        if not fc2_bias:
+            ffn.layers[1] = nn.Linear(feedforward_channels, embed_dims,
+                                      bias=False)
+        if layer_scale_init_value:
+            ffn.gamma2 = LayerScale(embed_dims, layer_scale_init_value)
+        return ffn
+
+
+def choose_blocks(layers: Any, depth: int) -> tuple[int, ...]:
+    """Which blocks of a backbone without stages are MoE.
+
+    Args:
+        layers: block indices, or V-MoE's placements (2106.05974):
+            ``dict(every=n)``, each n-th block ending with the last, or
+            ``dict(last=n)``, the last n of the odd blocks.
+        depth: blocks there are.
+
+    Raises:
+        ValueError: for another placement, or more blocks than there are.
+    """
+    if not isinstance(layers, Mapping):
+        return tuple(layers)
+    if len(layers) == 1 and (n := layers.get('every')) and 1 <= n <= depth:
+        return tuple(range(n - 1, depth, n))
+    odd = range(1, depth, 2)
+    if len(layers) == 1 and (n := layers.get('last')) and 1 <= n <= len(odd):
+        return tuple(odd[-n:])
+    raise ValueError(
+        f'moe.layers={dict(layers)} is neither dict(every=n) with n up to '
+        f'{depth} blocks, nor dict(last=n) with n up to {len(odd)} odd '
+        'blocks, nor a tuple of block indices')
 
 
 def _check_layers(depths: Sequence[int],

@@ -4,15 +4,16 @@ Swin: 2103.14030. Parameter names are those of mmseg's and mmdet's
 SwinTransformer, so their checkpoints load as they are.
 """
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import PatchEmbed
-from mmengine.model import BaseModule, constant_init, trunc_normal_init
+from mmengine.model import constant_init, trunc_normal_init
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from rmoe.backbones.base import MoEBackbone, run
 from rmoe.backbones.ffn import FFNPlan
 from rmoe.backbones.window_attention import (
     ShiftedWindowAttention,
@@ -21,7 +22,6 @@ from rmoe.backbones.window_attention import (
 )
 from rmoe.moe import MoELayer
 from rmoe.registry import MODELS
-from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import SWIN
 
 # embed_dims, depths, num_heads
@@ -50,8 +50,8 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int],
                 mask: Tensor | None) -> Tensor:
-        x = _run(self._attend, self.with_cp, x, hw, mask)
-        return _run(self._transform, self.ffn_with_cp, x)
+        x = run(self._attend, self.with_cp, x, hw, mask)
+        return run(self._transform, self.ffn_with_cp, x)
 
     def _attend(self, x: Tensor, hw: tuple[int, int],
                 mask: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class SwinStage(nn.Module):
 
 
 @MODELS.register_module()
-class SwinMoE(BaseModule):
+class SwinMoE(MoEBackbone):
     """Swin Transformer whose FFNs can be mixtures of experts.
 
     With ``moe`` empty it computes what mmseg's and mmdet's SwinTransformer
@@ -132,7 +132,15 @@ class SwinMoE(BaseModule):
         in_channels: image channels.
         embed_dims: width of the first stage.
         patch_size: side of a patch in pixels.
-        window_size: side of an attention window in tokens.
+        window_size: side of an attention window in tokens, one for all
+            stages or one for each.
+        pretrained_window_size: None for Swin V1's table of position biases;
+            a size, or one for each stage, for Swin-MoE's log-spaced
+            continuous bias, whose coordinates are normalised for windows of
+            that size.
+        shift_small_maps: shift windows even where one covers a whole side of
+            the map, as mmseg and mmdet do; the original Swin, timm's and
+            Swin-MoE do not.
         mlp_ratio: hidden over model width of the FFNs.
         depths: blocks per stage.
         num_heads: attention heads per stage.
@@ -140,6 +148,7 @@ class SwinMoE(BaseModule):
         out_indices: stages whose feature maps are returned.
         qkv_bias: bias of query, key and value.
         qk_scale: attention scale; None means head_dim ** -0.5.
+        fc2_bias: bias of the FFNs' second layer; Swin-MoE has none.
         patch_norm: norm after patch embedding and before merging.
         drop_rate: dropout in projections and FFNs.
         attn_drop_rate: dropout on attention weights.
@@ -164,7 +173,9 @@ class SwinMoE(BaseModule):
                  in_channels: int = 3,
                  embed_dims: int = 96,
                  patch_size: int = 4,
-                 window_size: int = 7,
+                 window_size: int | Sequence[int] = 7,
+                 pretrained_window_size: int | Sequence[int] | None = None,
+                 shift_small_maps: bool = True,
                  mlp_ratio: float = 4,
                  depths: Sequence[int] = (2, 2, 6, 2),
                  num_heads: Sequence[int] = (3, 6, 12, 24),
@@ -172,6 +183,7 @@ class SwinMoE(BaseModule):
                  out_indices: Sequence[int] = (0, 1, 2, 3),
                  qkv_bias: bool = True,
                  qk_scale: float | None = None,
+                 fc2_bias: bool = True,
                  patch_norm: bool = True,
                  drop_rate: float = 0.,
                  attn_drop_rate: float = 0.,
@@ -196,6 +208,10 @@ class SwinMoE(BaseModule):
         self.depths = tuple(depths)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
+        windows = _per_stage('window_size', window_size, len(depths))
+        pretrained = _per_stage('pretrained_window_size',
+                                pretrained_window_size, len(depths))
+        self.pretrained_window_sizes = pretrained
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
 
         self.patch_embed = PatchEmbed(
@@ -226,26 +242,30 @@ class SwinMoE(BaseModule):
                     type='DropPath',
                     drop_prob=drop_paths[sum(depths[:stage]) + block])
                 attn = ShiftedWindowAttention(
-                    window_size, window_size // 2 if block % 2 else 0,
-                    drop_path,
+                    windows[stage], windows[stage] // 2 if block % 2 else 0,
+                    drop_path, shift_small_maps,
                     dict(embed_dims=width, num_heads=num_heads[stage],
                          qkv_bias=qkv_bias, qk_scale=qk_scale,
                          attn_drop_rate=attn_drop_rate,
-                         proj_drop_rate=drop_rate))
+                         proj_drop_rate=drop_rate,
+                         pretrained_window_size=pretrained[stage]))
                 ffn = plan.build(stage, block, width, int(mlp_ratio * width),
-                                 act_cfg, drop_rate, drop_path)
+                                 act_cfg, drop_rate, drop_path,
+                                 fc2_bias=fc2_bias)
                 blocks.append(SwinBlock(width, norm_cfg, attn, ffn, with_cp))
             last = stage == len(depths) - 1
             downsample = None if last else PatchMerging(
                 width, 2 * width, merge_norm_cfg)
-            self.stages.append(SwinStage(blocks, downsample, window_size))
+            self.stages.append(
+                SwinStage(blocks, downsample, windows[stage]))
         for i in self.out_indices:
             self.add_module(
                 f'norm{i}',
                 build_norm_layer(dict(norm_cfg), self.num_features[i])[1])
 
-        check_loading(self, SWIN, (moe or {}).get('expert_mismatch', 'raise'))
-        self._freeze()
+        self.finish(SWIN, moe)
+        if frozen_stages >= 0 and self.absolute_pos_embed is not None:
+            self.absolute_pos_embed.requires_grad = False
 
     def init_weights(self) -> None:
         """Initialise as Swin does, or load what ``init_cfg`` names."""
@@ -288,22 +308,7 @@ class SwinMoE(BaseModule):
         grid = F.interpolate(grid, hw, mode='bicubic', align_corners=False)
         return grid.flatten(2).transpose(1, 2)
 
-    def train(self, mode: bool = True) -> 'SwinMoE':
-        """Set the mode; what is frozen stays in evaluation."""
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        return self
-
-    def _freeze(self) -> None:
-        # At construction, so that DDP and the optimizer see it.
-        for module in self._frozen_modules():
-            module.eval()
-            module.requires_grad_(False)
-        if self.frozen_stages >= 0 and self.absolute_pos_embed is not None:
-            self.absolute_pos_embed.requires_grad = False
-
-    def _frozen_modules(self) -> list[nn.Module]:
+    def frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
         frozen: list[nn.Module] = [self.patch_embed, self.drop_after_pos]
@@ -338,12 +343,14 @@ class SwinMoE(BaseModule):
         return sum(self.depths[:stage]) + block + 1, num_layers
 
 
-def _run(function, with_cp: bool, x: Tensor, *args) -> Tensor:
-    if with_cp and x.requires_grad:
-        # Reentrant checkpointing would drop the gradient of auxiliary
-        # losses without a word.
-        return checkpoint(function, x, *args, use_reentrant=False)
-    return function(x, *args)
+def _per_stage(name: str, value: Any, stages: int) -> list:
+    """One value for each stage."""
+    if value is None or isinstance(value, int):
+        return [value] * stages
+    if len(value) != stages:
+        raise ValueError(f'{name}={value} must be one size or one for each '
+                         f'of the {stages} stages')
+    return list(value)
 
 
 def _check_structure(depths: Sequence[int], num_heads: Sequence[int],

@@ -18,18 +18,34 @@ class WindowAttention(nn.Module):
         qk_scale: attention scale; None means head_dim ** -0.5.
         attn_drop_rate: dropout on attention weights.
         proj_drop_rate: dropout on the output.
+        pretrained_window_size: None for a table of biases; a window size for
+            the log-spaced continuous bias of Swin V2 (2111.09883, 3.3)
+            without its sigmoid, as in Swin-MoE, whose coordinates are
+            normalised for that window.
     """
     relative_position_index: Tensor
+    relative_coords_table: Tensor
 
     def __init__(self, embed_dims: int, num_heads: int, window_size: int,
                  qkv_bias: bool, qk_scale: float | None,
-                 attn_drop_rate: float, proj_drop_rate: float) -> None:
+                 attn_drop_rate: float, proj_drop_rate: float,
+                 pretrained_window_size: int | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = qk_scale
         self.attn_drop_rate = attn_drop_rate
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * window_size - 1)**2, num_heads))
+        self.relative_position_bias_table = None
+        if pretrained_window_size is None:
+            self.relative_position_bias_table = nn.Parameter(
+                torch.zeros((2 * window_size - 1)**2, num_heads))
+        else:
+            self.cpb_mlp = nn.Sequential(
+                nn.Linear(2, 512), nn.ReLU(inplace=True),
+                nn.Linear(512, num_heads, bias=False))
+            self.register_buffer(
+                'relative_coords_table',
+                log_coordinates(window_size, pretrained_window_size),
+                persistent=False)
         self.register_buffer('relative_position_index',
                              _relative_position_index(window_size))
         self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
@@ -37,7 +53,8 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def init_table(self) -> None:
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        if self.relative_position_bias_table is not None:
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Attend.
@@ -51,8 +68,10 @@ class WindowAttention(nn.Module):
         query, key, value = self.qkv(x).reshape(
             windows, tokens, 3, self.num_heads, dims // self.num_heads
         ).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[
-            self.relative_position_index].permute(2, 0, 1)[None]
+        table = self.relative_position_bias_table
+        if table is None:
+            table = self.cpb_mlp(self.relative_coords_table)
+        bias = table[self.relative_position_index].permute(2, 0, 1)[None]
         if mask is not None:
             bias = (bias + mask).repeat(windows // len(mask), 1, 1, 1)
         x = F.scaled_dot_product_attention(
@@ -70,12 +89,15 @@ class ShiftedWindowAttention(nn.Module):
         window_size: side of a window, in tokens.
         shift: tokens the windows are shifted by; 0 for none.
         dropout_layer: config of the layer on the output (DropPath).
+        shift_small_maps: whether windows are shifted where one covers a
+            whole side of the map.
         attention: arguments of :class:`WindowAttention`.
     """
 
     def __init__(self, window_size: int, shift: int, dropout_layer: Mapping,
-                 attention: Mapping) -> None:
+                 shift_small_maps: bool, attention: Mapping) -> None:
         super().__init__()
+        self.shift_small_maps = shift_small_maps
         self.window_size = window_size
         self.shift = shift
         self.w_msa = WindowAttention(window_size=window_size, **attention)
@@ -86,6 +108,8 @@ class ShiftedWindowAttention(nn.Module):
         batch, _, dims = x.shape
         height, width = hw
         size, shift = self.window_size, self.shift
+        if min(hw) <= size and not self.shift_small_maps:
+            shift = 0
         x = x.view(batch, height, width, dims)
         pad_bottom, pad_right = -height % size, -width % size
         if pad_bottom or pad_right:
@@ -103,6 +127,14 @@ class ShiftedWindowAttention(nn.Module):
         if pad_bottom or pad_right:
             x = x[:, :height, :width]
         return self.drop(x.reshape(batch, height * width, dims))
+
+
+def log_coordinates(size: int, pretrained_size: int) -> Tensor:
+    """((2 size - 1)^2, 2) sign(d) log2(1 + 8 |d|) / 3 of the distances d
+    between tokens, in units of the pretrained window's largest."""
+    distance = torch.arange(1. - size, size) * 8 / max(pretrained_size - 1, 1)
+    distance = distance.sign() * torch.log2(distance.abs() + 1) / 3
+    return torch.cartesian_prod(distance, distance)
 
 
 def _relative_position_index(size: int) -> Tensor:

@@ -6,8 +6,9 @@ from rmoe.upcycling.keymaps.source import (
     rename,
 )
 from rmoe.upcycling.keymaps.swin import SWIN
+from rmoe.upcycling.keymaps.vit import VIT
 
-ARCHITECTURES = (SWIN, )
+ARCHITECTURES = (SWIN, VIT)
 
-__all__ = ['ARCHITECTURES', 'SWIN', 'Architecture', 'Source', 'matching',
+__all__ = ['ARCHITECTURES', 'SWIN', 'VIT', 'Architecture', 'Source', 'matching',
            'rename']

@@ -1,9 +1,7 @@
-"""Read and write checkpoint files without executing what is in them."""
-import io
-import json
+"""Read .pth files without executing what is in them."""
 import logging
-import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
 
-# Where the weights of a training checkpoint lie, by who wrote it.
-STATE_KEYS = ('state_dict', 'model', 'module')
 # Rebuild tensors and containers; nothing here runs code of the file.
 REBUILDERS = {
     ('collections', 'OrderedDict'), ('torch', 'Size'), ('torch', 'device'),
@@ -41,106 +34,15 @@ BYSTANDERS = {
 }
 
 
-def read_checkpoint(path: str | os.PathLike,
-                    map_location: Any = 'cpu') -> dict[str, Any]:
-    """Read a .pth or .safetensors file; no code in it is executed.
-
-    Args:
-        path: the file.
-        map_location: as for torch.load.
-
-    Returns:
-        The file's content. Objects other than tensors and plain values are
-        left out with a warning.
+def read_pickle(path: Path, map_location: Any) -> Any:
+    """The content of a .pth file, large tensors left in the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, cut short, no checkpoint, or asks
-            for code to be run.
+        ValueError: if the file is cut short, no checkpoint, or asks for code
+            to be run.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist')
-    if path.stat().st_size == 0:
-        raise ValueError(f'checkpoint {path} is empty (0 bytes)')
-    if path.suffix == '.safetensors':
-        return _read_safetensors(path, map_location)
-    content = _read_pickle(path, map_location)
-    if not isinstance(content, dict):
-        raise ValueError(f'checkpoint {path} holds a '
-                         f'{type(content).__name__}, not a state dict')
-    return content
-
-
-def state_dict_of(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint's content, without a 'module.' prefix.
-
-    Raises:
-        ValueError: if there are no tensors.
-    """
-    for key in STATE_KEYS:
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    state = {
-        key.removeprefix('module.'): value
-        for key, value in content.items() if isinstance(value, Tensor)
-    }
-    if not state:
-        raise ValueError('the checkpoint holds no weights; its top-level keys '
-                         f'are {list(content)[:8]}')
-    return state
-
-
-def write_checkpoint(path: str | os.PathLike, state_dict: dict[str, Tensor],
-                     meta: dict[str, Any]) -> None:
-    """Write weights and plain metadata as .pth or .safetensors.
-
-    The file appears whole or not at all.
-    """
-    path = Path(path)
-    if path.suffix == '.safetensors':
-        tensors = {key: value.contiguous()
-                   for key, value in state_dict.items()}
-        data = safetensors_bytes(tensors, {'meta': json.dumps(meta)})
-    else:
-        buffer = io.BytesIO()
-        torch.save(dict(meta=meta, state_dict=state_dict), buffer)
-        data = buffer.getvalue()
-    write_atomically(path, data)
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write to a temporary name, then rename: a full disk or a kill leaves
-    what was there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework='pt',
-                       device=str(map_location or 'cpu')) as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
-            meta = json.loads((file.metadata() or {}).get('meta', '{}'))
-    except SafetensorError as error:
-        raise ValueError(f'checkpoint {path} is corrupt or cut short: '
-                         f'{error}') from error
-    return dict(state_dict=state, meta=meta)
-
-
-def _read_pickle(path: Path, map_location: Any) -> Any:
-    try:
-        return torch.load(path, map_location=map_location)
+        return _load(path, map_location)
     except pickle.UnpicklingError:
         # Not plain enough for torch's own safe loader: tensors only.
         return _read_tensors_only(path, map_location)
@@ -154,8 +56,8 @@ def _read_tensors_only(path: Path, map_location: Any) -> Any:
         __name__='rmoe tensors only', Unpickler=_TensorsOnly,
         load=lambda file, **options: _TensorsOnly(file, **options).load())
     try:
-        content = torch.load(path, map_location=map_location,
-                             pickle_module=loader, weights_only=False)
+        content = _load(path, map_location, pickle_module=loader,
+                        weights_only=False)
     except _Refused as error:
         raise ValueError(
             f'checkpoint {path} asks for {error} to be called. It was not '
@@ -172,6 +74,12 @@ def _read_tensors_only(path: Path, map_location: Any) -> Any:
             f'{", ".join(left_out[:6])}{" ..." if len(left_out) > 6 else ""}',
             'current', logging.WARNING)
     return content
+
+
+def _load(path: Path, map_location: Any, **options: Any) -> Any:
+    # Only the zip format can be mapped; torch < 1.6 wrote another.
+    return torch.load(path, map_location=map_location,
+                      mmap=zipfile.is_zipfile(path), **options)
 
 
 def _corrupt(path: Path, error: Exception) -> ValueError:

@@ -1,0 +1,81 @@
+"""Read any checkpoint into plain tensors, safely; write ours."""
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rmoe.upcycling.formats.pickles import read_pickle
+from rmoe.upcycling.formats.writing import write_atomically, write_checkpoint
+
+__all__ = ['read_checkpoint', 'state_dict_of', 'write_atomically',
+           'write_checkpoint']
+
+# Where the weights of a training checkpoint lie, by who wrote it.
+STATE_KEYS = ('state_dict', 'model', 'module')
+
+
+def read_checkpoint(path: str | os.PathLike,
+                    map_location: Any = 'cpu') -> dict[str, Any]:
+    """Read a checkpoint; no code in it is executed.
+
+    Args:
+        path: a .pth or .safetensors file.
+        map_location: as for torch.load.
+
+    Returns:
+        The file's content. Objects other than tensors and plain values are
+        left out with a warning. Tensors on the CPU may be views of the file,
+        read when they are used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is empty, cut short, no checkpoint, or asks
+            for code to be run.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    if path.stat().st_size == 0:
+        raise ValueError(f'checkpoint {path} is empty (0 bytes)')
+    if path.suffix == '.safetensors':
+        return _read_safetensors(path, map_location)
+    content = read_pickle(path, map_location)
+    if not isinstance(content, dict):
+        raise ValueError(f'checkpoint {path} holds a '
+                         f'{type(content).__name__}, not a state dict')
+    return content
+
+
+def state_dict_of(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint's content, without a 'module.' prefix.
+
+    Raises:
+        ValueError: if there are no tensors.
+    """
+    for key in STATE_KEYS:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {
+        key.removeprefix('module.'): value
+        for key, value in content.items() if isinstance(value, Tensor)
+    }
+    if not state:
+        raise ValueError('the checkpoint holds no weights; its top-level keys '
+                         f'are {list(content)[:8]}')
+    return state
+
+
+def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework='pt',
+                       device=str(map_location or 'cpu')) as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}
+            meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+    except SafetensorError as error:
+        raise ValueError(f'checkpoint {path} is corrupt or cut short: '
+                         f'{error}') from error
+    return dict(state_dict=state, meta=meta)
