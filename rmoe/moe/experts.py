@@ -20,9 +20,16 @@ class Core:
         fc2: H to D.
         function: tokens (..., D) through both.
     """
-    fc1: nn.Linear
-    fc2: nn.Linear
+    fc1: nn.Module
+    fc2: nn.Module
     function: Callable[[Tensor], Tensor]
+
+    def weight(self, layer: str) -> Tensor:
+        """(out, in) of 'fc1' or 'fc2', which may be 1x1 convolutions."""
+        return getattr(self, layer).weight.flatten(1)
+
+    def bias(self, layer: str) -> Tensor | None:
+        return getattr(self, layer).bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -116,13 +123,15 @@ class Experts(nn.Module):
                     stacked.copy_(getattr(linear, part))
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor,
-                core: Core | None = None) -> Tensor:
+                core: Core | None = None,
+                middle: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Apply expert e to its rows.
 
         Args:
             rows_ND: (N, D) rows sorted by expert.
             counts_E: (E,) rows of each expert, summing to N.
             core: None if and only if this was built with ``core=False``.
+            middle: applied to the (N, H) hidden rows before the activation.
 
         Returns:
             (N, D), in the autocast type where autocast is on.
@@ -134,6 +143,8 @@ class Experts(nn.Module):
             rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             hidden_NH = self._linear(rows_ND, counts, 'fc1', core)
+            if middle is not None:
+                hidden_NH = middle(hidden_NH)
             hidden_NH = self.dropout(self.act(hidden_NH))
             return self._linear(hidden_NH, counts, 'fc2', core)
 
@@ -141,8 +152,7 @@ class Experts(nn.Module):
                 core: Core | None) -> Tensor:
         weight = bias = None
         if core is not None:
-            linear = core.fc1 if layer == 'fc1' else core.fc2
-            weight, bias = linear.weight, linear.bias
+            weight, bias = core.weight(layer), core.bias(layer)
         return GroupedLinear.apply(
             rows, counts, weight, bias,
             getattr(self, f'residual_{layer}_bias'), *self._residual(layer))

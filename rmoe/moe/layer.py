@@ -15,6 +15,7 @@ from rmoe.moe.experts import Core, Experts
 from rmoe.moe.mixing import (
     SOFT_ALIGNMENTS,
     SPARSE_ALIGNMENTS,
+    Middle,
     mix_soft,
     mix_sparse,
 )
@@ -123,7 +124,6 @@ class MoELayer(ExactBuffers):
             return None
         fc1, fc2 = (self.get_submodule(self.core_keys[layer])
                     for layer in ('fc1', 'fc2'))
-        assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
         return Core(fc1, fc2, self._dense)
 
     def _dense(self, x: Tensor) -> Tensor:
@@ -142,9 +142,10 @@ class MoELayer(ExactBuffers):
             self.align in ('stopgrad', 'renormalize') and
             (self.unrouted == 'core' or self.router.keeps_every_token))
 
-    def mixture(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def mixture(self, x: Tensor, valid: Tensor | None,
+                middle: Middle | None = None) -> Tensor:
         """(..., D), each token's experts summed; see ``forward`` of the
-        subclasses."""
+        subclasses, and for ``middle`` :func:`rmoe.moe.mixing.mix_sparse`."""
         x_TD = x.reshape(-1, x.shape[-1])
         valid_T = None if valid is None else valid.reshape(-1)
         try:
@@ -156,19 +157,19 @@ class MoELayer(ExactBuffers):
         if self.training:
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled():
-            y_TD = checkpoint(self._apply_experts, x_TD, routing,
+            y_TD = checkpoint(self._apply_experts, x_TD, routing, middle,
                               use_reentrant=False)
         else:
-            y_TD = self._apply_experts(x_TD, routing)
+            y_TD = self._apply_experts(x_TD, routing, middle)
         return y_TD.to(x.dtype).reshape(x.shape)
 
-    def _apply_experts(self, x_TD: Tensor,
-                       routing: Routing | SoftRouting) -> Tensor:
+    def _apply_experts(self, x_TD: Tensor, routing: Routing | SoftRouting,
+                       middle: Middle | None) -> Tensor:
         if isinstance(routing, SoftRouting):
             return mix_soft(x_TD, routing, self.experts, self.core,
                             self.align)
         return mix_sparse(x_TD, routing, self.experts, self.core,
-                          self.align, self.unrouted)
+                          self.align, self.unrouted, middle)
 
     def _record(self, routing: Routing | SoftRouting,
                 valid_T: Tensor | None) -> None:

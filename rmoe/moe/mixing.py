@@ -2,6 +2,9 @@
 
 Axis letters as in routing.py.
 """
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,11 +15,12 @@ from rmoe.moe.routing import Routing, SoftRouting
 # How gates meet outputs; the first is the default.
 SPARSE_ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
 SOFT_ALIGNMENTS = ('difference', 'none')
+Middle = Callable[[Tensor, Tensor], Tensor]
 
 
 def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
-               core: Core | None, align: str,
-               unrouted: str) -> Tensor:
+               core: Core | None, align: str, unrouted: str,
+               middle: Middle | None = None) -> Tensor:
     """(T, D), each token's experts summed.
 
     Args:
@@ -26,11 +30,14 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
         core: the dense FFN they are residuals of.
         align: one of ``SPARSE_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
         unrouted: 'core' or 'zero', for tokens without a row.
+        middle: called inside the experts before the activation, with the
+            table (T, K) of each token's rows and the (N, H) hidden rows.
     """
     token_ids_N = routing.token_ids_N
     table_TK = rows_of_tokens(token_ids_N, len(x_TD))
     rows_ND = Dispatch.apply(x_TD, token_ids_N, table_TK)
-    rows_ND = experts(rows_ND, routing.counts_E, core)
+    rows_ND = experts(rows_ND, routing.counts_E, core,
+                      middle and partial(middle, table_TK))
     kept_T = None
     if table_TK.numel() != len(token_ids_N) or not len(token_ids_N):
         kept_T = routing.kept_per_token()

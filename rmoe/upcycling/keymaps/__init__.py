@@ -1,4 +1,5 @@
 """What each architecture's checkpoints look like."""
+from rmoe.upcycling.keymaps.cvt import CVT
 from rmoe.upcycling.keymaps.source import (
     Architecture,
     Source,
@@ -8,7 +9,7 @@ from rmoe.upcycling.keymaps.source import (
 from rmoe.upcycling.keymaps.swin import SWIN
 from rmoe.upcycling.keymaps.vit import VIT
 
-ARCHITECTURES = (SWIN, VIT)
+ARCHITECTURES = (SWIN, CVT, VIT)
 
-__all__ = ['ARCHITECTURES', 'SWIN', 'VIT', 'Architecture', 'Source', 'matching',
-           'rename']
+__all__ = ['ARCHITECTURES', 'CVT', 'SWIN', 'VIT', 'Architecture', 'Source',
+           'matching', 'rename']

@@ -1,0 +1,290 @@
+"""Convolutional vision Transformer with mixture-of-experts FFNs.
+
+CvT: 2103.15808. The original has three stages, at strides 4, 8 and 16.
+"""
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.drop import build_dropout
+from mmengine.model import constant_init, trunc_normal_init
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rmoe.backbones.base import MoEBackbone, run
+from rmoe.backbones.conv_attention import ConvAttention
+from rmoe.backbones.ffn import FFNPlan
+from rmoe.moe import MoELayer
+from rmoe.registry import MODELS
+from rmoe.upcycling.keymaps import CVT
+
+# embed_dims, depths, num_heads
+ARCHITECTURES = {
+    '13': ((64, 192, 384), (1, 2, 10), (1, 3, 6)),
+    '21': ((64, 192, 384), (1, 4, 16), (1, 3, 6)),
+    'w24': ((192, 768, 1024), (2, 2, 20), (3, 12, 16)),
+}
+
+
+class ConvEmbed(nn.Module):
+    """Overlapping patches: a convolution with stride, then a norm."""
+
+    def __init__(self, in_channels: int, embed_dims: int, kernel: int,
+                 stride: int, padding: int, norm_cfg: Mapping) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, embed_dims, kernel, stride,
+                                    padding)
+        self.norm = build_norm_layer(dict(norm_cfg), embed_dims)[1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C, height, width) to (B, h w, D) and (h, w)."""
+        x = self.projection(x)
+        height, width = x.shape[2:]
+        return self.norm(x.flatten(2).transpose(1, 2)), (height, width)
+
+
+class CvTBlock(nn.Module):
+    """norm - attention - add, norm - FFN (dense or MoE) - add."""
+
+    def __init__(self, embed_dims: int, norm_cfg: Mapping,
+                 attn: ConvAttention, ffn: nn.Module, drop_path: Mapping,
+                 with_cp: bool) -> None:
+        super().__init__()
+        self.norm1 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
+        self.attn = attn
+        self.drop = build_dropout(dict(drop_path))
+        self.norm2 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
+        self.ffn = ffn
+        self.with_cp = with_cp
+        # A MoE FFN checkpoints its experts itself and routes outside.
+        self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        x = run(self._attend, self.with_cp, x, hw)
+        return run(self._transform, self.ffn_with_cp, x)
+
+    def _attend(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        return x + self.drop(self.attn(self.norm1(x), hw))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.ffn(self.norm2(x), identity=x)
+
+
+class CvTStage(nn.Module):
+    """Embedding and blocks of one resolution."""
+
+    def __init__(self, patch_embed: ConvEmbed, blocks: Sequence[CvTBlock],
+                 cls_dims: int | None, drop_rate: float) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.cls_token = nn.Parameter(
+            torch.zeros(1, 1, cls_dims)) if cls_dims else None
+        self.drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C, height, width) to (B, h w, D) without a class token."""
+        x, hw = self.patch_embed(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, hw)
+        return (x if self.cls_token is None else x[:, 1:]), hw
+
+
+@MODELS.register_module()
+class CvTMoE(MoEBackbone):
+    """CvT whose FFNs can be mixtures of experts.
+
+    Returns maps at strides 4, 8 and 16. UPerNet takes the three as they are;
+    mmdet's FPN adds coarser ones (``add_extra_convs``, ``num_outs``). Any
+    checkpoint that is loaded is checked: it must fill every dense weight; see
+    ``rmoe.upcycling``.
+
+    Args:
+        arch: '13', '21' or 'w24', or None to give ``embed_dims``, ``depths``
+            and ``num_heads``.
+        moe: None for dense, or a dict with ``layers`` (block indices per
+            stage, e.g. ``((), (), (1, 3, 5, 7, 9))``), ``expert_mismatch``
+            ('raise', 'tile', 'slice' or 'merge': what to do with a
+            checkpoint of another expert count), and arguments of
+            :class:`rmoe.moe.MoEFFN`.
+        in_channels: image channels.
+        embed_dims: width of each stage.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        patch_sizes: kernel of each stage's embedding.
+        strides: stride of each stage's embedding.
+        patch_padding: padding of each stage's embedding.
+        mlp_ratio: hidden over model width of the FFNs.
+        out_indices: stages whose feature maps are returned.
+        qkv_bias: bias of query, key and value.
+        drop_rate: dropout in embeddings, projections and FFNs.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rates: stochastic depth of each stage's last block, rising
+            linearly inside the stage.
+        with_cls_token: the last stage has a class token, as in
+            classification; it takes part in attention and FFNs and is left
+            out of the map.
+        act_cfg: activation; None means QuickGELU, which the original weights
+            need. Weights of Hugging Face need ``dict(type='GELU')``.
+        norm_cfg: norm layer; None means LN.
+        bn_cfg: batch norm of the convolutional projections; None means BN,
+            ``dict(type='SyncBN')`` shares statistics between GPUs.
+        norm_eval: keep the statistics of batch norms as they were loaded,
+            for small batches.
+        with_cp: activation checkpointing (non-reentrant).
+        frozen_stages: freeze the first n stages; 0 freezes nothing.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: for an unknown ``arch``, a stage out of range, or a
+            ``moe`` that selects no block.
+    """
+
+    def __init__(self,
+                 arch: str | None = None,
+                 moe: Mapping | None = None,
+                 in_channels: int = 3,
+                 embed_dims: Sequence[int] = (64, 192, 384),
+                 depths: Sequence[int] = (1, 2, 10),
+                 num_heads: Sequence[int] = (1, 3, 6),
+                 patch_sizes: Sequence[int] = (7, 3, 3),
+                 strides: Sequence[int] = (4, 2, 2),
+                 patch_padding: Sequence[int] = (2, 1, 1),
+                 mlp_ratio: float = 4,
+                 out_indices: Sequence[int] = (0, 1, 2),
+                 qkv_bias: bool = True,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rates: Sequence[float] = (0., 0., 0.1),
+                 with_cls_token: bool = True,
+                 act_cfg: Mapping | None = None,
+                 norm_cfg: Mapping | None = None,
+                 bn_cfg: Mapping | None = None,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 frozen_stages: int = 0,
+                 init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg=init_cfg)
+        if arch is not None:
+            if arch not in ARCHITECTURES:
+                raise ValueError(f'arch={arch!r} is not one of '
+                                 f'{tuple(ARCHITECTURES)}')
+            embed_dims, depths, num_heads = ARCHITECTURES[arch]
+        _check_structure(
+            len(depths), out_indices, frozen_stages, embed_dims=embed_dims,
+            num_heads=num_heads, patch_sizes=patch_sizes, strides=strides,
+            patch_padding=patch_padding, drop_path_rates=drop_path_rates)
+        act_cfg = act_cfg or dict(type='rmoe.QuickGELU')
+        norm_cfg = norm_cfg or dict(type='LN')
+        self.depths = tuple(depths)
+        self.embed_dims = tuple(embed_dims)
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        plan = FFNPlan(depths, moe, with_cp)
+        self.stages = nn.ModuleList()
+        for stage, (depth, width) in enumerate(zip(depths, embed_dims)):
+            blocks = []
+            for block in range(depth):
+                drop_path = dict(
+                    type='DropPath', drop_prob=drop_path_rates[stage] *
+                    block / max(depth - 1, 1))
+                attn = ConvAttention(width, num_heads[stage], qkv_bias,
+                                     attn_drop_rate, drop_rate,
+                                     bn_cfg or dict(type='BN'))
+                ffn = plan.build(stage, block, width, int(mlp_ratio * width),
+                                 act_cfg, drop_rate, drop_path)
+                blocks.append(CvTBlock(width, norm_cfg, attn, ffn, drop_path,
+                                       with_cp))
+            embed = ConvEmbed(
+                embed_dims[stage - 1] if stage else in_channels, width,
+                patch_sizes[stage], strides[stage], patch_padding[stage],
+                norm_cfg)
+            last = stage == len(depths) - 1
+            self.stages.append(CvTStage(
+                embed, blocks, width if last and with_cls_token else None,
+                drop_rate))
+        for i in self.out_indices:
+            self.add_module(
+                f'norm{i}', build_norm_layer(dict(norm_cfg), embed_dims[i])[1])
+        self.finish(CVT, moe)
+
+    def init_weights(self) -> None:
+        """Initialise as CvT does, or load what ``init_cfg`` names."""
+        if self.init_cfg is not None:
+            super().init_weights()
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=.02, bias=0.)
+            elif isinstance(module, (nn.LayerNorm, _BatchNorm)):
+                constant_init(module, val=1.0, bias=0.)
+            elif isinstance(module, CvTStage) and (
+                    module.cls_token is not None):
+                nn.init.trunc_normal_(module.cls_token, std=.02)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
+        stages in ``out_indices``."""
+        outs = []
+        for i, stage in enumerate(self.stages):
+            tokens, hw = stage(x)
+            x = tokens.transpose(1, 2).unflatten(2, hw)
+            if i in self.out_indices:
+                out = getattr(self, f'norm{i}')(tokens)
+                outs.append(out.transpose(1, 2).unflatten(2, hw).contiguous())
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> 'CvTMoE':
+        """Set the mode; what is frozen stays in evaluation."""
+        super().train(mode)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def frozen_modules(self) -> list[nn.Module]:
+        norms = [getattr(self, f'norm{i}') for i in self.out_indices
+                 if i < self.frozen_stages]
+        return [*self.stages[:self.frozen_stages], *norms]
+
+    def get_layer_depth(self, param_name: str,
+                        prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: prefix of this backbone's names, e.g. ``'backbone.'``.
+
+        Returns:
+            The depth (0: the first embedding) and the number of depths; what
+            is not this backbone's gets the last.
+        """
+        num_layers = sum(self.depths) + 2
+        parts = param_name.removeprefix(prefix).split('.')
+        if not param_name.startswith(prefix) or parts[0] != 'stages':
+            return num_layers - 1, num_layers
+        stage = int(parts[1])
+        # A later embedding belongs to the block before it.
+        block = int(parts[3]) + 1 if parts[2] == 'blocks' else 0
+        return sum(self.depths[:stage]) + block, num_layers
+
+
+def _check_structure(stages: int, out_indices: Sequence[int],
+                     frozen_stages: int, **per_stage: Sequence) -> None:
+    for name, values in per_stage.items():
+        if len(values) != stages:
+            raise ValueError(f'{name}={values} must have one entry for each '
+                             f'of the {stages} stages in depths')
+    for index in out_indices:
+        if not 0 <= index < stages:
+            raise ValueError(f'out_indices points at stage {index}; there '
+                             f'are {stages}')
+    if not 0 <= frozen_stages <= stages:
+        raise ValueError(f'frozen_stages={frozen_stages} must lie between 0 '
+                         f'and the {stages} stages')

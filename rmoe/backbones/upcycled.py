@@ -1,0 +1,126 @@
+"""Any registered dense transformer backbone, with experts in its FFNs."""
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mmcv.cnn.bricks.transformer import FFN
+from torch import nn
+
+from rmoe.backbones.ffn import choose_blocks, layer_args
+from rmoe.moe import MoEFFN, MoELayer, MoEMixFFN, MoEMlp, moe_layers
+from rmoe.registry import MODELS
+from rmoe.upcycling import check_loading
+from rmoe.upcycling.keymaps import Architecture, Source
+
+
+@MODELS.register_module(name='UpcycledBackbone')
+def upcycled_backbone(backbone: Mapping, moe: Mapping,
+                      init_cfg: Mapping | None = None) -> nn.Module:
+    """Build a dense backbone and turn FFNs of it into MoE FFNs.
+
+    What comes back is the backbone itself: its class, its options and its
+    parameter names, so that its checkpoints load as they are. FFNs are known
+    by their type: mmcv's FFN (mmseg's ViT, BEiT, Swin, Twins, ...), the
+    MixFFN of mmseg and mmdet (SegFormer, PVT), and timm's Mlp.
+
+    Args:
+        backbone: config of the dense backbone, e.g.
+            ``dict(type='mmseg.VisionTransformer', ...)``.
+        moe: ``layers`` (which FFNs in the order of the backbone's modules:
+            indices, ``dict(every=n)`` or ``dict(last=n)``),
+            ``expert_mismatch``, and arguments of :class:`rmoe.moe.MoEFFN`
+            that concern experts and routing.
+        init_cfg: the backbone's, for those who write it here.
+
+    Raises:
+        ValueError: if the backbone has no such FFN, ``layers`` is missing or
+            points outside, or the backbone recomputes activations by itself.
+    """
+    config = dict(backbone)
+    if init_cfg is not None:
+        config['init_cfg'] = init_cfg
+    host = MODELS.build(config)
+    name = type(host).__name__
+    dense = {key: module for key, module in host.named_modules()
+             if _moe_class(module) is not None}
+    if not dense:
+        kinds = sorted({type(module).__name__ for module in host.modules()})
+        raise ValueError(
+            f'{name} has no FFN that can become a MoE FFN: none of its '
+            "modules is mmcv's FFN, a MixFFN or timm's Mlp, but "
+            f'{", ".join(kinds)}')
+    _check_recomputation(host)
+    for i in _chosen(moe, len(dense), name):
+        key = list(dense)[i]
+        layer = _with_experts(dense[key], layer_args(moe))
+        layer.name = f'MoE layer {key} of {name}'
+        parent, _, child = key.rpartition('.')
+        setattr(host.get_submodule(parent), child, layer)
+    check_loading(host, _architecture(host),
+                  moe.get('expert_mismatch', 'raise'))
+    return host
+
+
+def _moe_class(module: nn.Module) -> type[MoELayer] | None:
+    if type(module) is FFN:
+        return MoEFFN
+    # Known by name: neither timm nor mmseg and mmdet need be installed.
+    kind = type(module)
+    if kind.__name__ == 'MixFFN' and kind.__module__.startswith(
+            ('mmseg.', 'mmdet.')):
+        # PVT without positional encoding leaves out the convolution.
+        depthwise = isinstance(module.layers, nn.Sequential) and len(
+            module.layers) == 6
+        return MoEMixFFN if depthwise else None
+    if kind.__name__ == 'Mlp' and kind.__module__.startswith('timm.'):
+        return MoEMlp
+    return None
+
+
+def _with_experts(module: Any, options: dict[str, Any]) -> MoELayer:
+    if isinstance(module, FFN):
+        return MoEFFN.from_dense(module, **options)
+    kind: Any = _moe_class(module)
+    return kind(module, **options)
+
+
+def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:
+    if 'layers' not in moe:
+        raise ValueError('moe needs layers: which of the FFNs become MoE, '
+                         'e.g. layers=dict(every=2)')
+    chosen = choose_blocks(moe['layers'], count)
+    for index in chosen:
+        if not 0 <= index < count:
+            raise ValueError(f'moe.layers names FFN {index}; {name} has '
+                             f'FFNs 0 to {count - 1}')
+    if not chosen:
+        raise ValueError(f'moe.layers={moe["layers"]} selects none of the '
+                         f'{count} FFNs of {name}')
+    return chosen
+
+
+def _check_recomputation(host: nn.Module) -> None:
+    for key, module in host.named_modules():
+        for flag in ('with_cp', 'grad_checkpointing'):
+            if getattr(module, flag, False) is True:
+                raise ValueError(
+                    f'{key or type(host).__name__} has {flag}=True: the host '
+                    'would route tokens twice and could choose other experts '
+                    f'the second time. Set {flag}=False there and with_cp='
+                    'True in moe, which recomputes the experts alone')
+
+
+def _architecture(host: nn.Module) -> Architecture:
+    """Own names only; whatever the file lacks or has too much is an error."""
+    name = type(host).__name__
+    inside = tuple(f'{key}.' for key in moe_layers(host))
+    mark = next(key for key, _ in host.named_parameters()
+                if not key.startswith(inside))
+    buffers = tuple(re.escape(key) for key, _ in host.named_buffers())
+    return Architecture(
+        name,
+        sources=(Source(name, marks=(mark, ),
+                        rules=((r'(.+)', r'\1', None), )), ),
+        new=buffers,
+        spare=((r'(head|fc|classifier|norm|fc_norm)\..+',
+                'head or norm, which the model has not'), ))
