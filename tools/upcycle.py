@@ -1,58 +1,81 @@
-"""Turn a dense checkpoint into a MoE one, or a MoE one into a dense one.
+"""Turn a dense checkpoint into a MoE one, or change a MoE one.
 
     python tools/upcycle.py dense.pth --config CONFIG --out moe.pth
+    python tools/upcycle.py timm:NAME --config CONFIG --out moe.pth
     python tools/upcycle.py moe.pth --config CONFIG --out dense.pth --to-dense
+    python tools/upcycle.py moe.pth --config CONFIG_WITH_4_EXPERTS \\
+        --out moe4.pth --change-experts prune --images FOLDER
 
-Reads .pth and .safetensors of mmseg, mmdet, mmpretrain, timm and the original
-Swin release; what is in the file is never executed. Beside the output it
-writes a report of every key, with the measured difference between the dense
-and the MoE model's features on a random image.
+Reads what docs/checkpoints.md lists; what is in a file is never executed.
+Beside the output it writes a report of every key, with the measured
+difference between the features before and after.
 """
 import argparse
 import ast
 import json
-from collections import Counter
-from copy import deepcopy
+import os
+import resource
+import sys
+import time
 from pathlib import Path
 
 import torch
+from _backbone import (
+    backbone_config,
+    build,
+    dense_twin,
+    largest_difference,
+    layers_that_change_the_function,
+    load_images,
+    measure_loads,
+)
 from _config import run
 from mmengine.config import Config, DictAction
-from mmengine.model import BaseModule
-from mmengine.registry import init_default_scope
-from torch import Tensor
+from torch import Tensor, nn
 
-from rmoe.moe import moe_layers
-from rmoe.registry import MODELS
 from rmoe.upcycling import (
     Report,
     add_noise,
+    count_experts,
     fit,
+    give_weights,
     read_checkpoint,
     state_dict_of,
     to_dense,
+    weightless,
     write_atomically,
     write_checkpoint,
 )
-from rmoe.upcycling.keymaps import find_prefix
 from rmoe.version import __version__
 
 BACKBONE = 'backbone.'
-CLASSIFIER = 'head.'  # mmpretrain's; a segmentor or detector has no use for it
+# A segmentor or detector has no use for mmpretrain's heads.
+CLASSIFIER = 'head.'
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', help='.pth or .safetensors file')
+    parser.add_argument('checkpoint',
+                        help='a file, or timm:NAME or hf:NAME to download')
     parser.add_argument('--config', required=True,
                         help='config whose model.backbone is the MoE model')
     parser.add_argument('--out', required=True,
                         help='.pth or .safetensors file to write')
-    parser.add_argument('--to-dense', action='store_true',
-                        help='keep the core: a file plain mmseg or mmdet '
-                        'loads')
+    parser.add_argument('--to-dense', nargs='?', const='core',
+                        choices=['core', 'mean', 'best'],
+                        help='write a file that the dense model loads: its '
+                        "cores, the experts' mean by load, or the expert that "
+                        'takes the most tokens')
+    parser.add_argument('--change-experts',
+                        choices=['tile', 'slice', 'merge', 'prune'],
+                        help="from the file's number of experts to the "
+                        "config's: repeat, take the first, merge similar "
+                        'ones, or drop those with the least load')
+    parser.add_argument('--images',
+                        help='folder of pictures to measure loads and '
+                        'differences on (default: one random image)')
     parser.add_argument('--noise', type=float, default=0.,
                         help='deviation of random residuals over that of the '
                         "core's weights, zero mean over experts (default 0: "
@@ -60,122 +83,145 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rank', type=int,
                         help='rank of the residuals, instead of the config')
     parser.add_argument('--layers', type=ast.literal_eval,
-                        help='MoE blocks per stage, instead of the config, '
+                        help='MoE blocks, instead of the config, '
                         'e.g. "((), (), (1, 3, 5), (1,))"')
     parser.add_argument('--seed', type=int, default=0,
                         help='of router, noise and the test image')
     parser.add_argument('--size', type=int, default=224,
-                        help='side of the test image in pixels')
+                        help='side of the test images in pixels')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of the config')
-    return parser.parse_args()
+    args = parser.parse_args()
+    needs_images = (args.to_dense in ('mean', 'best') or
+                    args.change_experts == 'prune')
+    if needs_images and not args.images:
+        parser.error('the load of experts is measured on pictures: give '
+                     '--images FOLDER')
+    if args.to_dense and args.change_experts:
+        parser.error('--to-dense and --change-experts exclude each other')
+    return args
 
 
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    moe = build_backbone(args)
-    dense = build_backbone(args, dense=True)
-    state = state_dict_of(read_checkpoint(args.checkpoint))
-    prefix = find_prefix(state)
-    if prefix is None:
-        fit(moe, state)  # raises, and says what the file is not
-    backbone = {key.removeprefix(prefix): value
-                for key, value in state.items() if key.startswith(prefix)}
-    rest = {key: value for key, value in state.items()
-            if not key.startswith((prefix, CLASSIFIER))}
-    if args.to_dense:
-        result, report = make_dense(moe, dense, backbone)
-    else:
-        result, report = make_moe(moe, dense, backbone, args)
-    difference = largest_difference(dense, moe, args.size)
-    for key in state:
-        if prefix and key.startswith(CLASSIFIER):
-            report.left_out[key] = 'classification head'
-    for key in rest:
-        report.status[key] = 'copied'
-    out = {BACKBONE + key: value for key, value in result.items()} | rest
-    write_checkpoint(args.out, out, dict(rmoe_version=__version__))
-    changing = {mode: layers_that_change_the_function(moe.train(
-        mode == 'training')) for mode in ('training', 'evaluation')}
-    write_report(args, report, difference, changing)
-    print(report.table())
-    print(f'largest difference between dense and MoE features on a random '
-          f'{args.size}x{args.size} image: {difference:.3g}')
-    for mode, layers in changing.items():
-        if layers and not args.to_dense:
-            print('warning: by its configuration the MoE model does not '
-                  f'compute the dense function in {mode}: {layers}')
-    print(f'wrote {args.out} and {report_path(args.out)}')
-
-
-def build_backbone(args: argparse.Namespace,
-                   dense: bool = False) -> BaseModule:
-    """The config's backbone, on the CPU, without its pretrained weights."""
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'rmoe'))
-    backbone = deepcopy(cfg.model.backbone)
-    backbone.init_cfg = None
-    if not backbone.get('moe'):
-        raise ValueError(f'{args.config} has no model.backbone.moe: it is a '
-                         'dense model')
-    if args.rank is not None:
-        backbone.moe.rank = args.rank
-    if args.layers is not None:
-        backbone.moe.layers = args.layers
-    if dense:
-        backbone.moe = None
-    model = MODELS.build(backbone)
-    model.init_weights()
-    return model.eval()
+    config = backbone_config(cfg)
+    # Without the time that importing a host library takes.
+    started = time.perf_counter()
+    for option in ('rank', 'layers'):
+        if getattr(args, option) is not None:
+            config['moe'][option] = getattr(args, option)
+    images = ([torch.randn(1, 3, args.size, args.size)] if not args.images
+              else list(load_images(args.images, args.size, cfg)))
+    state = state_dict_of(read_checkpoint(args.checkpoint))
+    with weightless():
+        moe, dense = build(config), build(dense_twin(config))
+    prefix = moe.architecture.find_prefix(state)
+    backbone = {key.removeprefix(prefix or ''): value
+                for key, value in state.items()
+                if key.startswith(prefix or '')}
+    if args.to_dense:
+        before, after, report = make_dense(moe, dense, backbone, images,
+                                           args.to_dense)
+    elif args.change_experts:
+        before, after, report = change_experts(config, moe, backbone, images,
+                                               args.change_experts)
+    else:
+        before, after, report = make_moe(moe, dense, backbone, args)
+    rest = {}
+    for key in [key for key in state if not key.startswith(prefix or '')]:
+        if prefix != BACKBONE or key.startswith(CLASSIFIER):
+            report.left_out[key] = 'outside the backbone'
+        else:
+            rest[key] = state[key]
+            report.status[key] = 'copied'
+    difference = largest_difference(before, after, images)
+    changing = {mode: layers_that_change_the_function(after.train(
+        mode == 'training')) for mode in ('training', 'evaluation')}
+    converted = time.perf_counter()
+    write_checkpoint(args.out, {
+        BACKBONE + key: value for key, value in after.state_dict().items()
+    } | rest, dict(rmoe_version=__version__))
+    cost = measure_cost(args.out, started, converted)
+    write_report(args, report, difference, changing, cost)
+    print(report.table())
+    print('largest difference of the features before and after, on '
+          f'{len(images)} {"picture(s)" if args.images else "random image"} '
+          f'of {args.size}x{args.size}: {difference["largest"]:.3g} '
+          f'({100 * difference["relative"]:.3g} % of their norm)')
+    for mode, layers in changing.items():
+        if layers and not (args.to_dense or args.change_experts):
+            print('warning: by its configuration the MoE model does not '
+                  f'compute the dense function in {mode}: {layers}')
+    print(f'{cost["seconds"]:.1f} s, {cost["write_seconds"]:.1f} s of them '
+          f'writing; peak memory {cost["peak_memory_over_file"]:.2f} x the '
+          'written file')
+    print(f'wrote {args.out} and {report_path(args.out)}')
 
 
-def make_moe(moe: BaseModule, dense: BaseModule, state: dict[str, Tensor],
-             args: argparse.Namespace) -> tuple[dict[str, Tensor], Report]:
+def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
+             args: argparse.Namespace
+             ) -> tuple[nn.Module, nn.Module, Report]:
+    """The dense model, the MoE model with its weights, and the report."""
+    if count_experts(moe, state):
+        raise ValueError(
+            f'{args.checkpoint} is a MoE checkpoint already; --to-dense makes '
+            'it dense, --change-experts gives it another number of experts')
     fitted, report = fit(moe, state)
-    if 'upcycled' not in report.status.values():
-        raise ValueError(f'{args.checkpoint} is a MoE checkpoint already; '
-                         '--to-dense makes it dense')
-    moe.load_state_dict(fitted)
+    give_weights(moe, fitted)
     if args.noise:
         add_noise(moe, args.noise, args.seed)
-    dense.load_state_dict(state)
-    return moe.state_dict(), report
+    give_weights(dense, fit(dense, state)[0])
+    return dense, moe, report
 
 
-def make_dense(moe: BaseModule, dense: BaseModule, state: dict[str, Tensor]
-               ) -> tuple[dict[str, Tensor], Report]:
+def make_dense(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
+               images: list[Tensor], how: str
+               ) -> tuple[nn.Module, nn.Module, Report]:
+    """The MoE model, the dense model with its weights, and the report."""
     fitted, _ = fit(moe, state)
-    moe.load_state_dict(fitted)
-    result = to_dense(fitted)
+    give_weights(moe, fitted)
+    loads = None if how == 'core' else measure_loads(moe, images)
+    result = to_dense(moe, how, loads)
     dense_state, report = fit(dense, result)
-    dense.load_state_dict(dense_state)
+    give_weights(dense, dense_state)
     for key in fitted:
         if key not in result:
             report.left_out[key] = 'router or residual of an expert'
-    return dense_state, report
+    return moe, dense, report
 
 
-@torch.no_grad()
-def largest_difference(dense: BaseModule, moe: BaseModule,
-                       size: int) -> float:
-    image = torch.randn(1, 3, size, size)
-    return max(float((a - b).abs().max())
-               for a, b in zip(dense(image), moe(image)))
+def change_experts(config: dict, moe: nn.Module, state: dict[str, Tensor],
+                   images: list[Tensor], how: str
+                   ) -> tuple[nn.Module, nn.Module, Report]:
+    """The MoE model as in the file, as in the config, and the report."""
+    count = count_experts(moe, state)
+    if not count:
+        raise ValueError('--change-experts needs a MoE checkpoint; this one '
+                         'is dense')
+    config = dict(config, moe=dict(config['moe'], num_experts=count))
+    with weightless():
+        before = build(config)
+    give_weights(before, fit(before, state)[0])
+    loads = measure_loads(before, images) if how == 'prune' else None
+    fitted, report = fit(moe, state, how, loads)
+    give_weights(moe, fitted)
+    return before, moe, report
 
 
-def layers_that_change_the_function(moe: BaseModule) -> str:
-    """Why upcycling alone changes the model in its present mode, even with
-    zero residuals; empty if it does not."""
-    kinds = Counter(
-        f'{type(layer.router).__name__} with align={layer.align!r}, '
-        f'unrouted={layer.unrouted!r}, core={layer.experts.core}'
-        for layer in moe_layers(moe).values()
-        if not layer.preserves_function)
-    return '; '.join(f'{count} MoE layers are {kind}'
-                     for kind, count in kinds.items())
+def measure_cost(out: str, started: float, converted: float
+                 ) -> dict[str, float]:
+    """What the conversion took, in seconds and over the written file."""
+    size = os.path.getsize(out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == 'darwin' else 1024)
+    now = time.perf_counter()
+    return dict(seconds=now - started, write_seconds=now - converted,
+                file_bytes=size, peak_memory_bytes=peak,
+                peak_memory_over_file=peak / size)
 
 
 def report_path(out: str) -> Path:
@@ -183,13 +229,16 @@ def report_path(out: str) -> Path:
 
 
 def write_report(args: argparse.Namespace, report: Report,
-                 difference: float, changing: dict[str, str]) -> None:
+                 difference: dict[str, float], changing: dict[str, str],
+                 cost: dict[str, float]) -> None:
     content = dict(
         checkpoint=args.checkpoint, config=args.config, source=report.source,
-        to_dense=args.to_dense, noise=args.noise, seed=args.seed,
-        largest_feature_difference=difference,
+        to_dense=args.to_dense, change_experts=args.change_experts,
+        noise=args.noise, seed=args.seed,
+        largest_feature_difference=difference['largest'],
+        relative_feature_difference=difference['relative'],
         preserves_function=not any(changing.values()),
-        layers_that_change_the_function=changing,
+        layers_that_change_the_function=changing, cost=cost,
         counts=report.counts(),
         keys=report.status, left_out=report.left_out)
     write_atomically(report_path(args.out),

@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,5 +23,8 @@ class ExactBuffers(nn.Module):
         kept = {name: getattr(self, name) for name in self.exact_buffers}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
+            device = getattr(self, name).device
+            # A counter that had no storage starts at zero.
+            setattr(self, name, torch.zeros_like(buffer, device=device)
+                    if buffer.is_meta else buffer.to(device))
         return self

@@ -36,7 +36,7 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     total = sum(p.numel() for p in model.parameters())
     training = model.training
     model.eval()
-    inactive = sum(_inactive_params(layer)
+    inactive = sum(inactive_params(layer)
                    for layer in moe_layers(model).values())
     # Attention is counted as plain matrix products, whatever kernel runs.
     with torch.no_grad(), FlopCounterMode(display=False) as counter, \
@@ -46,7 +46,8 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     return Complexity(total, total - inactive, counter.get_total_flops())
 
 
-def _inactive_params(layer: MoELayer) -> int:
+def inactive_params(layer: MoELayer) -> int:
+    """Parameters of a layer that a token does not meet, on average."""
     if layer.core_only:
         return sum(p.numel() for module in (layer.experts, layer.router)
                    for p in module.parameters())

@@ -1,5 +1,5 @@
 """Dense checkpoints into MoE models and back."""
-from rmoe.upcycling.fit import fit
+from rmoe.upcycling.fit import count_experts, fit
 from rmoe.upcycling.formats import (
     read_checkpoint,
     state_dict_of,
@@ -10,9 +10,10 @@ from rmoe.upcycling.loading import check_loading, check_prefix
 from rmoe.upcycling.noise import add_noise
 from rmoe.upcycling.report import Report
 from rmoe.upcycling.to_dense import to_dense
+from rmoe.upcycling.weightless import give_weights, weightless
 
 __all__ = [
-    'Report', 'add_noise', 'check_loading', 'check_prefix', 'fit',
-    'read_checkpoint', 'state_dict_of', 'to_dense', 'write_atomically',
-    'write_checkpoint'
+    'Report', 'add_noise', 'check_loading', 'check_prefix', 'count_experts',
+    'fit', 'give_weights', 'read_checkpoint', 'state_dict_of', 'to_dense',
+    'weightless', 'write_atomically', 'write_checkpoint'
 ]

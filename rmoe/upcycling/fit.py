@@ -61,6 +61,17 @@ def fit(model: Any, state: Mapping[str, Tensor],
     return fitted, report
 
 
+def count_experts(model: Any, state: Mapping[str, Tensor]) -> int:
+    """Experts of a MoE layer in a checkpoint of any source; 0 if it is dense
+    or of no source the model can load."""
+    source = model.architecture.recognise(state)
+    if source is None:
+        return 0
+    renamed, _ = keymaps.rename(state, source)
+    return next((len(tensor) for key, tensor in renamed.items()
+                 if key.endswith('.experts.residual_fc1_bias')), 0)
+
+
 def _what_else(architecture: keymaps.Architecture,
                state: Mapping[str, Tensor]) -> str:
     for other in keymaps.ARCHITECTURES:
@@ -191,6 +202,8 @@ def _fit_key(model: Any, key: str, current: Tensor,
             f'{key} {tuple(current.shape)} of the model is not in the '
             'checkpoint; it is of another architecture or depth')
     tensor = renamed[key]
+    if tensor.is_floating_point():
+        tensor = tensor.to(current.dtype)
     if tensor.shape == current.shape:
         return tensor, 'loaded'
     for pattern, resize in architecture.resize:

@@ -7,7 +7,7 @@ from rmoe.moe.layer import MoELayer
 
 
 def add_noise(model: nn.Module, std: float, seed: int) -> None:
-    """Random residuals with zero mean over experts, to tell them apart.
+    """Give the experts random residuals with zero mean over experts.
 
     Args:
         model: its MoE layers are changed in place.
@@ -40,10 +40,10 @@ def _fill_residual(layer: MoELayer, name: str, scale: Tensor,
 
     if experts.rank is None:
         weight = getattr(experts, f'residual_{name}_weight')
-        weight.copy_(scale * centred(weight))
+        weight.data = scale * centred(weight)
     else:
         # One right factor for all, so that the products sum to zero.
         down = getattr(experts, f'residual_{name}_down')
-        down.copy_(down[:1].expand_as(down).clone())
+        down.data = down[:1].expand_as(down).clone()
         up = getattr(experts, f'residual_{name}_up')
-        up.copy_(scale / down[0].norm(dim=0).mean() * centred(up))
+        up.data = scale / down[0].norm(dim=0).mean() * centred(up)

@@ -71,6 +71,7 @@ def _blend(layer: MoELayer, share_E: Tensor) -> dict[str, Tensor]:
                 continue
             blended = torch.tensordot(share_E.to(stacked), stacked, 1)
             if linear:
-                blended = blended + getattr(linear, part)
+                dense = getattr(linear, part)
+                blended = blended.reshape(dense.shape) + dense
             weights[f'{layer.core_keys[name]}.{part}'] = blended
     return weights

@@ -2,7 +2,8 @@
 
     python tools/analysis_tools/benchmark.py layer
     python tools/analysis_tools/benchmark.py routers
-    python tools/analysis_tools/benchmark.py backbone --size 512 --batch 2
+    python tools/analysis_tools/benchmark.py backbone \\
+        --preset swin-tiny cvt-13 vit-small-p16 --size 512 --batch 2
 
 Contenders take turns and the median counts, so that a noisy machine disturbs
 all of them alike.
@@ -26,13 +27,14 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from rmoe.backbones import PRESETS, preset
+from rmoe.backbones.swin_moe import ARCHITECTURES
 from rmoe.moe import MoEFFN
 from rmoe.registry import MODELS
 
 LAYER_SIZES = ((2048, 384, 8), (512, 768, 8), (8192, 384, 8),
                (32768, 192, 8), (8192, 384, 32))
 ROUTER_SIZE = (8192, 384, 8)
-SWIN_MOE = dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8)
 
 
 def main() -> None:
@@ -49,7 +51,10 @@ def main() -> None:
     routers.add_argument('--images', type=int, default=8,
                          help='that the 8192 tokens belong to')
     backbone = commands.add_parser(
-        'backbone', help="Swin-MoE and dense SwinMoE over mmseg's Swin")
+        'backbone', help='backbones over their dense twins')
+    backbone.add_argument('--preset', nargs='+', choices=PRESETS,
+                          default=['swin-tiny', 'cvt-13', 'vit-small-p16'],
+                          metavar='NAME', help='see docs/backbones.md')
     backbone.add_argument('--size', type=int, default=512)
     backbone.add_argument('--batch', type=int, default=2)
     args = parser.parse_args()
@@ -64,10 +69,11 @@ def main() -> None:
         tables = [benchmark_routers(args.repeats, device, args.images),
                   benchmark_soft(args.repeats, device, args.images)]
     else:
-        tables = [benchmark_backbone(args.repeats, device, args.size,
-                                     args.batch)]
-    for rows in tables:
-        print_table(rows)
+        tables = [benchmark_backbone(args.repeats, device, args.preset,
+                                     args.size, args.batch)]
+    if args.command != 'backbone':  # which shows its rows as they come
+        for rows in tables:
+            print_table(rows)
     if args.json:
         with open(args.json, 'w') as file:
             json.dump(tables, file, indent=1)
@@ -225,29 +231,33 @@ def spread_load(models) -> None:
             nn.init.normal_(model.router.scorer.weight, std=1.)
 
 
-def benchmark_backbone(repeats: int, device: str, size: int,
-                       batch: int) -> list[dict]:
-    """Swin-T, time over mmseg's SwinTransformer on the same weights."""
-    from mmseg.models.backbones import SwinTransformer
+def benchmark_backbone(repeats: int, device: str, names: list[str],
+                       size: int, batch: int) -> list[dict]:
+    """Time of presets over that of their dense twins; for Swin V1 mmseg's
+    own is measured too."""
     init_default_scope('mmseg')
-    models = {
-        "mmseg's SwinTransformer": SwinTransformer(drop_path_rate=0.),
-        'SwinMoE, dense': MODELS.build(
-            dict(type='rmoe.SwinMoE', drop_path_rate=0.)),
-        'SwinMoE, E=8': MODELS.build(
-            dict(type='rmoe.SwinMoE', drop_path_rate=0.,
-                 moe=dict(SWIN_MOE, router=dict(type='TokenChoiceRouter',
-                                                loss_weights={}))))}
     x = torch.randn(batch, 3, size, size, device=device)
     rows = []
-    for mode in ('forward+backward', 'forward'):
-        seconds = interleave({name: step(model.to(device), x, mode)
-                              for name, model in models.items()}, repeats)
-        base = seconds["mmseg's SwinTransformer"]
-        rows += [{'backbone': name, 'measured': mode, 'image': size,
-                  'batch': batch, 'ms': round(1e3 * value, 1),
-                  'ratio': round(value / base, 3)}
-                 for name, value in seconds.items()]
+    for name in names:
+        moe = preset(name)
+        models = {'dense twin': MODELS.build(dict(moe, moe=None)),
+                  'MoE': MODELS.build(moe)}
+        spread_load(models['MoE'].modules())
+        if name.removeprefix('swin-') in ARCHITECTURES:
+            twin = models['dense twin']
+            models["mmseg's"] = MODELS.build(dict(
+                type='mmseg.SwinTransformer', depths=twin.depths,
+                embed_dims=twin.num_features[0],
+                num_heads=ARCHITECTURES[moe['arch']][2]))
+        for mode in ('forward', 'forward+backward'):
+            seconds = interleave({kind: step(model.to(device), x, mode)
+                                  for kind, model in models.items()}, repeats)
+            rows += [{'backbone': name, 'kind': kind, 'measured': mode,
+                      'image': size, 'batch': batch,
+                      'ms': round(1e3 * value, 1),
+                      'ratio': round(value / seconds['dense twin'], 3)}
+                     for kind, value in seconds.items()]
+        print_table(rows[-2 * len(models):])
     return rows
 
 
