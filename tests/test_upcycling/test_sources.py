@@ -1,0 +1,380 @@
+"""A model of each source, built at random: its weights through the file and
+the real loading path, features compared. One row for each source."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+import transformers
+from mmdet.models.backbones import SwinTransformer as MMDetSwin
+from mmpretrain.models.backbones import SwinTransformer as MMPretrainSwin
+from mmpretrain.models.backbones import VisionTransformer as MMPretrainViT
+from mmseg.models.backbones import SwinTransformer as MMSegSwin
+from mmseg.models.backbones import VisionTransformer as MMSegViT
+from torch import Tensor, nn
+
+from rmoe.backbones import CvTMoE, SwinMoE, ViTMoE
+from rmoe.moe import moe_layers
+from rmoe.upcycling import fit, read_checkpoint, state_dict_of
+from rmoe.upcycling.keymaps import ARCHITECTURES
+
+SWIN = dict(embed_dims=16, depths=(1, 2, 2), num_heads=(1, 2, 4),
+            strides=(4, 2, 2), out_indices=(0, 1, 2), window_size=4,
+            drop_path_rate=0.)
+VIT = dict(embed_dims=24, num_layers=4, num_heads=2, mlp_dims=48,
+           img_size=32, patch_size=8)
+CVT = dict(embed_dims=(16, 32, 64), depths=(1, 2, 3), num_heads=(1, 2, 4))
+SIZE = {SwinMoE: 64, ViTMoE: 32, CvTMoE: 61}
+MOE_LAYERS = {SwinMoE: ((), (1, ), (0, 1)), ViTMoE: (1, 3),
+              CvTMoE: ((), (1, ), (0, 2))}
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, .5, 1.5)
+    model.eval()
+    return model
+
+
+class Case(NamedTuple):
+    """Their model, their maps of an image, the file's weights, our class and
+    options, and the outputs on which ours has no norm as theirs has none."""
+    model: nn.Module
+    maps: Callable[[Tensor], list[Tensor]]
+    state: dict[str, Tensor]
+    ours: type
+    options: dict
+    bare: tuple[str, ...] = ()
+
+
+def openmmlab(host_class, **options):
+    model = randomise(host_class(**options))
+    return model, lambda x: list(model(x)), model.state_dict()
+
+
+def saved(model, folder):
+    """The names of the file, which need not be those in memory."""
+    model.save_pretrained(folder)
+    return state_dict_of(read_checkpoint(folder / 'model.safetensors'))
+
+
+def below(state, prefix):
+    return {key.removeprefix(prefix): value for key, value in state.items()
+            if key.startswith(prefix)}
+
+
+def mmseg_swin(_):
+    return Case(*openmmlab(MMSegSwin, **SWIN), SwinMoE, SWIN)
+
+
+def mmdet_swin(_):
+    return Case(*openmmlab(MMDetSwin, **SWIN), SwinMoE, SWIN)
+
+
+def mmpretrain_swin(_):
+    model, maps, state = openmmlab(
+        MMPretrainSwin, arch=dict(embed_dims=16, depths=(1, 2, 2),
+                                  num_heads=(1, 2, 4)),
+        img_size=64, window_size=4, out_indices=(0, 1, 2), pad_small_map=True,
+        drop_path_rate=0., out_after_downsample=False)
+    return Case(model, maps, state, SwinMoE, SWIN)
+
+
+def timm_swin(_):
+    model = randomise(timm.models.swin_transformer.SwinTransformer(
+        img_size=64, patch_size=4, num_classes=5, embed_dim=16,
+        depths=(1, 2, 2), num_heads=(1, 2, 4), window_size=4,
+        drop_path_rate=0.))
+
+    def maps(x):
+        return model.forward_intermediates(x, norm=False,
+                                           intermediates_only=True)
+
+    return Case(model, maps, model.state_dict(), SwinMoE,
+                dict(SWIN, shift_small_maps=False),
+                ('norm0', 'norm1', 'norm2'))
+
+
+def original_swin(_):
+    """timm's model, whose weights the original release names so."""
+    case = timm_swin(_)
+    state = {}
+    for key, value in case.state.items():
+        parts = key.split('.')
+        if parts[2:3] == ['downsample']:
+            parts[1] = str(int(parts[1]) - 1)
+        state['.'.join(parts).replace('head.fc.', 'head.')] = value
+    state['layers.1.blocks.1.attn_mask'] = torch.zeros(1)
+    return case._replace(state=state)
+
+
+def hf_swin(folder):
+    model = randomise(transformers.SwinBackbone(transformers.SwinConfig(
+        image_size=64, embed_dim=16, depths=[1, 2, 2], num_heads=[1, 2, 4],
+        window_size=4, drop_path_rate=0.,
+        out_features=['stage1', 'stage2', 'stage3'])))
+    return Case(model, lambda x: list(model(x).feature_maps),
+                saved(model, folder), SwinMoE, SWIN)
+
+
+def mmseg_vit(_):
+    model, maps, state = openmmlab(
+        MMSegViT, img_size=32, patch_size=8, embed_dims=24, num_layers=4,
+        num_heads=2, mlp_ratio=2, patch_bias=True, final_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-6))
+    return Case(model, maps, state, ViTMoE, VIT)
+
+
+def mmpretrain_vit(_):
+    model, maps, state = openmmlab(
+        MMPretrainViT, arch=dict(
+            embed_dims=24, num_layers=4, num_heads=2,
+            feedforward_channels=48),
+        img_size=32, patch_size=8, out_type='featmap',
+        norm_cfg=dict(type='LN', eps=1e-6), layer_scale_init_value=1.)
+    return Case(model, maps, state, ViTMoE,
+                dict(VIT, layer_scale_init_value=1.))
+
+
+def _timm_vit(**options):
+    model = randomise(timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2,
+        mlp_ratio=2, num_classes=5, **options))
+
+    def maps(x):
+        return model.forward_intermediates(x, indices=1, norm=True,
+                                           intermediates_only=True)
+
+    return model, maps, model.state_dict()
+
+
+def timm_vit(_):
+    return Case(*_timm_vit(), ViTMoE, VIT)
+
+
+def deit3(_):
+    model, maps, state = _timm_vit(no_embed_class=True, init_values=1.)
+    # the names of the original release
+    state = {key.replace('ls1.gamma', 'gamma_1').replace(
+        'ls2.gamma', 'gamma_2'): value for key, value in state.items()}
+    return Case(model, maps, state, ViTMoE,
+                dict(VIT, layer_scale_init_value=1.))
+
+
+def dinov2(_):
+    model, maps, state = _timm_vit(init_values=1.)
+    state = {key: value for key, value in state.items()
+             if not key.startswith('head')}
+    state['mask_token'] = torch.zeros(1, 24)
+    return Case(model, maps, state, ViTMoE,
+                dict(VIT, layer_scale_init_value=1.))
+
+
+def _hf_map(model):
+    def maps(x):
+        tokens = model(x).last_hidden_state[:, 1:]
+        return [tokens.transpose(1, 2).unflatten(2, (4, 4))]
+
+    return maps
+
+
+def hf_vit(folder):
+    model = randomise(transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=24, num_hidden_layers=4, num_attention_heads=2,
+            intermediate_size=48, image_size=32, patch_size=8)))
+    return Case(model, _hf_map(model.vit), below(saved(model, folder),
+                                                 'vit.'), ViTMoE, VIT)
+
+
+def hf_dinov2(folder):
+    model = randomise(transformers.Dinov2Model(transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=2,
+        mlp_ratio=2, image_size=32, patch_size=8)))
+    return Case(model, _hf_map(model), saved(model, folder), ViTMoE,
+                dict(VIT, layer_scale_init_value=1.))
+
+
+def hf_cvt(folder):
+    model = randomise(transformers.CvtModel(transformers.CvtConfig(
+        embed_dim=[16, 32, 64], depth=[1, 2, 3], num_heads=[1, 2, 4])))
+
+    def maps(x):
+        return list(model(x, output_hidden_states=True).hidden_states)
+
+    return Case(model, maps, saved(model, folder), CvTMoE,
+                dict(CVT, act_cfg=dict(type='GELU')),
+                ('norm0', 'norm1', 'norm2'))
+
+
+class QuickGELU(nn.Module):
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ORIGINAL_CVT = (
+    ('encoder.stages.', 'stage'), ('.layers.', '.blocks.'),
+    ('embedding.convolution_embeddings.projection', 'patch_embed.proj'),
+    ('embedding.convolution_embeddings.normalization', 'patch_embed.norm'),
+    ('.convolution_projection.convolution', '.conv'),
+    ('.convolution_projection.normalization', '.bn'),
+    ('attention.attention.convolution_projection_query', 'attn.conv_proj_q'),
+    ('attention.attention.convolution_projection_key', 'attn.conv_proj_k'),
+    ('attention.attention.convolution_projection_value', 'attn.conv_proj_v'),
+    ('attention.attention.projection_query', 'attn.proj_q'),
+    ('attention.attention.projection_key', 'attn.proj_k'),
+    ('attention.attention.projection_value', 'attn.proj_v'),
+    ('attention.output.dense', 'attn.proj'),
+    ('intermediate.dense', 'mlp.fc1'), ('output.dense', 'mlp.fc2'),
+    ('layernorm_before', 'norm1'), ('layernorm_after', 'norm2'))
+
+
+def original_cvt(folder):
+    """Hugging Face's model, with the release's activation and names."""
+    case = hf_cvt(folder)
+    for module in list(case.model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == 'GELUActivation' or isinstance(
+                    child, nn.GELU):
+                setattr(module, name, QuickGELU())
+    state = {}
+    for key, value in case.state.items():
+        for theirs, ours in ORIGINAL_CVT:
+            key = key.replace(theirs, ours)
+        state[key] = value
+    state['norm.weight'] = state['head.bias'] = torch.zeros(1)
+    return case._replace(state=state, options=CVT)
+
+
+SOURCES = {
+    'mmseg, mmdet or mmpretrain Swin': (mmseg_swin, mmdet_swin,
+                                        mmpretrain_swin),
+    'timm Swin': (timm_swin, ),
+    'original Swin release': (original_swin, ),
+    'Hugging Face Swin': (hf_swin, ),
+    'mmseg ViT': (mmseg_vit, ),
+    'mmpretrain ViT': (mmpretrain_vit, ),
+    'timm, DeiT or DINOv2 ViT': (timm_vit, deit3, dinov2),
+    'Hugging Face ViT': (hf_vit, ),
+    'Hugging Face DINOv2': (hf_dinov2, ),
+    'Hugging Face CvT': (hf_cvt, ),
+    'original CvT release': (original_cvt, ),
+}
+# These have files of their own to read, and tests of their own.
+ELSEWHERE = {'Microsoft Swin-MoE', 'Google V-MoE or ViT (Flax)', 'rmoe CvT'}
+CASES = [(source, case) for source, cases in SOURCES.items()
+         for case in cases]
+
+
+def test_every_source_is_tested():
+    known = {source.name for architecture in ARCHITECTURES
+             for source in architecture.sources}
+    assert known == set(SOURCES) | ELSEWHERE
+
+
+@pytest.mark.parametrize('moe', [False, True], ids=['dense', 'moe'])
+@pytest.mark.parametrize('source, build', CASES,
+                         ids=[build.__name__ for _, build in CASES])
+def test_features_equal_the_source(source, build, moe, tmp_path):
+    case = build(tmp_path)
+    experts = dict(layers=MOE_LAYERS[case.ours], num_experts=4,
+                   router=dict(type='TokenChoiceRouter', noise_std=0.))
+    ours = case.ours(**case.options, moe=experts if moe else None).eval()
+    for name in case.bare:
+        setattr(ours, name, nn.Identity())
+    torch.save(case.state, tmp_path / 'theirs.pth')
+    state = state_dict_of(read_checkpoint(tmp_path / 'theirs.pth'))
+    fitted, report = fit(ours, state)
+    assert report.source == source
+    assert set(report.status) == set(ours.state_dict()) == set(fitted)
+    ours.load_state_dict(state)
+    assert len(moe_layers(ours)) == (0 if not moe else 2 if
+                                     case.ours is ViTMoE else 3)
+    x = torch.randn(2, 3, *(2 * [SIZE[case.ours]]))
+    with torch.no_grad():
+        for a, b in zip(ours(x), case.maps(x), strict=True):
+            assert a.shape == b.shape
+            assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_files_give_float32_models(dtype, tmp_path):
+    case = timm_vit(tmp_path)
+    half = {key: value.to(dtype) for key, value in case.state.items()}
+    ours = case.ours(**case.options)
+    for key, value in fit(ours, half)[0].items():
+        assert value.dtype == torch.float32, key
+    ours.load_state_dict(half)
+    assert torch.equal(ours.layers[0].attn.attn.in_proj_weight,
+                       half['blocks.0.attn.qkv.weight'].float())
+
+
+@pytest.mark.parametrize('image, patches', [(48, 36), (24, 9)])
+def test_position_embedding_resizes_to_the_image(image, patches, tmp_path):
+    case = timm_vit(tmp_path)
+    ours = case.ours(**dict(case.options, img_size=image)).eval()
+    fitted, report = fit(ours, case.state)
+    assert report.status['pos_embed'] == 'resized'
+    assert fitted['pos_embed'].shape == (1, 1 + patches, 24)
+    case.model.set_input_size((image, image))  # timm's own resizing
+    torch.testing.assert_close(fitted['pos_embed'], case.model.pos_embed)
+
+
+class TestBadFiles:
+
+    def vit(self, **options):
+        return ViTMoE(**dict(VIT, **options))
+
+    def test_two_sources_at_once(self, tmp_path):
+        state = {**mmseg_vit(tmp_path).state, **timm_vit(tmp_path).state}
+        with pytest.raises(ValueError, match=r'two sources.*mmseg ViT.*timm'):
+            fit(self.vit(), state)
+
+    def test_of_no_known_source(self):
+        with pytest.raises(ValueError, match=r"no source.*mmseg ViT.*'a.b'"):
+            fit(self.vit(), {'a.b': torch.zeros(1)})
+
+    def test_of_another_architecture(self, tmp_path):
+        with pytest.raises(ValueError, match=r'that of a timm Swin.*is a ViT'):
+            fit(self.vit(), timm_swin(tmp_path).state)
+
+    def test_fused_qkv_of_the_wrong_width(self, tmp_path):
+        state = timm_vit(tmp_path).state
+        state['blocks.1.attn.qkv.weight'] = torch.zeros(71, 24)
+        with pytest.raises(ValueError, match=r'layers.1.attn.attn.in_proj_'
+                           r'weight has shape \(71, 24\).*\(72, 24\)'):
+            fit(self.vit(), state)
+
+    def test_a_part_of_qkv_is_missing(self, tmp_path):
+        state = hf_vit(tmp_path).state
+        del state['encoder.layer.2.attention.attention.key.bias']
+        with pytest.raises(ValueError, match=r'3 parts that layers.2.attn.'
+                           r'attn.in_proj_bias .*numbers \[1\]'):
+            fit(self.vit(), state)
+
+    @pytest.mark.parametrize('key', ['reg_token', 'dist_token'])
+    def test_tokens_the_model_has_not(self, key, tmp_path):
+        state = timm_vit(tmp_path).state
+        state[key] = torch.zeros(1, 1, 24)
+        with pytest.raises(ValueError, match=f'{key!r} is no weight of a'):
+            fit(self.vit(), state)
+
+    def test_layer_scale_the_model_has_not(self, tmp_path):
+        with pytest.raises(ValueError, match=r'gamma1.weight .* no place'):
+            fit(self.vit(), dinov2(tmp_path).state)
+
+    def test_nothing_is_loaded_of_a_bad_file(self, tmp_path):
+        state = timm_vit(tmp_path).state
+        state['blocks.3.mlp.fc2.bias'] = torch.zeros(25)
+        model = self.vit()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r'layers.3.ffn.layers.1.bias'):
+            model.load_state_dict(state, strict=False)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
