@@ -44,7 +44,10 @@ def dense_twin(backbone: dict) -> dict:
 
 
 def build(backbone: dict) -> nn.Module:
-    return MODELS.build(deepcopy(backbone)).eval()
+    """In evaluation mode."""
+    model = MODELS.build(deepcopy(backbone))
+    model.eval()  # which returns None in some of mmseg's
+    return model
 
 
 def load_images(folder: str, size: int, cfg: Config) -> Iterator[Tensor]:

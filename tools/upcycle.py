@@ -119,6 +119,8 @@ def main() -> None:
     state = state_dict_of(read_checkpoint(args.checkpoint))
     with weightless():
         moe, dense = build(config), build(dense_twin(config))
+    # Another library's backbone does not know what it can load.
+    dense.architecture = moe.architecture
     prefix = moe.architecture.find_prefix(state)
     backbone = {key.removeprefix(prefix or ''): value
                 for key, value in state.items()
@@ -139,8 +141,10 @@ def main() -> None:
             rest[key] = state[key]
             report.status[key] = 'copied'
     difference = largest_difference(before, after, images)
-    changing = {mode: layers_that_change_the_function(after.train(
-        mode == 'training')) for mode in ('training', 'evaluation')}
+    changing = {}
+    for mode in ('training', 'evaluation'):
+        after.train(mode == 'training')
+        changing[mode] = layers_that_change_the_function(after)
     converted = time.perf_counter()
     write_checkpoint(args.out, {
         BACKBONE + key: value for key, value in after.state_dict().items()

@@ -25,6 +25,7 @@ from torch import nn
 from rmoe.backbones import PRESETS, preset
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity, inactive_params
+from rmoe.upcycling import weightless
 
 COLUMNS = ('backbone', 'image', 'dense M', 'total M', 'active M',
            'dense GFLOPs', 'MoE GFLOPs')
@@ -64,9 +65,10 @@ def main() -> None:
 
 def summarise(name: str, backbone: dict, size: int) -> tuple:
     """The row of one backbone."""
-    with torch.device('meta'):
-        dense, moe = build(dense_twin(backbone)), build(backbone)
-        image = torch.empty(1, 3, size, size)
+    with weightless():
+        dense, moe = (build(config).to('meta')
+                      for config in (dense_twin(backbone), backbone))
+    image = torch.empty(1, 3, size, size, device='meta')
     shapes = input_shapes(dense, list(moe_layers(moe)), image)
     cost = complexity(dense, image)
     flops, total = cost.flops, sum(p.numel() for p in moe.parameters())

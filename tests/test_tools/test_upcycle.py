@@ -1,0 +1,185 @@
+"""What else tools/upcycle.py turns checkpoints into, and what it costs."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import upcycle
+from commands import command
+from mmengine.config import Config
+
+from rmoe.upcycling import read_checkpoint, state_dict_of
+
+ROOT = Path(__file__).parents[2]
+KEY = 'backbone.stages.2.blocks.1.ffn.'
+
+
+@pytest.fixture(scope='module')
+def noisy(work, configs, dense_checkpoint):
+    """A MoE checkpoint whose experts differ."""
+    out = work / 'noisy.pth'
+    command(upcycle, dense_checkpoint, '--config', configs['moe'], '--out',
+            out, '--noise', .3, '--size', 64)
+    return out
+
+
+@pytest.fixture(scope='module')
+def pictures(work):
+    return work / 'scenes/images/validation'
+
+
+def convert(work, configs, checkpoint, name, *args):
+    command(upcycle, checkpoint, '--config', configs['moe'], '--out',
+            work / name, '--size', 64, *args)
+    report = json.loads((work / name).with_suffix('.report.json').read_text())
+    return state_dict_of(read_checkpoint(work / name)), report
+
+
+@pytest.mark.parametrize('how', ['mean', 'best'])
+def test_to_dense_by_load(work, configs, noisy, pictures, how):
+    dense, report = convert(work, configs, noisy, f'{how}.pth', '--to-dense',
+                            how, '--images', pictures)
+    assert not any('.experts.' in key for key in dense)
+    moe = state_dict_of(read_checkpoint(noisy))
+    core, residual = (moe[KEY + part] for part in (
+        'layers.1.weight', 'experts.residual_fc2_weight'))
+    # a mixture of core + residual, and not the core itself
+    share = torch.linalg.lstsq(
+        residual.flatten(1).t().double(),
+        (dense[KEY + 'layers.1.weight'] - core).flatten()[:, None].double()
+    ).solution
+    torch.testing.assert_close(
+        (residual.double() * share.view(-1, 1, 1)).sum(0),
+        (dense[KEY + 'layers.1.weight'] - core).double(), atol=1e-5, rtol=0.)
+    assert report['to_dense'] == how
+    assert 0 < report['relative_feature_difference'] < 1
+
+
+@pytest.mark.parametrize('how, count', [
+    ('prune', 4), ('merge', 4), ('slice', 2), ('tile', 12)])
+def test_change_experts(work, configs, noisy, pictures, how, count, capsys):
+    state, report = convert(
+        work, configs, noisy, f'{how}.pth', '--change-experts', how,
+        '--images', pictures, '--cfg-options',
+        f'model.backbone.moe.num_experts={count}')
+    assert len(state[KEY + 'experts.residual_fc1_weight']) == count
+    assert len(state[KEY + 'router.scorer.weight']) == count
+    assert any(key.startswith('decode_head.') for key in state)
+    assert report['change_experts'] == how
+    difference = report['relative_feature_difference']
+    # copies of equals change nothing: the first of two is chosen as before
+    assert difference < 1e-5 if how == 'tile' else difference > 0
+    assert '% of their norm)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--to-dense', 'best'], 'give --images FOLDER'),
+    (['--change-experts', 'prune'], 'give --images FOLDER'),
+    (['--change-experts', 'tile', '--to-dense'], 'exclude each other')])
+def test_contradictory_flags(work, configs, noisy, args, message, capsys):
+    with pytest.raises(SystemExit):
+        convert(work, configs, noisy, 'never.pth', *args)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('how, message', [
+    ('tile', 'needs a MoE checkpoint'), (None, 'is a MoE checkpoint already')])
+def test_dense_and_moe_files_are_told_apart(
+        work, configs, noisy, dense_checkpoint, how, message):
+    with pytest.raises(SystemExit, match=message):
+        if how:
+            convert(work, configs, dense_checkpoint, 'never.pth',
+                    '--change-experts', how)
+        else:
+            convert(work, configs, noisy, 'never.pth')
+    assert not (work / 'never.pth').exists()
+
+
+def test_bad_pictures(work, configs, noisy, tmp_path):
+    args = ('never.pth', '--to-dense', 'mean', '--images', tmp_path)
+    with pytest.raises(SystemExit, match='holds no image'):
+        convert(work, configs, noisy, *args)
+    (tmp_path / 'a.jpg').write_bytes(b'no picture')
+    with pytest.raises(SystemExit, match=r'a\.jpg is no image'):
+        convert(work, configs, noisy, *args)
+
+
+def test_pictures_are_normalised_as_the_config_does(tmp_path):
+    from _backbone import load_images
+    cv2.imwrite(str(tmp_path / 'a.png'),
+                np.full((9, 7, 3), (10, 20, 30), np.uint8))  # b, g, r
+    settings = dict(mean=[1., 2., 3.], std=[2., 2., 2.])
+    for bgr_to_rgb, expected in ((True, [14.5, 9., 3.5]),
+                                 (False, [4.5, 9., 13.5])):
+        cfg = Config(dict(model=dict(data_preprocessor=dict(
+            settings, bgr_to_rgb=bgr_to_rgb))))
+        image, = load_images(tmp_path, 16, cfg)
+        assert image.shape == (1, 3, 16, 16)
+        torch.testing.assert_close(image[0, :, 0, 0], torch.tensor(expected))
+
+
+VIT = """
+model = dict(backbone=dict(
+    type='rmoe.UpcycledBackbone',
+    backbone=dict(type='mmseg.VisionTransformer', img_size=32, patch_size=8,
+                  embed_dims=24, num_layers=2, num_heads=2, mlp_ratio=2),
+    moe=dict(layers=dict(every=2), num_experts=4)))
+default_scope = 'mmseg'
+"""
+
+
+def test_another_backbone_through_the_command(tmp_path):
+    from mmseg.models.backbones import VisionTransformer
+    theirs = VisionTransformer(img_size=32, patch_size=8, embed_dims=24,
+                               num_layers=2, num_heads=2, mlp_ratio=2)
+    torch.save({f'backbone.{key}': value for key, value in
+                theirs.state_dict().items()}, tmp_path / 'vit.pth')
+    (tmp_path / 'config.py').write_text(VIT)
+    for source, name, *args in (('vit.pth', 'moe.pth'),
+                                ('moe.pth', 'dense.pth', '--to-dense')):
+        command(upcycle, tmp_path / source, '--config',
+                tmp_path / 'config.py', '--out', tmp_path / name, '--size',
+                32, *args)
+    report = json.loads((tmp_path / 'moe.report.json').read_text())
+    assert report['source'] == 'VisionTransformer'
+    assert report['largest_feature_difference'] < 1e-5
+    back = state_dict_of(read_checkpoint(tmp_path / 'dense.pth'))
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(back[f'backbone.{key}'], value), key
+
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, 'tools')
+import upcycle
+from mmseg.models import backbones
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+sys.argv = ['upcycle.py', *sys.argv[1:]]
+upcycle.main()
+print('grown by', peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss in kilobytes')
+def test_conversion_holds_nothing_twice(tmp_path):
+    from rmoe.backbones import SwinMoE
+    torch.save(SwinMoE('tiny').state_dict(), tmp_path / 'dense.pth')
+    (tmp_path / 'config.py').write_text(
+        "model = dict(backbone=dict(type='rmoe.SwinMoE', arch='tiny', moe="
+        'dict(layers=((), (), (1, 3, 5), (1,)), num_experts=16)))\n')
+    done = subprocess.run(
+        [sys.executable, '-c', MEASURE, tmp_path / 'dense.pth', '--config',
+         tmp_path / 'config.py', '--out', tmp_path / 'moe.pth', '--size',
+         '64'], cwd=ROOT, capture_output=True, text=True, check=True)
+    grown = int(done.stdout.split('grown by')[1])
+    size = (tmp_path / 'moe.pth').stat().st_size
+    assert size > 600e6  # so that 2.2 times it is no noise
+    assert grown < 2.2 * size
+    cost = json.loads((tmp_path / 'moe.report.json').read_text())['cost']
+    assert cost['file_bytes'] == size
+    assert cost['write_seconds'] < cost['seconds'] < 60
