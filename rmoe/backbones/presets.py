@@ -15,12 +15,15 @@ def _swin(arch: str, layers: tuple, window: int = 7) -> dict[str, Any]:
 
 def _swin_moe(arch: str, num_experts: int, **router: Any) -> dict[str, Any]:
     """The published Swin-MoE models: 192 px, window 12, in the last stage
-    6, which is its whole map."""
+    6, which is its whole map; experts without a core, softmax gates,
+    training capacity 1.25 in the order of their priority."""
     return dict(
         type='rmoe.SwinMoE', arch=arch, window_size=(12, 12, 12, 6),
         pretrained_window_size=(12, 12, 12, 6), fc2_bias=False,
-        moe=dict(layers=DEEP, num_experts=num_experts,
-                 router=dict(type='TokenChoiceRouter', **router)))
+        moe=dict(layers=DEEP, num_experts=num_experts, core=False,
+                 align='none',
+                 router=dict(type='TokenChoiceRouter', capacity_factor=1.25,
+                             priority='bpr', **router)))
 
 
 def _cvt(arch: str, layers: tuple, **options: Any) -> dict[str, Any]:

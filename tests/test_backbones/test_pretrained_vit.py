@@ -2,6 +2,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from pretrained import IMAGES, WEIGHTS, labelled_images
 from routers import ROUTERS
@@ -52,6 +53,10 @@ def test_upcycled_predicts_what_dense_predicts():
     images, labels = labelled_images(8)
     logits = dict(predictions_per_router(images, ROUTERS))
     dense = logits.pop('dense')
+    theirs = timm.create_model('vit_tiny_patch16_224', num_classes=200).eval()
+    theirs.load_state_dict(state_dict_of(read_checkpoint(WEIGHTS)))
+    with torch.no_grad():
+        assert (theirs(images) - dense).abs().max() < 1e-4
     # said to be right on 70.85 % of all 200 classes
     assert (dense.argmax(1) == labels).float().mean() > 0.5
     for name, theirs in logits.items():

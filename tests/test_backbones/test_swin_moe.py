@@ -1,5 +1,6 @@
 """SwinMoE against mmseg's, mmdet's and timm's Swin, on random weights."""
 import copy
+import math
 
 import pytest
 import timm
@@ -7,9 +8,10 @@ import torch
 from mmdet.models.backbones import SwinTransformer as MMDetSwin
 from mmseg.models.backbones import SwinTransformer as MMSegSwin
 
-from rmoe.backbones import SwinMoE
+from rmoe.backbones import SwinMoE, preset
 from rmoe.backbones.swin_moe import ARCHITECTURES
 from rmoe.moe import collect_losses, moe_layers
+from rmoe.moe.complexity import inactive_params
 from rmoe.registry import MODELS
 
 SMALL = dict(embed_dims=16, depths=(1, 2, 2), num_heads=(1, 2, 4),
@@ -76,6 +78,54 @@ def test_presets_have_the_published_parameter_counts(arch):
     extra = sum(2 * width for width in ours.num_features[:-1])
     assert sum(p.numel() for p in ours.parameters()) - extra == sum(
         p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize('name, active', [
+    ('swin-moe-small-e8', 65.8), ('swin-moe-base-e8', 109.3)])
+def test_swin_moe_has_the_published_active_parameters(name, active):
+    """With the 21,841-way head that the published number includes."""
+    with torch.device('meta'):
+        model = MODELS.build(preset(name))
+        assert list(moe_layers(model)) == [
+            *(f'stages.2.blocks.{i}.ffn' for i in range(1, 18, 2)),
+            'stages.3.blocks.1.ffn']
+    ours = sum(p.numel() for p in model.parameters()) - sum(
+        inactive_params(layer) for layer in moe_layers(model).values())
+    head = 21841 * (model.num_features[-1] + 1)
+    assert (ours + head) / 1e6 == pytest.approx(active, abs=.15)
+
+
+@pytest.mark.parametrize('window, pretrained', [(4, 4), (4, 6), (3, 5)])
+def test_continuous_position_bias(window, pretrained):
+    """Token by token from the formula of Swin V2, without its sigmoid."""
+    model = randomise(SwinMoE(**{**SMALL, 'window_size': window},
+                              pretrained_window_size=pretrained))
+    attn = model.stages[1].blocks[0].attn.w_msa
+    table = attn.cpb_mlp(attn.relative_coords_table)
+    bias = table[attn.relative_position_index]
+    for i, j in ((0, 0), (0, window), (window * window - 1, 1)):
+        coords = []
+        for a, b in ((i // window, j // window), (i % window, j % window)):
+            d = 8 * (a - b) / (pretrained - 1)
+            coords.append(math.copysign(math.log2(abs(d) + 1) / 3, d))
+        torch.testing.assert_close(
+            bias[i, j], attn.cpb_mlp(torch.tensor(coords)))
+
+
+def test_one_window_size_for_each_stage():
+    model = SwinMoE(**{**SMALL, 'window_size': (4, 3, 2)})
+    assert [len(stage.blocks[0].attn.w_msa.relative_position_index)
+            for stage in model.stages] == [16, 9, 4]
+    with pytest.raises(ValueError, match=r'window_size=\(4, 2\).*3 stages'):
+        SwinMoE(**{**SMALL, 'window_size': (4, 2)})
+
+
+def test_fc2_bias_is_left_out_of_dense_and_moe_alike():
+    model = build_moe(fc2_bias=False)
+    keys = set(model.state_dict())
+    assert 'stages.0.blocks.0.ffn.layers.1.weight' in keys
+    assert not any(key.endswith(('ffn.layers.1.bias', 'residual_fc2_bias'))
+                   for key in keys)
 
 
 def build_moe(**options):
