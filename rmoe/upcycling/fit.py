@@ -226,6 +226,10 @@ def _check_leftovers(architecture: keymaps.Architecture,
         if reason:
             report.left_out[key] = reason
             continue
+        if key.endswith('.residual_fc2_bias') and not tensor.any():
+            # Tutel's models without this bias have it frozen at zero.
+            report.left_out[key] = 'all zero, and the model has no such bias'
+            continue
         if re.search(r'\.(experts\.residual|router\.)', key):
             raise ValueError(
                 f'{key} {tuple(tensor.shape)} of the checkpoint belongs to a '

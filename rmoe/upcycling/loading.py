@@ -36,13 +36,19 @@ def check_loading(backbone: nn.Module, architecture: Architecture,
 
 def _fit_in_place(expert_mismatch: str, backbone: nn.Module,
                   state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    state = {key[len(prefix):]: value for key, value in state_dict.items()
-             if key.startswith(prefix)}
-    check_prefix(backbone, state_dict, prefix)
+    inside = prefix
+    if not prefix:
+        # Flax nests its parameters ('params/'), and init_cfg cannot say so:
+        # mmengine ends every prefix with a dot.
+        found = backbone.architecture.find_prefix(state_dict) or ''
+        inside = found if found.endswith('/') else ''
+    state = {key[len(inside):]: value for key, value in state_dict.items()
+             if key.startswith(inside)}
+    check_prefix(backbone, state_dict, inside)
     fitted, report = fit(backbone, state, expert_mismatch)
     print_log(report.table(), 'current')
-    for key in state:
-        del state_dict[prefix + key]
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        del state_dict[key]
     state_dict.update({prefix + key: value for key, value in fitted.items()})
 
 

@@ -326,6 +326,14 @@ def test_position_embedding_resizes_to_the_image(image, patches, tmp_path):
     torch.testing.assert_close(fitted['pos_embed'], case.model.pos_embed)
 
 
+def test_a_class_token_can_be_left_out(tmp_path):
+    case = timm_vit(tmp_path)
+    ours = case.ours(**case.options, with_cls_token=False)
+    fitted, report = fit(ours, case.state)
+    assert torch.equal(fitted['pos_embed'], case.state['pos_embed'][:, 1:])
+    assert report.left_out['cls_token'].startswith('class token')
+
+
 class TestBadFiles:
 
     def vit(self, **options):

@@ -151,3 +151,16 @@ def test_core_and_no_core_are_one_function(core_first):
     if not core_first:
         experts = moe_layers(target)[LAYER].experts
         assert experts.residual_fc1_weight.mean(0).abs().max() < 1e-6
+
+
+def test_a_bias_of_zeros_needs_no_place():
+    source = vit(core=False)
+    experts = moe_layers(source)[LAYER].experts
+    target = vit(core=False)
+    moe_layers(target)[LAYER].experts.residual_fc2_bias = None
+    with pytest.raises(ValueError, match=r'residual_fc2_bias .* belongs to'):
+        fit(target, source.state_dict())
+    nn.init.zeros_(experts.residual_fc2_bias)
+    _, report = fit(target, source.state_dict())
+    assert report.left_out[f'{LAYER}.experts.residual_fc2_bias'].startswith(
+        'all zero')

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rmoe.backbones import SwinMoE
 from rmoe.moe import moe_layers
-from rmoe.upcycling import fit, state_dict_of
+from rmoe.upcycling import fit, read_checkpoint, state_dict_of
 from rmoe.upcycling.formats.tutel import rank_files, read_rank_files
 from rmoe.upcycling.keymaps import SWIN
 
@@ -41,21 +41,21 @@ def weights(num_experts=4, cosine=False, fc2_bias=False):
         if bias:
             add(f'{name}.bias', out)
 
-    def norm(name, width):
-        add(f'{name}.weight', width, mean=1.)
-        add(f'{name}.bias', width)
+    def norms(**widths):
+        for name, width in widths.items():
+            add(f'{at}{name}.weight', width, mean=1.)
+            add(f'{at}{name}.bias', width)
 
+    at = ''
     add('patch_embed.proj.weight', 16, 3, 4, 4)
     add('patch_embed.proj.bias', 16)
-    norm('patch_embed.norm', 16)
-    norm('layers.0.downsample.norm', 64)
+    norms(**{'patch_embed.norm': 16, 'layers.0.downsample.norm': 64,
+             'norm': 32})
     linear('layers.0.downsample.reduction', 32, 64, bias=False)
-    norm('norm', 32)
     linear('head', 5, 32)
     for stage, block in ((0, 0), (0, 1), (1, 0), (1, 1)):
         at, width = f'layers.{stage}.blocks.{block}.', WIDTHS[stage]
-        norm(f'{at}norm1', width)
-        norm(f'{at}norm2', width)
+        norms(norm1=width, norm2=width)
         linear(f'{at}attn.qkv', 3 * width, width)
         linear(f'{at}attn.proj', width, width)
         linear(f'{at}attn.cpb_mlp.0', 512, 2)
@@ -78,30 +78,26 @@ def weights(num_experts=4, cosine=False, fc2_bias=False):
             state[f'{at}gates.0.temperature'] = torch.tensor([1.])
         else:
             add(f'{at}gates.0.wg.weight', num_experts, width)
-        for name in ('fc1_w', 'fc2_w'):
-            add(f'{at}experts.batched_{name}', num_experts, RATIO * width,
-                width)
-        add(f'{at}experts.batched_fc1_bias', num_experts, RATIO * width)
+        hidden = RATIO * width
+        add(f'{at}experts.batched_fc1_w', num_experts, hidden, width)
+        add(f'{at}experts.batched_fc2_w', num_experts, hidden, width)
+        add(f'{at}experts.batched_fc1_bias', num_experts, hidden)
         add(f'{at}experts.batched_fc2_bias', num_experts, width,
-            std=.2 * fc2_bias)
+            std=.2 if fc2_bias else 0.)
         state[f'{at}_num_global_experts'] = torch.tensor(num_experts)
     return state
 
 
 def piece_of(key, value, rank, ranks, legacy, scattered):
     """What a rank holds of an expert weight (E, ...)."""
-    num_experts = len(value)
-    sharers = max(ranks // num_experts, 1)
-    if sharers == 1:
-        local = num_experts // ranks
-        piece = value[rank * local:(rank + 1) * local]
+    if len(value) >= ranks:
+        piece = value.chunk(ranks)[rank]
     else:
-        size = math.ceil(value.shape[1] / sharers)
+        sharers = ranks // len(value)
         piece = value[rank // sharers]
         if key.endswith('fc2_bias'):
-            piece = F.pad(piece, (0, sharers * size - len(piece)))
-        start = rank % sharers * size
-        piece = piece[None, start:start + size]
+            piece = F.pad(piece, (0, -len(piece) % sharers))
+        piece = piece.chunk(sharers)[rank % sharers][None]
         if scattered:
             return piece.reshape(*value.shape[1:-1],
                                  value.shape[-1] // sharers).clone()
@@ -114,28 +110,24 @@ def write(folder, state, ranks=2, layout='split', legacy=False,
     path = folder / 'x.pth'
     frozen = not any(key.endswith('.fc2.bias') for key in state)
     for rank in range(ranks):
-        full = {}
+        full, own = {}, {}
         for key, value in state.items():
             if EXPERT in key:
                 value = piece_of(key, value, rank, ranks, legacy, scattered)
             elif key.endswith('_num_global_experts') and count != 'tensor':
+                value = int(value)
                 if count is None:
                     continue
-                value = int(value)
-            full[key] = value
-        own = {key for key in full if EXPERT in key and not (
-            frozen and key.endswith('fc2_bias'))}
-        if layout == 'global':
-            torch.save(dict(model=full), f'{path}.global')
-        elif layout == 'full':  # its config can only be left out
-            torch.save(dict(model=full, config=argparse.Namespace(), epoch=3),
-                       f'{path}.rank{rank}')
-        else:
-            torch.save(dict(model={key: full[key] for key in own}),
-                       f'{path}.rank{rank}')
+            trained = not (frozen and key.endswith('fc2_bias'))
+            (own if EXPERT in key and trained else full)[key] = value
+        if layout == 'split':
+            torch.save(dict(model=own), f'{path}.rank{rank}')
             if rank == 0:
-                torch.save(dict(model={key: full[key] for key in full
-                                       if key not in own}), f'{path}.master')
+                torch.save(dict(model=full), f'{path}.master')
+        else:  # the config can only be left out
+            ending = 'global' if layout == 'global' else f'rank{rank}'
+            torch.save(dict(model={**full, **own}, epoch=3,
+                            config=argparse.Namespace()), f'{path}.{ending}')
     return path
 
 
@@ -164,36 +156,26 @@ def reference(state, image, k):
                             state[f'{name}.bias'])
 
     def attend(x, at, stage, shift):
-        side, width, heads = x.shape[1], x.shape[-1], HEADS[stage]
-        x = x.roll((-shift, -shift), (1, 2))
-        out = torch.zeros_like(x)
-        cells = [(y, x) for y in range(WINDOW) for x in range(WINDOW)]
+        """Every token looks at all, and is masked from other windows."""
+        side, heads = x.shape[1], HEADS[stage]
+        rolled = [(row % side, column % side)
+                  for row in range(-shift, side - shift)
+                  for column in range(-shift, side - shift)]
+        regions = [[(place // WINDOW, place >= side - shift)
+                    for place in token] for token in rolled]
         offsets = torch.tensor([[[log_distance(a - b, PRETRAINED[stage])
                                   for a, b in zip(one, other)]
-                                 for other in cells] for one in cells])
+                                 for other in rolled] for one in rolled])
         bias = linear(linear(offsets, f'{at}.cpb_mlp.0').relu(),
                       f'{at}.cpb_mlp.2')
-        for top in range(0, side, WINDOW):
-            for left in range(0, side, WINDOW):
-                area = (slice(None), slice(top, top + WINDOW),
-                        slice(left, left + WINDOW))
-                # After the roll, the last rows and columns are the first.
-                wrapped = torch.tensor([[
-                    shift and top + y >= side - shift,
-                    shift and left + x >= side - shift] for y, x in cells])
-                apart = (wrapped[:, None] != wrapped[None]).any(-1)
-                qkv = linear(x[area].flatten(1, 2), f'{at}.qkv').split(
-                    width, -1)
-                mixed = []
-                for head in range(heads):
-                    q, key, v = (part.split(width // heads, -1)[head]
-                                 for part in qkv)
-                    logits = q @ key.mT * (width // heads)**-.5
-                    logits = logits + bias[..., head] - 100. * apart
-                    mixed.append(logits.softmax(-1) @ v)
-                mixed = linear(torch.cat(mixed, -1), f'{at}.proj')
-                out[area] = mixed.unflatten(1, (WINDOW, WINDOW))
-        return out.roll((shift, shift), (1, 2))
+        apart = torch.tensor([[one != other for other in regions]
+                              for one in regions])
+        bias = bias.masked_fill(apart[..., None], -math.inf)
+        q, key, v = linear(x.flatten(1, 2), f'{at}.qkv').unflatten(
+            -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        logits = q @ key.mT * q.shape[-1]**-.5 + bias.permute(2, 0, 1)
+        mixed = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return linear(mixed, f'{at}.proj').view_as(x)
 
     def experts(x, at):
         gate, at = f'{at}._moe_layer.gates.0', f'{at}._moe_layer{EXPERT}'
@@ -243,7 +225,7 @@ def reference(state, image, k):
 
 
 def load(ours, path):
-    ours.load_state_dict(state_dict_of(read_rank_files(path)))
+    ours.load_state_dict(state_dict_of(read_checkpoint(path)))
     return ours
 
 
@@ -267,12 +249,15 @@ def test_features_and_chosen_experts(tmp_path, kind, files):
     ours = load(model(**kind), write(tmp_path, state, **files))
     ours.norm0 = ours.norm1 = nn.Identity()  # not in a classifier
     chosen = []
+
+    def note(router, inputs, routing):
+        expert_ids_N = torch.arange(len(routing.counts_E)).repeat_interleave(
+            routing.counts_E)
+        chosen.append(set(zip(routing.token_ids_N.tolist(),
+                              expert_ids_N.tolist())))
+
     for layer in moe_layers(ours).values():
-        layer.router.register_forward_hook(lambda _, inputs, routing:
-                                           chosen.append(set(zip(
-            routing.token_ids_N.tolist(),
-            torch.arange(len(routing.counts_E)).repeat_interleave(
-                routing.counts_E).tolist()))))
+        layer.router.register_forward_hook(note)
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         maps = ours(image)
@@ -312,11 +297,11 @@ def changed(ending, key, function):
 
     def damage(path):
         file = path.with_suffix(f'.pth.{ending}')
-        content = torch.load(file, weights_only=False)
-        content['model'][key] = function(content['model'].get(key))
-        if content['model'][key] is None:
-            del content['model'][key]
-        torch.save(content, file)
+        state = torch.load(file, weights_only=False)['model']
+        value = function(state.pop(key, None))
+        if value is not None:
+            state[key] = value
+        torch.save(dict(model=state), file)
 
     return damage
 

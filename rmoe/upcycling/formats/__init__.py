@@ -7,7 +7,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rmoe.upcycling.formats.flax import is_flax, read_flax
+from rmoe.upcycling.formats.hub import download, is_hub
 from rmoe.upcycling.formats.pickles import read_pickle
+from rmoe.upcycling.formats.tutel import rank_files, read_rank_files
 from rmoe.upcycling.formats.writing import write_atomically, write_checkpoint
 
 __all__ = ['read_checkpoint', 'state_dict_of', 'write_atomically',
@@ -22,7 +25,9 @@ def read_checkpoint(path: str | os.PathLike,
     """Read a checkpoint; no code in it is executed.
 
     Args:
-        path: a .pth or .safetensors file.
+        path: a .pth or .safetensors file; a Flax checkpoint (.msgpack, .npz
+            or .index); one of Tutel's rank files or their common name; or
+            'timm:NAME' or 'hf:NAME' to download.
         map_location: as for torch.load.
 
     Returns:
@@ -33,9 +38,17 @@ def read_checkpoint(path: str | os.PathLike,
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is empty, cut short, no checkpoint, or asks
-            for code to be run.
+            for code to be run; if a file of a set is missing; or if a
+            download fails.
     """
+    if is_hub(str(path)):
+        found = download(str(path))
+        return found if isinstance(found, dict) else read_checkpoint(found)
     path = Path(path).expanduser()
+    if is_flax(path):
+        return read_flax(path)
+    if rank_files(path):
+        return read_rank_files(path, map_location)
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
     if path.stat().st_size == 0:

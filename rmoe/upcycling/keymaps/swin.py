@@ -9,6 +9,13 @@ from rmoe.upcycling.keymaps.resizing import (
     resize_position_embedding,
 )
 from rmoe.upcycling.keymaps.source import Architecture, Rule, Source
+from rmoe.upcycling.keymaps.swin_moe import (
+    LEFT_OUT,
+    MOE_RULES,
+    POSITION_BIAS,
+    SWIN_V2,
+    check_settings,
+)
 
 
 def to_unfold_order(tensor: Tensor) -> Tensor:
@@ -98,20 +105,30 @@ SWIN = Architecture(
         Source('timm Swin',
                marks=('layers.0.blocks.0.attn.qkv.weight',
                       'layers.0.blocks.0.norm1.weight'),
-               absent=('layers.0.downsample.reduction.weight', ),
+               absent=('layers.0.downsample.reduction.weight',
+                       POSITION_BIAS),
                rules=swin_rules(lambda stage: stage - 1),
                left_out=CLASSIFIER),
         Source('original Swin release',
                marks=('layers.0.blocks.0.attn.qkv.weight',
                       'layers.0.downsample.reduction.weight'),
+               absent=(POSITION_BIAS, ),
                rules=swin_rules(lambda stage: stage),
                left_out=CLASSIFIER),
+        Source('Microsoft Swin-MoE',
+               marks=(POSITION_BIAS, 'layers.0.blocks.0.attn.qkv.weight'),
+               absent=(SWIN_V2, ),
+               rules=(*MOE_RULES, *swin_rules(lambda stage: stage)),
+               left_out=(*LEFT_OUT, *CLASSIFIER),
+               verify=check_settings),
         Source('Hugging Face Swin',
                marks=('encoder.layers.0.blocks.0.attention.self.query.weight',
                       ),
                rules=_hf_rules(),
                left_out=(
-                   (r'layernorm\..+', 'final norm, fitted to the classifier'),
+                   # With 'swin.' in front in files of a SwinBackbone.
+                   (r'(?:swin\.)?layernorm\..+',
+                    'final norm, fitted to the classifier'),
                    (r'embeddings\.mask_token', 'token of masked images'),
                    *COMPUTED)),
     ),

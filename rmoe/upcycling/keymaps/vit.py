@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rmoe.upcycling.keymaps.resizing import resize_position_embedding
 from rmoe.upcycling.keymaps.source import Architecture, Rule, Source
+from rmoe.upcycling.keymaps.vmoe import VMOE
 
 TO = r'layers.\1.'
 # Names that several sources share.
@@ -78,12 +79,14 @@ HF_DINOV2_RULES: tuple[Rule, ...] = (
 
 def _resize_positions(table: Tensor, current: Tensor, model: Any
                       ) -> Tensor | None:
-    side = round(table.shape[1]**0.5)
-    if model.cls_token is not None and side * side == table.shape[1]:
-        # A file of patch positions only (DeiT III): none for the class token.
+    patches_only = round(table.shape[1]**0.5)**2 == table.shape[1]
+    if model.cls_token is not None and patches_only:
+        # As in DeiT III: no position for the class token.
         table = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
-        if table.shape == current.shape:
-            return table
+    elif model.cls_token is None and not patches_only:
+        table = table[:, 1:]
+    if table.shape == current.shape:
+        return table
     return resize_position_embedding(table, current, model.position_grid,
                                      model.antialias)
 
@@ -120,6 +123,7 @@ VIT = Architecture(
                rules=HF_DINOV2_RULES,
                left_out=((r'embeddings\.mask_token',
                           'token of masked images'), )),
+        VMOE,
     ),
     # Models that pool their patches have no final norm of this kind, and
     # mmseg's by default none at all.
