@@ -27,6 +27,9 @@ def backbone_config(cfg: Config) -> dict:
     init_default_scope(cfg.get('default_scope') or 'rmoe')
     backbone = deepcopy(cfg.model.backbone)
     backbone.init_cfg = None
+    # Imports the host library, as the first lookup would.
+    with MODELS.switch_scope_and_registry(None) as registry:
+        registry.import_from_location()
     if MODELS.get(backbone.type) is None:
         raise ValueError(f'model.backbone.type={backbone.type!r} is not '
                          'registered; see custom_imports')

@@ -34,7 +34,7 @@ def check_loading(backbone: nn.Module, architecture: Architecture,
         partial(_fit_in_place, expert_mismatch))
 
 
-def _fit_in_place(expert_mismatch: str, backbone: nn.Module,
+def _fit_in_place(expert_mismatch: str, backbone: Any,
                   state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     inside = prefix
     if not prefix:
