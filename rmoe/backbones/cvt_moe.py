@@ -285,6 +285,10 @@ def _check_structure(stages: int, out_indices: Sequence[int],
         if not 0 <= index < stages:
             raise ValueError(f'out_indices points at stage {index}; there '
                              f'are {stages}')
+    for width, heads in zip(per_stage['embed_dims'], per_stage['num_heads']):
+        if width % heads:
+            raise ValueError(f'num_heads={heads} must divide the width '
+                             f'{width} of its stage')
     if not 0 <= frozen_stages <= stages:
         raise ValueError(f'frozen_stages={frozen_stages} must lie between 0 '
                          f'and the {stages} stages')

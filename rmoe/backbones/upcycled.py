@@ -85,7 +85,7 @@ def _with_experts(module: Any, options: dict[str, Any]) -> MoELayer:
 
 
 def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:
-    if 'layers' not in moe:
+    if not moe or 'layers' not in moe:
         raise ValueError('moe needs layers: which of the FFNs become MoE, '
                          'e.g. layers=dict(every=2)')
     chosen = choose_blocks(moe['layers'], count)
@@ -116,7 +116,9 @@ def _architecture(host: nn.Module) -> Architecture:
     inside = tuple(f'{key}.' for key in moe_layers(host))
     mark = next(key for key, _ in host.named_parameters()
                 if not key.startswith(inside))
-    buffers = tuple(re.escape(key) for key, _ in host.named_buffers())
+    # Tables that follow from the config; statistics are weights.
+    buffers = tuple(re.escape(key) for key, _ in host.named_buffers()
+                    if not key.endswith(('running_mean', 'running_var')))
     return Architecture(
         name,
         sources=(Source(name, marks=(mark, ),

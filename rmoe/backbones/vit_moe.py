@@ -198,6 +198,9 @@ class ViTMoE(MoEBackbone):
         if output_cls_token and not with_cls_token:
             raise ValueError('output_cls_token=True needs '
                              'with_cls_token=True')
+        if embed_dims % num_heads:
+            raise ValueError(f'num_heads={num_heads} must divide embed_dims='
+                             f'{embed_dims}')
         act_cfg = act_cfg or dict(type='GELU')
         norm_cfg = norm_cfg or dict(type='LN', eps=1e-6)
         self.num_layers = num_layers

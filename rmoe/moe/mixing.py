@@ -31,13 +31,18 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
         align: one of ``SPARSE_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
         unrouted: 'core' or 'zero', for tokens without a row.
         middle: called inside the experts before the activation, with the
-            table (T, K) of each token's rows and the (N, H) hidden rows.
+            table (T, K) of each token's rows, that of its largest gate
+            first, and the (N, H) hidden rows.
     """
     token_ids_N = routing.token_ids_N
     table_TK = rows_of_tokens(token_ids_N, len(x_TD))
     rows_ND = Dispatch.apply(x_TD, token_ids_N, table_TK)
-    rows_ND = experts(rows_ND, routing.counts_E, core,
-                      middle and partial(middle, table_TK))
+    if middle is not None:
+        # Best first: what follows must not depend on the experts' numbers.
+        order_TK = routing.weights_N.detach()[table_TK].sort(
+            dim=1, descending=True, stable=True).indices
+        middle = partial(middle, table_TK.gather(1, order_TK))
+    rows_ND = experts(rows_ND, routing.counts_E, core, middle)
     kept_T = None
     if table_TK.numel() != len(token_ids_N) or not len(token_ids_N):
         kept_T = routing.kept_per_token()

@@ -64,10 +64,11 @@ def _needs(activation: str, setting: str
         ffn = model.stages[0].blocks[0].ffn
         act: nn.Module = (ffn.experts.act if isinstance(ffn, MoELayer)
                           else ffn.layers[0][1])
-        if type(act).__name__ != activation:
+        if type(act).__name__ != activation or getattr(
+                act, 'approximate', 'none') != 'none':
             raise ValueError(
                 f'these weights were trained with {activation}, the model '
-                f'has {type(act).__name__}: set act_cfg={setting}')
+                f'has {act}: set act_cfg={setting}')
 
     return verify
 
