@@ -14,7 +14,9 @@ def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
     rest out; it also reads .safetensors and says what is wrong with a broken
     file.
     """
-    return read_checkpoint(filename, map_location)
+    # A resumed optimizer keeps these tensors, and training may write to the
+    # file: they must not be views of it.
+    return read_checkpoint(filename, map_location, mapped=False)
 
 
 def apply() -> None:

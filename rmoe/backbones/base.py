@@ -1,13 +1,15 @@
 """What the MoE backbones have in common."""
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
+from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from rmoe.moe import MoELayer
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture
 
@@ -18,13 +20,12 @@ class MoEBackbone(BaseModule):
     Attributes:
         architecture: what checkpoints it can load.
     """
-    architecture: Architecture
+    # Of the class: an instance must pickle, and key maps hold functions.
+    architecture: ClassVar[Architecture]
 
-    def finish(self, architecture: Architecture,
-               moe: Mapping | None) -> None:
+    def finish(self, moe: Mapping | None) -> None:
         """To be called when all modules are built."""
-        check_loading(self, architecture,
-                      (moe or {}).get('expert_mismatch', 'raise'))
+        check_loading(self, (moe or {}).get('expert_mismatch', 'raise'))
         # At construction, so that DDP and the optimizer see it.
         for module in self.frozen_modules():
             module.eval()
@@ -40,6 +41,46 @@ class MoEBackbone(BaseModule):
         for module in self.frozen_modules():
             module.eval()
         return self
+
+
+class PreNormBlock(nn.Module):
+    """norm - attention - add, norm - FFN (dense or MoE) - add.
+
+    Args:
+        embed_dims: width.
+        norm_cfg: of both norms.
+        attn: called with the normed tokens and what ``forward`` is given.
+        ffn: mmcv's FFN or a MoEFFN.
+        with_cp: activation checkpointing.
+        norms: names of the two norms.
+    """
+
+    def __init__(self, embed_dims: int, norm_cfg: Mapping, attn: nn.Module,
+                 ffn: nn.Module, with_cp: bool,
+                 norms: tuple[str, str] = ('norm1', 'norm2')) -> None:
+        super().__init__()
+        first, second = (build_norm_layer(dict(norm_cfg), embed_dims)[1]
+                         for _ in norms)
+        self.norms = norms
+        self.add_module(norms[0], first)
+        self.attn = attn
+        self.add_module(norms[1], second)
+        self.ffn = ffn
+        self.with_cp = with_cp
+        # A MoE FFN checkpoints its experts itself and routes outside: routing
+        # twice would count twice and could choose twice.
+        self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """(B, T, D) tokens to (B, T, D)."""
+        x = run(self._attend, self.with_cp, x, *context)
+        return run(self._transform, self.ffn_with_cp, x)
+
+    def _attend(self, x: Tensor, *context: Any) -> Tensor:
+        return x + self.attn(getattr(self, self.norms[0])(x), *context)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.ffn(getattr(self, self.norms[1])(x), identity=x)
 
 
 def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,

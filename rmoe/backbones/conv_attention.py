@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.drop import build_dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,12 +36,13 @@ class ConvAttention(nn.Module):
         qkv_bias: bias of the linear projections.
         attn_drop_rate: dropout on attention weights.
         proj_drop_rate: dropout on the output.
+        dropout_layer: config of the layer after it (DropPath).
         bn_cfg: batch norm of the convolutional projections.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool,
                  attn_drop_rate: float, proj_drop_rate: float,
-                 bn_cfg: Mapping) -> None:
+                 dropout_layer: Mapping, bn_cfg: Mapping) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = embed_dims**-0.5
@@ -52,6 +54,7 @@ class ConvAttention(nn.Module):
                 embed_dims, embed_dims, bias=qkv_bias))
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
+        self.drop = build_dropout(dict(dropout_layer))
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, [1 +] h w, D); a class token in front passes no convolution."""
@@ -66,7 +69,7 @@ class ConvAttention(nn.Module):
             query, key, value, scale=self.scale,
             dropout_p=self.attn_drop_rate if self.training else 0.)
         x = x.transpose(1, 2).reshape(batch, tokens, dims)
-        return self.proj_drop(self.proj(x))
+        return self.drop(self.proj_drop(self.proj(x)))
 
     def _heads(self, name: str, cls: Tensor, image: Tensor) -> Tensor:
         """(B, heads, tokens, head width) of 'q', 'k' or 'v'."""

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.drop import build_dropout
 from mmengine.model import constant_init, trunc_normal_init
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rmoe.backbones.base import MoEBackbone, run
+from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.conv_attention import ConvAttention
 from rmoe.backbones.ffn import FFNPlan
-from rmoe.moe import MoELayer
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import CVT
 
@@ -43,37 +41,10 @@ class ConvEmbed(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2)), (height, width)
 
 
-class CvTBlock(nn.Module):
-    """norm - attention - add, norm - FFN (dense or MoE) - add."""
-
-    def __init__(self, embed_dims: int, norm_cfg: Mapping,
-                 attn: ConvAttention, ffn: nn.Module, drop_path: Mapping,
-                 with_cp: bool) -> None:
-        super().__init__()
-        self.norm1 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
-        self.attn = attn
-        self.drop = build_dropout(dict(drop_path))
-        self.norm2 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
-        self.ffn = ffn
-        self.with_cp = with_cp
-        # A MoE FFN checkpoints its experts itself and routes outside.
-        self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
-
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        x = run(self._attend, self.with_cp, x, hw)
-        return run(self._transform, self.ffn_with_cp, x)
-
-    def _attend(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        return x + self.drop(self.attn(self.norm1(x), hw))
-
-    def _transform(self, x: Tensor) -> Tensor:
-        return self.ffn(self.norm2(x), identity=x)
-
-
 class CvTStage(nn.Module):
     """Embedding and blocks of one resolution."""
 
-    def __init__(self, patch_embed: ConvEmbed, blocks: Sequence[CvTBlock],
+    def __init__(self, patch_embed: ConvEmbed, blocks: Sequence[PreNormBlock],
                  cls_dims: int | None, drop_rate: float) -> None:
         super().__init__()
         self.patch_embed = patch_embed
@@ -143,6 +114,8 @@ class CvTMoE(MoEBackbone):
             ``moe`` that selects no block.
     """
 
+    architecture = CVT
+
     def __init__(self,
                  arch: str | None = None,
                  moe: Mapping | None = None,
@@ -194,12 +167,12 @@ class CvTMoE(MoEBackbone):
                     type='DropPath', drop_prob=drop_path_rates[stage] *
                     block / max(depth - 1, 1))
                 attn = ConvAttention(width, num_heads[stage], qkv_bias,
-                                     attn_drop_rate, drop_rate,
+                                     attn_drop_rate, drop_rate, drop_path,
                                      bn_cfg or dict(type='BN'))
                 ffn = plan.build(stage, block, width, int(mlp_ratio * width),
                                  act_cfg, drop_rate, drop_path)
-                blocks.append(CvTBlock(width, norm_cfg, attn, ffn, drop_path,
-                                       with_cp))
+                blocks.append(PreNormBlock(width, norm_cfg, attn, ffn,
+                                           with_cp))
             embed = ConvEmbed(
                 embed_dims[stage - 1] if stage else in_channels, width,
                 patch_sizes[stage], strides[stage], patch_padding[stage],
@@ -211,7 +184,7 @@ class CvTMoE(MoEBackbone):
         for i in self.out_indices:
             self.add_module(
                 f'norm{i}', build_norm_layer(dict(norm_cfg), embed_dims[i])[1])
-        self.finish(CVT, moe)
+        self.finish(moe)
 
     def init_weights(self) -> None:
         """Initialise as CvT does, or load what ``init_cfg`` names."""

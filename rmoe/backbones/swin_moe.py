@@ -13,14 +13,13 @@ from mmengine.model import constant_init, trunc_normal_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmoe.backbones.base import MoEBackbone, run
+from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.ffn import FFNPlan
 from rmoe.backbones.window_attention import (
     ShiftedWindowAttention,
     WindowAttention,
     shift_mask,
 )
-from rmoe.moe import MoELayer
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import SWIN
 
@@ -31,34 +30,6 @@ ARCHITECTURES = {
     'base': (128, (2, 2, 18, 2), (4, 8, 16, 32)),
     'large': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
-
-
-class SwinBlock(nn.Module):
-    """norm - attention - add, norm - FFN (dense or MoE) - add."""
-
-    def __init__(self, embed_dims: int, norm_cfg: Mapping, attn: nn.Module,
-                 ffn: nn.Module, with_cp: bool) -> None:
-        super().__init__()
-        self.norm1 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
-        self.attn = attn
-        self.norm2 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
-        self.ffn = ffn
-        self.with_cp = with_cp
-        # A MoE FFN checkpoints its experts itself and routes outside: routing
-        # twice would count twice and could choose twice.
-        self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
-
-    def forward(self, x: Tensor, hw: tuple[int, int],
-                mask: Tensor | None) -> Tensor:
-        x = run(self._attend, self.with_cp, x, hw, mask)
-        return run(self._transform, self.ffn_with_cp, x)
-
-    def _attend(self, x: Tensor, hw: tuple[int, int],
-                mask: Tensor | None) -> Tensor:
-        return x + self.attn(self.norm1(x), hw, mask)
-
-    def _transform(self, x: Tensor) -> Tensor:
-        return self.ffn(self.norm2(x), identity=x)
 
 
 class PatchMerging(nn.Module):
@@ -92,7 +63,7 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """The blocks of one resolution, and the step to the next."""
 
-    def __init__(self, blocks: Sequence[SwinBlock],
+    def __init__(self, blocks: Sequence[PreNormBlock],
                  downsample: PatchMerging | None, window_size: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -165,6 +136,8 @@ class SwinMoE(MoEBackbone):
         ValueError: for an unknown ``arch``, a stage out of range, or a
             ``moe`` that selects no block.
     """
+
+    architecture = SWIN
 
     def __init__(self,
                  arch: str | None = None,
@@ -252,7 +225,7 @@ class SwinMoE(MoEBackbone):
                 ffn = plan.build(stage, block, width, int(mlp_ratio * width),
                                  act_cfg, drop_rate, drop_path,
                                  fc2_bias=fc2_bias)
-                blocks.append(SwinBlock(width, norm_cfg, attn, ffn, with_cp))
+                blocks.append(PreNormBlock(width, norm_cfg, attn, ffn, with_cp))
             last = stage == len(depths) - 1
             downsample = None if last else PatchMerging(
                 width, 2 * width, merge_norm_cfg)
@@ -263,7 +236,7 @@ class SwinMoE(MoEBackbone):
                 f'norm{i}',
                 build_norm_layer(dict(norm_cfg), self.num_features[i])[1])
 
-        self.finish(SWIN, moe)
+        self.finish(moe)
         if frozen_stages >= 0 and self.absolute_pos_embed is not None:
             self.absolute_pos_embed.requires_grad = False
 

@@ -56,8 +56,8 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
         layer.name = f'MoE layer {key} of {name}'
         parent, _, child = key.rpartition('.')
         setattr(host.get_submodule(parent), child, layer)
-    check_loading(host, _architecture(host),
-                  moe.get('expert_mismatch', 'raise'))
+    host.architecture = _architecture(host)
+    check_loading(host, moe.get('expert_mismatch', 'raise'))
     return host
 
 

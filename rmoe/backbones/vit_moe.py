@@ -13,9 +13,8 @@ from mmengine.model import constant_init, trunc_normal_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmoe.backbones.base import MoEBackbone, run
+from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.ffn import FFNPlan, choose_blocks
-from rmoe.moe import MoELayer
 from rmoe.moe.ffn import LayerScale
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import VIT
@@ -90,31 +89,6 @@ class SelfAttention(nn.Module):
         return self.dropout_layer(self.gamma1(self.proj_drop(self.attn(x))))
 
 
-class ViTBlock(nn.Module):
-    """norm - attention - add, norm - FFN (dense or MoE) - add."""
-
-    def __init__(self, embed_dims: int, norm_cfg: Mapping,
-                 attn: SelfAttention, ffn: nn.Module, with_cp: bool) -> None:
-        super().__init__()
-        self.ln1 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
-        self.attn = attn
-        self.ln2 = build_norm_layer(dict(norm_cfg), embed_dims)[1]
-        self.ffn = ffn
-        self.with_cp = with_cp
-        # A MoE FFN checkpoints its experts itself and routes outside.
-        self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = run(self._attend, self.with_cp, x)
-        return run(self._transform, self.ffn_with_cp, x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        return x + self.attn(self.ln1(x))
-
-    def _transform(self, x: Tensor) -> Tensor:
-        return self.ffn(self.ln2(x), identity=x)
-
-
 @MODELS.register_module()
 class ViTMoE(MoEBackbone):
     """Vision Transformer whose FFNs can be mixtures of experts.
@@ -163,6 +137,8 @@ class ViTMoE(MoEBackbone):
         ValueError: for an unknown ``arch``, a block out of range, or a
             ``moe`` that selects no block.
     """
+
+    architecture = VIT
 
     def __init__(self,
                  arch: str | None = None,
@@ -241,11 +217,12 @@ class ViTMoE(MoEBackbone):
                 0, block, embed_dims, mlp_dims, act_cfg, drop_rate, drop_path,
                 layer_scale_init_value=layer_scale_init_value)
             self.layers.append(
-                ViTBlock(embed_dims, norm_cfg, attn, ffn, with_cp))
+                PreNormBlock(embed_dims, norm_cfg, attn, ffn, with_cp,
+                             norms=('ln1', 'ln2')))
         # mmseg's name of the final norm.
         self.ln1 = build_norm_layer(
             dict(norm_cfg), embed_dims)[1] if final_norm else None
-        self.finish(VIT, moe)
+        self.finish(moe)
         if frozen_stages >= 0:
             self.pos_embed.requires_grad = False
             if self.cls_token is not None:

@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from rmoe.upcycling.expert_count import EXPERT_MISMATCH
 from rmoe.upcycling.fit import fit
-from rmoe.upcycling.keymaps import Architecture
 
 
-def check_loading(backbone: nn.Module, architecture: Architecture,
-                  expert_mismatch: str) -> None:
+def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
     """Make every later load of this backbone complete or an error.
 
     A dense file upcycles, a file of any known source is translated, and a
@@ -19,8 +17,7 @@ def check_loading(backbone: nn.Module, architecture: Architecture,
     resume and init_cfg and for torch's load_state_dict alike, strict or not.
 
     Args:
-        backbone: the module; gets ``architecture`` as an attribute.
-        architecture: what it can load.
+        backbone: the module; its ``architecture`` says what it can load.
         expert_mismatch: see :func:`rmoe.upcycling.fit`.
 
     Raises:
@@ -29,7 +26,6 @@ def check_loading(backbone: nn.Module, architecture: Architecture,
     if expert_mismatch not in EXPERT_MISMATCH:
         raise ValueError(f'moe.expert_mismatch={expert_mismatch!r} is not '
                          f'one of {EXPERT_MISMATCH}')
-    backbone.architecture = architecture  # type: ignore[assignment]
     backbone.register_load_state_dict_pre_hook(
         partial(_fit_in_place, expert_mismatch))
 

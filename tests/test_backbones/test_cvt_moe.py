@@ -133,7 +133,8 @@ def test_a_saved_classifier_loads(file, tmp_path):
 
 @pytest.mark.parametrize('in_front', [0, 1])
 def test_attention_scales_by_the_whole_width(in_front):
-    attn = randomise(ConvAttention(12, 3, True, 0., 0., dict(type='BN')))
+    attn = randomise(ConvAttention(
+        12, 3, True, 0., 0., dict(type='DropPath'), dict(type='BN')))
     x = 9 * torch.randn(2, in_front + 5 * 7, 12)
     cls, image = x[:, :in_front], x[:, in_front:].mT.reshape(2, 12, 5, 7)
     query, key, value = (
@@ -272,7 +273,7 @@ def test_layer_depth_and_drop_path():
         assert model.get_layer_depth(f'backbone.{name}', 'backbone.') == (
             expected, 8), name
     assert model.get_layer_depth('stages.0.cls_token', 'backbone.')[0] == 7
-    assert [[round(block.drop.drop_prob, 6) for block in stage.blocks]
+    assert [[round(block.attn.drop.drop_prob, 6) for block in stage.blocks]
             for stage in model.stages] == [[0.], [0., .2], [0., .5, 1.]]
     x = torch.randn(2, 6, 64)
     assert torch.equal(model.train().stages[2].blocks[2](x, (2, 3)), x)

@@ -2,11 +2,14 @@
 import json
 import os
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+from rmoe.compat import load_from_local
 from rmoe.upcycling import formats
 from rmoe.upcycling.formats import (
     read_checkpoint,
@@ -27,6 +30,27 @@ def test_round_trip(tmp_path, suffix):
     for key, value in state_dict_of(content).items():
         assert torch.equal(value, STATE[key])
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='no /proc/self/maps')
+@pytest.mark.parametrize('pickled', [False, True])
+@pytest.mark.parametrize('mapped', [False, True])
+def test_tensors_stay_in_the_file_until_they_are_used(tmp_path, mapped,
+                                                      pickled):
+    path = tmp_path / 'model.pth'
+    more = {'log': HistoryBuffer([1.], [1])} if pickled else {}
+    torch.save(dict(state_dict=STATE, **more), path)
+    state = state_dict_of(read_checkpoint(path, mapped=mapped))
+    assert (str(path) in Path('/proc/self/maps').read_text()) == mapped
+    assert torch.equal(state['a.weight'], STATE['a.weight'])
+
+
+def test_what_mmengine_loads_is_no_view_of_the_file(tmp_path):
+    path = tmp_path / 'model.pth'
+    torch.save(STATE, path)
+    content = load_from_local(str(path), 'cpu')
+    path.write_bytes(b'')  # as a run that writes over its checkpoint
+    assert torch.equal(content['a.weight'], STATE['a.weight'])
 
 
 @pytest.mark.parametrize('wrap', ['state_dict', 'model', 'module', None])

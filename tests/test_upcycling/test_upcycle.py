@@ -1,6 +1,7 @@
 """Each source's weights through the real loading path, features compared
 with a model of that source built at random."""
 import copy
+import pickle
 
 import pytest
 import timm
@@ -216,6 +217,18 @@ def test_find_prefix():
     assert SWIN.find_prefix([f'a.b.{key}']) == 'a.b.'
     assert SWIN.find_prefix([key]) == ''
     assert SWIN.find_prefix(['conv.weight']) is None
+    # the shortest, and of equals the first by name
+    both = [f'teacher.{key}', f'student.{key}', f'a.teacher.{key}']
+    assert SWIN.find_prefix(both) == 'student.'
+
+
+def test_a_backbone_pickles_whole():
+    model = randomise(swin())
+    again = pickle.loads(pickle.dumps(model))
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again.eval()(x)[-1], model(x)[-1])
+    with pytest.raises(ValueError, match='no place'):
+        again.load_state_dict({**model.state_dict(), 'a': x})
 
 
 def test_unfold_order():

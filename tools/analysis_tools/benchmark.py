@@ -240,11 +240,10 @@ def benchmark_backbone(repeats: int, device: str, names: list[str],
     rows = []
     for name in names:
         moe = preset(name)
-        models = {'dense twin': MODELS.build(dict(moe, moe=None)),
-                  'MoE': MODELS.build(moe)}
+        twin = MODELS.build(dict(moe, moe=None))
+        models = {'dense twin': twin, 'MoE': MODELS.build(moe)}
         spread_load(models['MoE'].modules())
         if name.removeprefix('swin-') in ARCHITECTURES:
-            twin = models['dense twin']
             models["mmseg's"] = MODELS.build(dict(
                 type='mmseg.SwinTransformer', depths=twin.depths,
                 embed_dims=twin.num_features[0],
@@ -258,6 +257,7 @@ def benchmark_backbone(repeats: int, device: str, names: list[str],
                       'ratio': round(value / seconds['dense twin'], 3)}
                      for kind, value in seconds.items()]
         print_table(rows[-2 * len(models):])
+        del models, twin, seconds  # before the next are built
     return rows
 
 

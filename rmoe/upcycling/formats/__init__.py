@@ -21,7 +21,8 @@ STATE_KEYS = ('state_dict', 'model', 'module')
 
 
 def read_checkpoint(path: str | os.PathLike,
-                    map_location: Any = 'cpu') -> dict[str, Any]:
+                    map_location: Any = 'cpu',
+                    mapped: bool = True) -> dict[str, Any]:
     """Read a checkpoint; no code in it is executed.
 
     Args:
@@ -29,11 +30,12 @@ def read_checkpoint(path: str | os.PathLike,
             or .index); one of Tutel's rank files or their common name; or
             'timm:NAME' or 'hf:NAME' to download.
         map_location: as for torch.load.
+        mapped: leave the tensors of a .pth file in the file until they are
+            used. The file must then not be written to.
 
     Returns:
         The file's content. Objects other than tensors and plain values are
-        left out with a warning. Tensors on the CPU may be views of the file,
-        read when they are used.
+        left out with a warning.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -43,7 +45,8 @@ def read_checkpoint(path: str | os.PathLike,
     """
     if is_hub(str(path)):
         found = download(str(path))
-        return found if isinstance(found, dict) else read_checkpoint(found)
+        return found if isinstance(found, dict) else read_checkpoint(
+            found, map_location, mapped)
     path = Path(path).expanduser()
     if is_flax(path):
         return read_flax(path)
@@ -55,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike,
         raise ValueError(f'checkpoint {path} is empty (0 bytes)')
     if path.suffix == '.safetensors':
         return _read_safetensors(path, map_location)
-    content = read_pickle(path, map_location)
+    content = read_pickle(path, map_location, mapped)
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {path} holds a '
                          f'{type(content).__name__}, not a state dict')

@@ -34,29 +34,34 @@ BYSTANDERS = {
 }
 
 
-def read_pickle(path: Path, map_location: Any) -> Any:
-    """The content of a .pth file, large tensors left in the file.
+def read_pickle(path: Path, map_location: Any, mapped: bool = True) -> Any:
+    """The content of a .pth file.
+
+    Args:
+        path: the file.
+        map_location: as for torch.load.
+        mapped: leave tensors in the file until they are used.
 
     Raises:
         ValueError: if the file is cut short, no checkpoint, or asks for code
             to be run.
     """
     try:
-        return _load(path, map_location)
+        return _load(path, map_location, mapped)
     except pickle.UnpicklingError:
         # Not plain enough for torch's own safe loader: tensors only.
-        return _read_tensors_only(path, map_location)
+        return _read_tensors_only(path, map_location, mapped)
     except Exception as error:
         # A broken stream can fail in any way inside the unpickler.
         raise _corrupt(path, error) from error
 
 
-def _read_tensors_only(path: Path, map_location: Any) -> Any:
+def _read_tensors_only(path: Path, map_location: Any, mapped: bool) -> Any:
     loader = SimpleNamespace(
         __name__='rmoe tensors only', Unpickler=_TensorsOnly,
         load=lambda file, **options: _TensorsOnly(file, **options).load())
     try:
-        content = _load(path, map_location, pickle_module=loader,
+        content = _load(path, map_location, mapped, pickle_module=loader,
                         weights_only=False)
     except _Refused as error:
         raise ValueError(
@@ -76,10 +81,11 @@ def _read_tensors_only(path: Path, map_location: Any) -> Any:
     return content
 
 
-def _load(path: Path, map_location: Any, **options: Any) -> Any:
+def _load(path: Path, map_location: Any, mapped: bool, **options: Any
+          ) -> Any:
     # Only the zip format can be mapped; torch < 1.6 wrote another.
     return torch.load(path, map_location=map_location,
-                      mmap=zipfile.is_zipfile(path), **options)
+                      mmap=mapped and zipfile.is_zipfile(path), **options)
 
 
 def _corrupt(path: Path, error: Exception) -> ValueError:

@@ -1,10 +1,10 @@
 """Names of CvT checkpoints; ours follow those of OpenMMLab's Swin."""
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from rmoe.moe import MoELayer
+from rmoe.upcycling.keymaps.activation import check_activation
 from rmoe.upcycling.keymaps.source import Architecture, Rule, Source
 
 
@@ -55,22 +55,14 @@ def _hf_rules() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _needs(activation: str, setting: str
-           ) -> Callable[[Any, Mapping[str, Tensor]], None]:
-    """A check that the model has the activation of its source: with the
-    other one outputs are off by 3e-2 and more."""
+def _check_quick_gelu(model: Any, state: Mapping[str, Tensor]) -> None:
+    check_activation(model.stages[0].blocks[0].ffn, 'QuickGELU',
+                     "dict(type='rmoe.QuickGELU')")
 
-    def verify(model: Any, state: Mapping[str, Tensor]) -> None:
-        ffn = model.stages[0].blocks[0].ffn
-        act: nn.Module = (ffn.experts.act if isinstance(ffn, MoELayer)
-                          else ffn.layers[0][1])
-        if type(act).__name__ != activation or getattr(
-                act, 'approximate', 'none') != 'none':
-            raise ValueError(
-                f'these weights were trained with {activation}, the model '
-                f'has {act}: set act_cfg={setting}')
 
-    return verify
+def _check_gelu(model: Any, state: Mapping[str, Tensor]) -> None:
+    check_activation(model.stages[0].blocks[0].ffn, 'GELU',
+                     "dict(type='GELU')")
 
 
 CVT = Architecture(
@@ -85,14 +77,14 @@ CVT = Architecture(
                left_out=((r'head\..+', 'classification head'),
                          (r'norm\..+', 'final norm, fitted to the class '
                           'token')),
-               verify=_needs('QuickGELU', "dict(type='rmoe.QuickGELU')")),
+               verify=_check_quick_gelu),
         Source('Hugging Face CvT',
                marks=('encoder.stages.0.layers.0.attention.attention.'
                       'projection_query.weight', ),
                rules=_hf_rules(),
                left_out=((r'layernorm\..+', 'final norm, fitted to the class '
                           'token'), ),
-               verify=_needs('GELU', "dict(type='GELU')")),
+               verify=_check_gelu),
     ),
     # Classification checkpoints have no norms on the stages' outputs.
     new=(r'norm\d+\.(weight|bias)', ),

@@ -86,9 +86,9 @@ class Architecture:
         keys = set(keys)
         for source in self.sources:
             mark = source.marks[0]
-            prefixes = sorted((key[:-len(mark)] for key in keys
-                               if key.endswith(mark)), key=len)
-            for prefix in prefixes:
+            prefixes = [key[:-len(mark)] for key in keys
+                        if key.endswith(mark)]
+            for prefix in sorted(prefixes, key=lambda key: (len(key), key)):
                 if (not prefix or prefix[-1] in './') and _has_marks(
                         source, keys, prefix):
                     return prefix

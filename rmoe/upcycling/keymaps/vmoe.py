@@ -8,9 +8,9 @@ counted together (``LayerNorm_2`` is the second norm).
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from rmoe.moe import MoELayer
+from rmoe.upcycling.keymaps.activation import check_activation
 from rmoe.upcycling.keymaps.source import Rule, Source
 
 ENCODER = r'(?:Encoder|Transformer)/'
@@ -89,16 +89,10 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _verify(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Flax's gelu is the approximation by tanh: with the exact one features
-    are off by 1e-3."""
-    ffn = model.layers[0].ffn
-    act: nn.Module = (ffn.experts.act if isinstance(ffn, MoELayer)
-                      else ffn.layers[0][1])
-    if not (isinstance(act, nn.GELU) and act.approximate == 'tanh'):
-        raise ValueError(
-            "these weights were trained with Flax's GELU, the model has "
-            f"{act}: set act_cfg=dict(type='GELU', approximate='tanh')")
+def _check_gelu(model: Any, state: Mapping[str, Tensor]) -> None:
+    # Flax's gelu is the approximation by tanh.
+    check_activation(model.layers[0].ffn, 'GELU',
+                     "dict(type='GELU', approximate='tanh')", 'tanh')
 
 
 VMOE = Source(
@@ -111,4 +105,4 @@ VMOE = Source(
         (r'(?:opt|opt_state|optimizer|state)/.+', 'state of the optimizer'),
         (r'(?:.+/)?(?:step|rngs(?:/.+)?)', 'progress of the training'),
     ),
-    verify=_verify)
+    verify=_check_gelu)
