@@ -160,10 +160,10 @@ def main() -> None:
         if layers and not (args.to_dense or args.change_experts):
             print('warning: by its configuration the MoE model does not '
                   f'compute the dense function in {mode}: {layers}')
-    print(f'{cost["seconds"]:.1f} s, {cost["write_seconds"]:.1f} s of them '
-          f'writing; peak memory {cost["peak_memory_over_file"]:.2f} x the '
-          'written file')
-    print(f'wrote {args.out} and {report_path(args.out)}')
+    print(f'wrote {args.out} ({cost["file_bytes"] / 1e9:.2f} GB) and '
+          f'{report_path(args.out)} in {cost["seconds"]:.1f} s, '
+          f'{cost["write_seconds"]:.1f} s of them writing; peak memory '
+          f'{cost["peak_memory_bytes"] / 1e9:.2f} GB')
 
 
 def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],

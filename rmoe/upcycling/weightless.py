@@ -1,7 +1,6 @@
 """Models built without weights, for conversions that bring their own."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,19 +31,25 @@ def weightless() -> Iterator[None]:
 
 
 def give_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make a complete state dict the weights of a weightless model.
+    """Make a complete state dict, as ``fit`` gives it, the weights of a
+    weightless model.
 
     Tensors are shared, not copied. What is without values there too starts as
     its module starts it.
     """
-    whole: dict[str, Any] = dict(weights)
     for name, module in model.named_modules():
-        names = [f'{name}.{key}' if name else key
-                 for key, _ in module.named_parameters(recurse=False)]
-        if any(whole[key].is_meta for key in names):
+        prefix = f'{name}.' if name else ''
+        parameters = dict(module.named_parameters(recurse=False))
+        if any(weights[prefix + key].is_meta for key in parameters):
             _initialise(module)
-            whole.update(zip(names, module.parameters(recurse=False)))
-    model.load_state_dict(whole, assign=True)
+        for key, parameter in parameters.items():
+            value = weights[prefix + key]
+            if not value.is_meta:
+                setattr(module, key, nn.Parameter(
+                    value, requires_grad=parameter.requires_grad))
+        for key, buffer in module.named_buffers(recurse=False):
+            if prefix + key in weights:
+                buffer.copy_(weights[prefix + key])
 
 
 def _initialise(module: nn.Module) -> None:
