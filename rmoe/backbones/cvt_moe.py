@@ -106,7 +106,8 @@ class CvTMoE(MoEBackbone):
         norm_eval: keep the statistics of batch norms as they were loaded,
             for small batches.
         with_cp: activation checkpointing (non-reentrant).
-        frozen_stages: freeze the first n stages; 0 freezes nothing.
+        frozen_stages: freeze the first n stages; 0 and -1, the default of
+            other backbones, freeze nothing.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -138,7 +139,7 @@ class CvTMoE(MoEBackbone):
                  bn_cfg: Mapping | None = None,
                  norm_eval: bool = False,
                  with_cp: bool = False,
-                 frozen_stages: int = 0,
+                 frozen_stages: int = -1,
                  init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         if arch is not None:
@@ -155,7 +156,7 @@ class CvTMoE(MoEBackbone):
         self.depths = tuple(depths)
         self.embed_dims = tuple(embed_dims)
         self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
+        self.frozen_stages = max(frozen_stages, 0)
         self.norm_eval = norm_eval
 
         plan = FFNPlan(depths, moe, with_cp)
@@ -262,6 +263,6 @@ def _check_structure(stages: int, out_indices: Sequence[int],
         if width % heads:
             raise ValueError(f'num_heads={heads} must divide the width '
                              f'{width} of its stage')
-    if not 0 <= frozen_stages <= stages:
-        raise ValueError(f'frozen_stages={frozen_stages} must lie between 0 '
+    if not -1 <= frozen_stages <= stages:
+        raise ValueError(f'frozen_stages={frozen_stages} must lie between -1 '
                          f'and the {stages} stages')

@@ -78,10 +78,9 @@ def _moe_class(module: nn.Module) -> type[MoELayer] | None:
 
 
 def _with_experts(module: Any, options: dict[str, Any]) -> MoELayer:
-    if isinstance(module, FFN):
-        return MoEFFN.from_dense(module, **options)
     kind: Any = _moe_class(module)
-    return kind(module, **options)
+    build = MoEFFN.from_dense if kind is MoEFFN else kind
+    return build(module, **options)
 
 
 def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:

@@ -181,7 +181,7 @@ def test_norm_eval_keeps_statistics_and_trains_weights(norm_eval):
         assert parameter.grad is not None, name
 
 
-@pytest.mark.parametrize('frozen', [0, 1, 3])
+@pytest.mark.parametrize('frozen', [-1, 0, 1, 3])
 def test_frozen_stages_hold_from_construction(frozen):
     model = CvTMoE(**SMALL, frozen_stages=frozen)
     prefixes = tuple(name for i in range(frozen)
@@ -292,7 +292,8 @@ def test_dense_heads_take_the_maps():
     (dict(arch='14'), r"arch='14' is not one of \('13', '21', 'w24'\)"),
     (dict(moe=dict(layers=((), (2, ), ()))), 'block 2; stage 1 has blocks 0'),
     (dict(out_indices=(0, 3)), 'out_indices points at stage 3; there are 3'),
-    (dict(frozen_stages=4), 'frozen_stages=4 must lie between 0 and the 3'),
+    (dict(frozen_stages=4), 'frozen_stages=4 must lie between -1 and the 3'),
+    (dict(frozen_stages=-2), 'frozen_stages=-2 must lie between -1'),
     *((dict({name: (1, 2)}), rf'{name}=\(1, 2\) must have one entry for each')
       for name in ('embed_dims', 'num_heads', 'strides', 'patch_padding')),
 ], ids=str)

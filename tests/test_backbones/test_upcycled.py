@@ -294,3 +294,29 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(key, value, message):
 def test_errors_name_the_value(host, options, message):
     with pytest.raises(ValueError, match=message):
         moe_of(host, **options)
+
+
+def test_the_mlp_drops_as_before():
+    layer = MoEMlp(Mlp(8, 16, drop=(0., 1.)), num_experts=2, router=ROUTER)
+    x = torch.randn(2, 5, 8)
+    for core_only in (False, True):
+        layer.core_only = core_only
+        assert not layer.train()(x).any()
+        assert layer.eval()(x).any()
+
+
+def test_experts_are_recomputed_if_asked():
+    for with_cp, runs in ((False, 1), (True, 2)):
+        for model in (moe_of('ViT', layers=(1, ), with_cp=with_cp),
+                      MODELS.build(dict(
+                          type='rmoe.ViTMoE', arch='tiny', img_size=32,
+                          with_cp=with_cp, moe=dict(
+                              layers=(1, ), num_experts=2, router=ROUTER)))):
+            calls = []
+            layer, = moe_layers(model).values()
+            layer.experts.register_forward_hook(
+                lambda *_, to=calls: to.append(1))
+            model.train()
+            outs = model(torch.randn(1, 3, 32, 32))
+            sum(out.sum() for out in outs).backward()
+            assert len(calls) == runs
