@@ -5,22 +5,34 @@ Only mmengine is imported here: an error while mmengine imports this file
 would surface as "not in the registry" and hide its cause. What registers
 itself is imported from ``locations`` when a type is first looked up.
 """
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS,
 )
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_WRAPPERS
 from mmengine.registry import Registry
 
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='rmoe',
-    locations=['rmoe.moe', 'rmoe.backbones'])
+    locations=['rmoe.moe', 'rmoe.backbones', 'rmoe.classification'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='rmoe', locations=['rmoe.engine'])
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper', parent=MMENGINE_WRAPPERS, scope='rmoe',
+    locations=['rmoe.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_CONSTRUCTORS,
     scope='rmoe',
     locations=['rmoe.engine'])
+DATASETS = Registry(
+    'dataset', parent=MMENGINE_DATASETS, scope='rmoe',
+    locations=['rmoe.classification'])
+METRICS = Registry(
+    'metric', parent=MMENGINE_METRICS, scope='rmoe',
+    locations=['rmoe.classification'])

@@ -18,6 +18,7 @@ ALLOWED = {
     'compat': {'upcycling'},
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat'},
     'engine': {'engine', 'upcycling', 'moe', 'registry', 'compat'},
+    'classification': {'classification', 'registry', 'compat'},
     'datasets': {'datasets'},
     'visualization': {'visualization', 'moe'},
 }

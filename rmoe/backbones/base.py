@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from rmoe.backbones.padding import ValidArea
 from rmoe.moe import MoELayer
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture
@@ -19,9 +20,12 @@ class MoEBackbone(BaseModule):
 
     Attributes:
         architecture: what checkpoints it can load.
+        valid_area: of the batch it is called with next; None means that
+            nothing is padded.
     """
     # Of the class: an instance must pickle, and key maps hold functions.
     architecture: ClassVar[Architecture]
+    valid_area: ValidArea | None = None
 
     def finish(self, moe: Mapping | None) -> None:
         """To be called when all modules are built."""
@@ -30,6 +34,11 @@ class MoEBackbone(BaseModule):
         for module in self.frozen_modules():
             module.eval()
             module.requires_grad_(False)
+
+    def valid_area_of(self, images: Tensor) -> ValidArea | None:
+        """What is known of the padding of (B, C, height, width) images."""
+        area = self.valid_area
+        return area if area and area.covers(images) else None
 
     def frozen_modules(self) -> list[nn.Module]:
         """What ``frozen_stages`` freezes."""
@@ -71,16 +80,21 @@ class PreNormBlock(nn.Module):
         # twice would count twice and could choose twice.
         self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """(B, T, D) tokens to (B, T, D)."""
+    def forward(self, x: Tensor, *context: Any,
+                valid: Tensor | None = None) -> Tensor:
+        """(B, T, D) tokens to (B, T, D); (B, T) ``valid`` is False for
+        padding."""
         x = run(self._attend, self.with_cp, x, *context)
-        return run(self._transform, self.ffn_with_cp, x)
+        return run(self._transform, self.ffn_with_cp, x, valid)
 
     def _attend(self, x: Tensor, *context: Any) -> Tensor:
         return x + self.attn(getattr(self, self.norms[0])(x), *context)
 
-    def _transform(self, x: Tensor) -> Tensor:
-        return self.ffn(getattr(self, self.norms[1])(x), identity=x)
+    def _transform(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        y = getattr(self, self.norms[1])(x)
+        if valid is not None and isinstance(self.ffn, MoELayer):
+            return self.ffn(y, identity=x, valid=valid)
+        return self.ffn(y, identity=x)
 
 
 def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.conv_attention import ConvAttention
 from rmoe.backbones.ffn import FFNPlan
+from rmoe.backbones.padding import ValidArea
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import CVT
 
@@ -53,14 +54,18 @@ class CvTStage(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, x: Tensor, area: ValidArea | None
+                ) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, height, width) to (B, h w, D) without a class token."""
         x, hw = self.patch_embed(x)
+        leading = 0
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            leading = 1
         x = self.drop(x)
+        valid = area and area.tokens(hw, x.device, leading)
         for block in self.blocks:
-            x = block(x, hw)
+            x = block(x, hw, valid=valid)
         return (x if self.cls_token is None else x[:, 1:]), hw
 
 
@@ -204,9 +209,10 @@ class CvTMoE(MoEBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
         stages in ``out_indices``."""
+        area = self.valid_area_of(x)
         outs = []
         for i, stage in enumerate(self.stages):
-            tokens, hw = stage(x)
+            tokens, hw = stage(x, area)
             x = tokens.transpose(1, 2).unflatten(2, hw)
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(tokens)

@@ -70,11 +70,12 @@ class SwinStage(nn.Module):
         self.downsample = downsample
         self.window_size = window_size
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int],
+                valid: Tensor | None) -> Tensor:
         # One mask serves every shifted block of the stage.
         mask = shift_mask(hw, self.window_size, x.device)
         for block in self.blocks:
-            x = block(x, hw, mask)
+            x = block(x, hw, mask, valid=valid)
         return x
 
     def step_down(self, x: Tensor, hw: tuple[int, int]
@@ -258,6 +259,7 @@ class SwinMoE(MoEBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
         stages in ``out_indices``."""
+        area = self.valid_area_of(x)
         x, hw = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
             x = x + self._position_table(self.absolute_pos_embed, hw)
@@ -265,7 +267,7 @@ class SwinMoE(MoEBackbone):
         outs = []
         for i, stage in enumerate(self.stages):
             assert isinstance(stage, SwinStage)
-            x = stage(x, hw)
+            x = stage(x, hw, area and area.tokens(hw, x.device))
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)
                 out = out.transpose(1, 2).reshape(len(out), -1, *hw)

@@ -7,6 +7,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from torch import nn
 
 from rmoe.backbones.ffn import choose_blocks, layer_args
+from rmoe.backbones.padding import mask_foreign_layers
 from rmoe.moe import MoEFFN, MoELayer, MoEMixFFN, MoEMlp, moe_layers
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
@@ -56,6 +57,7 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
         layer.name = f'MoE layer {key} of {name}'
         parent, _, child = key.rpartition('.')
         setattr(host.get_submodule(parent), child, layer)
+    mask_foreign_layers(host)
     host.architecture = _architecture(host)
     check_loading(host, moe.get('expert_mismatch', 'raise'))
     return host

@@ -248,13 +248,16 @@ class ViTMoE(MoEBackbone):
         """(B, C, height, width) image -> maps (B, D, h, w) of the blocks in
         ``out_indices``, each with its class token (B, D) if
         ``output_cls_token``."""
+        area = self.valid_area_of(x)
         x, hw = self.patch_embed(x)
+        valid = area and area.tokens(
+            hw, x.device, leading=int(self.cls_token is not None))
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = self.drop_after_pos(x + self._positions(hw))
         outs = []
         for i, layer in enumerate(self.layers):
-            x = layer(x)
+            x = layer(x, valid=valid)
             if i == self.num_layers - 1 and self.ln1 is not None:
                 x = self.ln1(x)
             if i in self.out_indices:

@@ -1,0 +1,158 @@
+"""Padded batches: which tokens of a map stand for an image.
+
+mmdet and mmseg pad the images of a batch at the right and at the bottom to one
+size and note each image's own size in its data sample. A backbone is handed
+the pixels alone; so whatever module takes a MoE backbone as its ``backbone``
+(a detector, a segmentor) tells it the sizes at every forward pass, in
+training, evaluation and inferencers alike.
+
+T tokens, B images.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from rmoe.moe import MoEFFN, MoEMlp, moe_layers
+
+# Strides of the maps of foreign backbones.
+STRIDES = (16, 4, 8, 32, 14)
+
+
+@dataclass(frozen=True)
+class ValidArea:
+    """The part of a padded batch that holds images.
+
+    Attributes:
+        sizes: (height, width) of each image, in pixels.
+        padded: (height, width) of all after padding.
+    """
+    sizes: tuple[tuple[int, int], ...]
+    padded: tuple[int, int]
+
+    def covers(self, images: Tensor) -> bool:
+        """Is it about this batch? A window of sliding inference is not."""
+        return (len(images) == len(self.sizes) and
+                tuple(images.shape[2:]) == self.padded)
+
+    def tokens(self, hw: tuple[int, int], device: torch.device,
+               leading: int = 0) -> Tensor:
+        """(B, leading + h w) bool: tokens whose patch has a pixel of the
+        image, after ``leading`` class tokens, which are always valid.
+
+        Args:
+            hw: tokens down and across the map.
+            device: of the result.
+            leading: tokens before those of the map.
+        """
+        # A patch of the map is padded/hw pixels high and wide.
+        inside = [
+            [torch.arange(n) * side < size * n
+             for n, side, size in zip(hw, self.padded, image)]
+            for image in self.sizes
+        ]
+        map_BT = torch.stack([(rows[:, None] & columns).flatten()
+                              for rows, columns in inside])
+        first_BT = map_BT.new_ones(len(map_BT), leading)
+        return torch.cat([first_BT, map_BT], 1).to(device)
+
+
+def valid_area(images: Any, samples: Any) -> ValidArea | None:
+    """From a padded batch and what is known of its images; None if there is
+    no padding, or nothing is known.
+
+    Args:
+        images: (B, C, height, width).
+        samples: B data samples with ``img_shape`` in their metainfo.
+    """
+    if not isinstance(samples, Sequence) or not isinstance(images, Tensor):
+        return None
+    shapes = [shape for sample in samples if (
+        shape := getattr(sample, 'metainfo', {}).get('img_shape'))]
+    if not len(images) == len(samples) == len(shapes):
+        return None
+    padded = (images.shape[2], images.shape[3])
+    sizes = tuple((int(shape[0]), int(shape[1])) for shape in shapes)
+    if all(height >= padded[0] and width >= padded[1]
+           for height, width in sizes):
+        return None
+    return ValidArea(sizes, padded)
+
+
+def _become_owner(owner: nn.Module, name: str, module: nn.Module | None
+                  ) -> None:
+    """Called for every module that is put into another."""
+    if name != 'backbone' or module is None or not moe_layers(module):
+        return
+    if _tell not in owner._forward_pre_hooks.values():
+        owner.register_forward_pre_hook(_tell, with_kwargs=True)
+        owner.register_forward_hook(_forget, always_call=True)
+
+
+register_module_module_registration_hook(_become_owner)
+
+
+# Hooks are functions of the module they get, so that copies of a model work.
+def _tell(owner: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    named = dict(zip(('inputs', 'data_samples'), args), **kwargs)
+    owner.backbone.valid_area = valid_area(named.get('inputs'),
+                                           named.get('data_samples'))
+
+
+def _forget(owner: Any, args: tuple, output: Any) -> None:
+    owner.backbone.valid_area = None
+
+
+def mask_foreign_layers(backbone: Any) -> None:
+    """Let the MoE layers of a backbone that is not ours know the padding.
+
+    Their grid is read off the number of their tokens. A MixFFN is left out:
+    its convolution needs the outputs of all tokens.
+    """
+    backbone.valid_area = None
+    backbone.register_forward_pre_hook(_share)
+    layers: Any = moe_layers(backbone).values()
+    for layer in layers:
+        layer.valid_area = None
+        if isinstance(layer, (MoEFFN, MoEMlp)):
+            layer.register_forward_pre_hook(_mask, with_kwargs=True)
+
+
+def _share(backbone: Any, args: tuple) -> None:
+    area = backbone.valid_area
+    layers: Any = moe_layers(backbone).values()
+    for layer in layers:
+        layer.valid_area = area if area and area.covers(args[0]) else None
+
+
+def _mask(layer: Any, args: tuple, kwargs: dict[str, Any]
+          ) -> tuple[tuple, dict[str, Any]] | None:
+    area, x = layer.valid_area, args[0]
+    if area is None or layer.core_only:
+        return None
+    valid = _tokens_like(area, x)
+    if valid is None:
+        warnings.warn(
+            f'{layer.name}: {tuple(x.shape)} tokens of images padded to '
+            f'{area.padded} are no map of stride {STRIDES}; padding is '
+            'routed like everything else', stacklevel=2)
+        return None
+    return args, dict(kwargs, valid=valid)
+
+
+def _tokens_like(area: ValidArea, x: Tensor) -> Tensor | None:
+    if x.dim() == 4:  # (B, h, w, D)
+        height, width = x.shape[1:3]
+        return area.tokens((height, width), x.device).view(x.shape[:3])
+    for stride in STRIDES:
+        height, width = (-(-side // stride) for side in area.padded)
+        leading = x.shape[1] - height * width
+        if leading in (0, 1):
+            return area.tokens((height, width), x.device, leading)
+    return None

@@ -1,0 +1,241 @@
+"""Padding an image changes nothing for its own tokens: not what they are
+routed to, not what is counted, not what balance costs."""
+import copy
+
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from routers import ROUTERS
+from torch import nn
+
+from rmoe.backbones.padding import ValidArea, valid_area
+from rmoe.moe import collect_losses, moe_layers
+from rmoe.registry import MODELS
+
+# Each sees a token alone, or together with a window that padding does not
+# touch; so whatever padding changes, it changes by routing.
+SWIN = dict(type='rmoe.SwinMoE', embed_dims=8, depths=(1, 1), num_heads=(1, 1),
+            strides=(4, 2), out_indices=(0, 1), window_size=4,
+            drop_path_rate=0., moe=dict(layers=((0, ), (0, ))))
+VIT = dict(type='rmoe.ViTMoE', embed_dims=8, num_layers=2, num_heads=1,
+           mlp_dims=16, patch_size=8, img_size=64, out_indices=(1, ),
+           moe=dict(layers=(0, 1)))
+CVT = dict(type='rmoe.CvTMoE', embed_dims=(8, ), depths=(2, ),
+           num_heads=(1, ), patch_sizes=(7, ), strides=(4, ),
+           patch_padding=(2, ), drop_path_rates=(0., ), out_indices=(0, ),
+           moe=dict(layers=((0, 1), )))
+FOREIGN = dict(
+    type='rmoe.UpcycledBackbone', moe=dict(layers=(0, 1)),
+    backbone=dict(type='mmseg.VisionTransformer', embed_dims=8, num_layers=2,
+                  num_heads=1, patch_size=8, img_size=(64, 64)))
+BACKBONES = dict(swin=SWIN, vit=VIT, cvt=CVT, foreign=FOREIGN)
+
+
+class Owner(BaseModel):
+    """What a detector does with its backbone."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.backbone(inputs)
+
+
+def owner(name, router=None, **moe):
+    config = copy.deepcopy(BACKBONES[name])
+    config['moe'].update(num_experts=4, router=router, **moe)
+    torch.manual_seed(0)
+    backbone = MODELS.build(config)
+    backbone.init_weights()
+    for key, module in backbone.named_modules():
+        if key.endswith(('out_proj', 'attn.proj')) and name != 'swin':
+            nn.init.zeros_(module.weight)
+        if key.endswith('experts'):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=.5)
+    if name != 'swin':  # padding would move to another row of the table
+        nn.init.zeros_(getattr(backbone, 'pos_embed', torch.empty(0)))
+    return Owner(backbone)
+
+
+def samples(*shapes):
+    return [DetDataSample(metainfo=dict(img_shape=shape))
+            for shape in shapes]
+
+
+def measure(model, images, data_samples):
+    """Features, counts and auxiliary losses of one pass."""
+    layers = moe_layers(model)
+    for layer in layers.values():
+        for buffer in (layer.demand_E, layer.kept_E, layer.token_counts):
+            buffer.zero_()
+    collect_losses(model, start=True)
+    maps = model(images, data_samples)
+    losses = collect_losses(model, start=False)
+    counts = torch.stack([torch.cat([layer.demand_E, layer.kept_E,
+                                     layer.token_counts])
+                          for layer in layers.values()])
+    return maps, counts, losses
+
+
+def padded_pair(seed=0, value=3.):
+    """An image alone, and the same padded."""
+    image = torch.randn(1, 3, 64, 32, generator=torch.Generator().manual_seed(
+        seed))
+    padded = torch.full((1, 3, 96, 64), value)
+    padded[..., :64, :32] = image
+    return image, padded
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('router', ROUTERS)
+@pytest.mark.parametrize('name', ['swin', 'vit', 'cvt', 'foreign'])
+def test_padding_steers_nothing(name, router, training):
+    config = dict(ROUTERS[router])
+    if config['type'] not in ('BiasBalancedRouter', 'SparseExpertChoiceRouter'):
+        config['noise_std'] = 0.
+    model = owner(name, config).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    # CvT's first convolution overlaps, and pads with zeros itself.
+    image, padded = padded_pair(value=0. if name == 'cvt' else 3.)
+    alone, counts, losses = measure(model, image, samples((64, 32)))
+    maps, counts_padded, losses_padded = measure(model, padded,
+                                                 samples((64, 32)))
+    torch.testing.assert_close(counts_padded, counts)
+    assert (counts.sum() > 0) == training
+    for key, loss in losses.items():
+        torch.testing.assert_close(losses_padded[key], loss)
+    for wide, narrow in zip(maps, alone):
+        torch.testing.assert_close(
+            wide[..., :narrow.shape[2], :narrow.shape[3]], narrow,
+            atol=2e-5, rtol=1e-5)
+    # Without the sizes padding does steer; or the test could not fail.
+    _, blind, _ = measure(model, padded, None)
+    assert not training or not torch.equal(blind, counts)
+
+
+def test_a_batch_of_two_sizes_counts_as_its_images_do():
+    model = owner('swin', dict(type='TokenChoiceRouter', noise_std=0.)).train()
+    one, wide = padded_pair(0)
+    two = torch.randn(1, 3, 96, 64)
+    _, first, _ = measure(model, one, samples((64, 32)))
+    _, second, _ = measure(model, two, samples((96, 64)))
+    _, both, _ = measure(model, torch.cat([wide, two]),
+                         samples((64, 32), (96, 64)))
+    torch.testing.assert_close(both, first + second)
+
+
+def test_tokens_with_a_pixel_of_the_image_are_valid():
+    area = ValidArea(((5, 16), (8, 9)), (8, 16))
+    mask = area.tokens((2, 4), torch.device('cpu'), leading=1)
+    # 4 x 4 pixels a token: 5 rows reach into the second row of tokens, 9
+    # columns into the third column
+    assert mask.tolist() == [[True] * 9,
+                             [True, True, True, True, False,
+                              True, True, True, False]]
+    mask = area.tokens((4, 4), torch.device('cpu'))
+    assert mask[0].view(4, 4).tolist() == [[True] * 4] * 3 + [[False] * 4]
+
+
+@pytest.mark.parametrize('images, known', [
+    (torch.zeros(2, 3, 8, 8), samples((8, 8), (8, 8))),  # nothing padded
+    (torch.zeros(1, 3, 8, 8), [DetDataSample()]),  # sizes unknown
+    (torch.zeros(1, 3, 8, 8), None),
+    (torch.zeros(2, 3, 8, 8), samples((4, 4))),  # about another batch
+    (torch.zeros(2, 3, 8, 8), torch.zeros(2)),  # labels, not samples
+])
+def test_no_padding_no_area(images, known):
+    assert valid_area(images, known) is None
+
+
+def test_windows_of_sliding_inference_are_not_masked():
+    model = owner('vit')
+    seen = []
+    layer = next(iter(moe_layers(model).values()))
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get('valid')),
+        with_kwargs=True)
+    model.forward = lambda inputs, data_samples: [
+        model.backbone(inputs[..., :64]), model.backbone(inputs)]
+    model(torch.randn(1, 3, 64, 128), samples((64, 100)))
+    assert seen[0] is None
+    assert seen[1].sum() == 1 + 8 * 13
+
+
+def test_the_area_is_forgotten_even_after_an_error():
+    model = owner('swin')
+    model(torch.zeros(1, 3, 32, 32), samples((16, 16)))
+    assert model.backbone.valid_area is None
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 5, 32, 32), samples((16, 16)))
+    assert model.backbone.valid_area is None
+
+
+def test_copies_of_a_model_tell_their_own_backbone():
+    model = owner('foreign')
+    twin = copy.deepcopy(model).train()
+    _, padded = padded_pair()
+    _, counts, _ = measure(twin, padded, samples((64, 32)))
+    assert counts[0, -2] == 8 * 4 + 1
+    assert not any(layer.token_counts.any()
+                   for layer in moe_layers(model).values())
+
+
+def test_a_foreign_grid_that_fits_no_stride_is_reported():
+    config = copy.deepcopy(FOREIGN)
+    config['backbone']['patch_size'] = 10
+    model = Owner(MODELS.build(config))
+    with pytest.warns(UserWarning, match='are no map of stride'):
+        model(torch.randn(1, 3, 60, 60), samples((30, 60)))
+
+
+def test_a_detector_and_a_segmentor_tell_the_sizes_themselves():
+    """Through their own preprocessors, which pad."""
+    counted = {}
+    image = torch.randint(256, (3, 64, 36), dtype=torch.uint8)
+    detector = Config(dict(
+        type='mmdet.FCOS', backbone=SWIN, neck=dict(
+            type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2),
+        data_preprocessor=dict(type='mmdet.DetDataPreprocessor',
+                               pad_size_divisor=32),
+        bbox_head=dict(type='FCOSHead', num_classes=2, in_channels=8,
+                       feat_channels=32, stacked_convs=1, strides=[4, 8],
+                       regress_ranges=((-1, 64), (64, 1e8))),
+        test_cfg=dict(nms_pre=10, min_bbox_size=0, score_thr=0.,
+                      nms=dict(type='nms', iou_threshold=.5),
+                      max_per_img=5)))
+    segmentor = Config(dict(
+        type='mmseg.EncoderDecoder', backbone=SWIN,
+        data_preprocessor=dict(type='mmseg.SegDataPreProcessor',
+                               size=(64, 64)),
+        decode_head=dict(type='FCNHead', in_channels=16, in_index=1,
+                         channels=8, num_classes=2, num_convs=1)))
+    for scope, cfg, sample in (
+            ('mmdet', detector, DetDataSample(
+                metainfo=dict(img_shape=(64, 36), ori_shape=(64, 36),
+                              scale_factor=(1., 1.)))),
+            ('mmseg', segmentor, SegDataSample(
+                metainfo=dict(img_shape=(64, 36)), gt_sem_seg=PixelData(
+                    data=torch.zeros(1, 64, 36).long())))):
+        with DefaultScope.overwrite_default_scope(scope):
+            model = MODELS.build(cfg)
+            model.eval()
+            for layer in moe_layers(model).values():
+                layer.train()
+            data = model.data_preprocessor(
+                dict(inputs=[image], data_samples=[sample]), scope == 'mmseg')
+            assert data['inputs'].shape[2:] == (64, 64)
+            mode = dict(mmdet='predict', mmseg='loss')[scope]
+            model(**data, mode=mode)
+        counted[scope] = [float(layer.token_counts[0])
+                          for layer in moe_layers(model).values()]
+    # 36 columns are 9 of stride 4, and reach into a fifth of stride 8
+    assert counted['mmdet'] == counted['mmseg'] == [16 * 9, 8 * 5]
