@@ -43,6 +43,7 @@ setup(
                       'msgpack'],
     extras_require={
         'openmmlab': ['mmcv>=2.0.0rc4,<2.2.0', *requirements('openmmlab')],
+        'classification': ['torchvision'],
         'dev': requirements('dev'),
     },
 )

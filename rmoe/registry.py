@@ -21,7 +21,8 @@ MODELS = Registry(
     scope='rmoe',
     locations=['rmoe.moe', 'rmoe.backbones', 'rmoe.classification'])
 HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='rmoe', locations=['rmoe.engine'])
+    'hook', parent=MMENGINE_HOOKS, scope='rmoe',
+    locations=['rmoe.engine', 'rmoe.classification'])
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper', parent=MMENGINE_WRAPPERS, scope='rmoe',
     locations=['rmoe.engine'])

@@ -49,7 +49,7 @@ from rmoe.upcycling import (
 from rmoe.version import __version__
 
 BACKBONE = 'backbone.'
-# A segmentor or detector has no use for mmpretrain's heads.
+# A segmentor or detector has no use for a classifier's head.
 CLASSIFIER = 'head.'
 
 
@@ -133,9 +133,11 @@ def main() -> None:
                                                args.change_experts)
     else:
         before, after, report = make_moe(moe, dense, backbone, args)
+    heads = (() if cfg.model.get('type', '').endswith('ImageClassifier')
+             else (CLASSIFIER, ))
     rest = {}
     for key in [key for key in state if not key.startswith(prefix or '')]:
-        if prefix != BACKBONE or key.startswith(CLASSIFIER):
+        if prefix != BACKBONE or key.startswith(heads):
             report.left_out[key] = 'outside the backbone'
         else:
             rest[key] = state[key]

@@ -1,0 +1,21 @@
+# Swin-T as an image classifier.
+data_preprocessor = dict(
+    type='ImgDataPreprocessor',
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375])
+model = dict(
+    type='rmoe.ImageClassifier',
+    data_preprocessor=data_preprocessor,
+    backbone=dict(
+        type='rmoe.SwinMoE',
+        embed_dims=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=7,
+        out_indices=(3, ),
+        drop_path_rate=0.2),
+    in_channels=768,
+    num_classes=1000,
+    label_smoothing=0.1,
+    mixup=0.8,
+    cutmix=1.0)

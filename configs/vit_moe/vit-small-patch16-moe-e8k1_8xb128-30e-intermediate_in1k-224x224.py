@@ -1,0 +1,10 @@
+# RMoE-I, intermediate stage: the dense twin's checkpoint upcycles as it is
+# loaded. Length and rates: see imagenet_30e_intermediate.py.
+_base_ = [
+    '../_base_/models/classifier_vit.py', '../_base_/datasets/imagenet.py',
+    '../_base_/cls_runtime.py',
+    '../_base_/schedules/imagenet_30e_intermediate.py'
+]
+model = dict(
+    backbone=dict(moe=dict(layers=(7, 9, 11), num_experts=8)))
+load_from = 'work_dirs/vit-small-patch16_8xb128-300e_in1k-224x224/epoch_300.pth'

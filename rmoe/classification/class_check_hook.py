@@ -1,0 +1,65 @@
+"""A head that does not fit its data, found before training."""
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from rmoe.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ClassCheckHook(Hook):
+    """Compares the head of an ImageClassifier with the classes of its data,
+    and the classes of validation with those of training. Data sets that name
+    no classes in their ``metainfo`` are left out.
+
+    Raises:
+        ValueError: (before training, validation or testing) for another
+            number of classes, of which it names both, or other classes.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        train = _check(runner, 'training', runner.train_dataloader)
+        if runner.val_loop is None:
+            return
+        val = _check(runner, 'validation', runner.val_dataloader)
+        for i, (one, other) in enumerate(zip(train, val)):
+            if one != other:
+                raise ValueError(
+                    f'label {i} is the class {one!r} in training and '
+                    f'{other!r} in validation')
+
+    def before_val(self, runner: Runner) -> None:
+        _check(runner, 'validation', runner.val_dataloader)
+
+    def before_test(self, runner: Runner) -> None:
+        _check(runner, 'test', runner.test_dataloader)
+
+
+def _check(runner: Runner, split: str, dataloader: Any) -> tuple[str, ...]:
+    """The classes of a split; empty if none are named."""
+    model = runner.model
+    if is_model_wrapper(model):
+        model = model.module
+    classes: tuple[str, ...] = ()
+    for dataset in _leaf_datasets(dataloader.dataset):
+        classes = tuple(getattr(dataset, 'metainfo', {}).get('classes', ()))
+        if classes and len(classes) != model.num_classes:
+            raise ValueError(
+                f'the {split} data has {len(classes)} classes and the head '
+                f'of the classifier num_classes={model.num_classes}: set '
+                f'model.num_classes={len(classes)}')
+    return classes
+
+
+def _leaf_datasets(dataset: Any) -> Iterator[Any]:
+    """The data sets inside wrappers and concatenations."""
+    if hasattr(dataset, 'datasets'):
+        for part in dataset.datasets:
+            yield from _leaf_datasets(part)
+    elif hasattr(dataset, 'dataset'):
+        yield from _leaf_datasets(dataset.dataset)
+    else:
+        yield dataset

@@ -1,0 +1,55 @@
+"""Images in one folder per class, as ImageNet is unpacked."""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from rmoe.classification.transforms import build_transforms, decode
+from rmoe.registry import DATASETS
+
+
+@DATASETS.register_module()
+class ImageFolder(Dataset):
+    """Labelled images as ``data_root/<img_path>/<class>/*.JPEG``.
+
+    The folders of classes in alphabetical order are the labels 0, 1, ...
+
+    Args:
+        data_root: folder of the data.
+        data_prefix: ``dict(img_path=...)``, the folder of the split in
+            ``data_root``.
+        transforms: see :func:`rmoe.classification.transforms.build_transforms`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it has no folders of classes, or a class has no image;
+            and, from an access, if an image does not decode.
+    """
+
+    def __init__(self, data_root: str, data_prefix: Mapping[str, str],
+                 transforms: Sequence[Mapping[str, Any]] = ()) -> None:
+        # Imported here: segmentors and detectors need no torchvision.
+        from torchvision import datasets
+        self.root = Path(data_root, data_prefix.get('img_path', ''))
+        self.transform = build_transforms(transforms)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f'{self.root} is no folder')
+        try:
+            folder = datasets.ImageFolder(self.root)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f'{self.root} must hold one folder of images per class: '
+                f'{error}') from None
+        self.samples = folder.samples
+        self.metainfo = dict(classes=tuple(folder.classes))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``inputs``, an RGB image (3, H, W), and ``data_samples``, its
+        label."""
+        path, label = self.samples[index]
+        return dict(inputs=self.transform(decode(Path(path), path)),
+                    data_samples=label)
