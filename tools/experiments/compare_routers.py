@@ -13,7 +13,6 @@ the file --out names.
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, median
@@ -22,6 +21,7 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 from _config import run
+from _training import metrics, scalars, train
 from mmengine.config import Config, DictAction
 
 DENSE = 'dense, continued'
@@ -98,23 +98,6 @@ def finish(name: str, args: argparse.Namespace) -> None:
         dict(config=text, **read_scalars(folder)), indent=1))
 
 
-def train(config: Path, folder: Path) -> None:
-    """Run tools/train.py; show its iterations, keep all it says in a file."""
-    command = [sys.executable, str(TOOLS / 'train.py'), str(config),
-               '--work-dir', str(folder)]
-    log = folder / 'train.log'
-    with open(log, 'w') as file, subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True) as process:
-        for line in process.stdout or ():
-            file.write(line)
-            if 'Iter(train)' in line:
-                print('  ' + ' '.join(line.split('Iter(train)')[1].split())
-                      [:76], flush=True)
-    if process.returncode:
-        raise ValueError(f'training failed; the reason is at the end of {log}')
-
-
 def run_config(name: str, args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
@@ -139,9 +122,8 @@ def run_config(name: str, args: argparse.Namespace) -> Config:
 
 def read_scalars(folder: Path) -> dict:
     """Score, loads of the last window and time of a finished run."""
-    logs = sorted(folder.glob('*/vis_data/scalars.json'))
-    lines = [json.loads(line) for line in logs[-1].read_text().splitlines()]
-    result = dict(mIoU=[line['mIoU'] for line in lines if 'mIoU' in line][-1])
+    lines = scalars(folder)
+    result = dict(mIoU=metrics(folder)['mIoU'])
     # Median: an iteration that something disturbed does not count.
     times = [line['time'] for line in lines if 'loss' in line]
     result['time'] = median(times[len(times) // 2:])

@@ -1,0 +1,11 @@
+# Swin-T: ImageNet-1k, then UPerNet on ADE20K.
+_base_ = '../_base_/pipelines.py'
+steps = {
+    'dense-upstream': '../swin_moe/swin-tiny-patch4-window7_8xb128-300e_in1k-224x224.py',
+    'moe-upstream': '../swin_moe/swin-tiny-patch4-window7-moe-e8k1-scratch_8xb128-300e_in1k-224x224.py',
+    'rmoe-i-upstream': '../swin_moe/swin-tiny-patch4-window7-moe-e8k1_8xb128-30e-intermediate_in1k-224x224.py',
+    'dense-downstream': '../swin_moe/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'moe-downstream': '../swin_moe/swin-tiny-patch4-window7-moe-e8k1-scratch_upernet_8xb2-160k_ade20k-512x512.py',
+    'rmoe-d-downstream': '../swin_moe/swin-tiny-patch4-window7-moe-e8k1-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'rmoe-i-downstream': '../swin_moe/swin-tiny-patch4-window7-moe-e8k1-in1k-pre_upernet_8xb2-160k-rmoe-i_ade20k-512x512.py',
+}

@@ -1,0 +1,7 @@
+# RMoE-I: its experts come from a short stage on the upstream data.
+_base_ = [
+    './mask-rcnn_swin-t-p4-w7_fpn_8xb2-1x_coco.py',
+    '../_base_/schedules/moe.py'
+]
+model = dict(
+    backbone=dict(moe=dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8)))

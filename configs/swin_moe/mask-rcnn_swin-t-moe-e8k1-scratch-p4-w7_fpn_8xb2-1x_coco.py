@@ -1,0 +1,9 @@
+# Its experts were experts from the start; see configs/pipelines.
+_base_ = [
+    './mask-rcnn_swin-t-p4-w7_fpn_8xb2-1x_coco.py',
+    '../_base_/schedules/moe.py'
+]
+model = dict(
+    backbone=dict(
+        init_cfg=None,
+        moe=dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8, core=False)))

@@ -1,0 +1,9 @@
+# Its experts were experts from the start; see configs/pipelines.
+_base_ = [
+    './swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    '../_base_/schedules/moe.py'
+]
+model = dict(
+    backbone=dict(
+        init_cfg=None,
+        moe=dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8, core=False)))

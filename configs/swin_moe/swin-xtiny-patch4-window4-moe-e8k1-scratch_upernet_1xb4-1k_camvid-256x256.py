@@ -1,0 +1,8 @@
+# Its experts were experts from the start.
+_base_ = [
+    './swin-xtiny-patch4-window4_upernet_1xb4-1k_camvid-256x256.py',
+    '../_base_/schedules/moe.py'
+]
+model = dict(
+    backbone=dict(moe=dict(
+        layers=((), (), (1, 3, 5), (1, )), num_experts=8, core=False)))

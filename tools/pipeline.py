@@ -1,0 +1,203 @@
+"""Run whole pipelines of the RMoE paper (2204.09636), and compare what they
+cost.
+
+    python tools/pipeline.py configs/pipelines/swin-tiny_ade20k-512x512.py \\
+        rmoe-i
+    python tools/pipeline.py FAMILY non-moe rmoe-d --dense dense.pth
+    python tools/pipeline.py FAMILY all --gpus 8
+
+A pipeline is a chain of steps, each a config that starts from the checkpoint
+of the step before: non-moe (dense upstream and downstream), moe (experts from
+the start), rmoe-d (dense upstream, upcycled downstream), rmoe-i (dense
+upstream, upcycled, a short stage on the upstream data, downstream).
+
+A step that two pipelines begin with is trained once. A run that was stopped
+goes on where it was; what has finished is not repeated. The cost of every step
+and of the pipelines, and their scores, are in costs.json of the work dir.
+"""
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from _config import run
+from _training import SCORES, metrics, train
+from mmengine.config import Config, DictAction
+
+from rmoe.upcycling import write_atomically
+
+# The step that --dense stands for.
+DENSE = 'dense-upstream'
+COLUMNS = ('pipeline', 'score', 'hours', 'samples', 'PFLOPs', 'peak GB',
+           'hours / non-moe', 'PFLOPs / non-moe')
+
+
+def main() -> None:
+    args = parse_args()
+    family = read_family(args.family)
+    names = (list(family.pipelines) if 'all' in args.pipelines
+             else args.pipelines)
+    for name in names:
+        if name not in family.pipelines:
+            raise ValueError(f'{name!r} is no pipeline of {args.family}; '
+                             f'there are {", ".join(family.pipelines)}')
+    options = options_of_steps(args.cfg_options or {}, family.steps)
+    if args.dense and not any(family.pipelines[name][0] == DENSE
+                              for name in names):
+        raise ValueError(f'--dense {args.dense}: none of {names} starts from '
+                         'a dense checkpoint')
+    work_dir = args.work_dir or Path('work_dirs') / args.family.stem
+    work_dir.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        print(f'{name}: {" -> ".join(family.pipelines[name])}', flush=True)
+        steps = follow(family, name, work_dir, options, args)
+        keep(work_dir / 'costs.json', name, steps)
+    print(table(json.loads((work_dir / 'costs.json').read_text())))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('family', type=Path,
+                        help='config with steps and pipelines, of '
+                        'configs/pipelines')
+    parser.add_argument('pipelines', nargs='+', metavar='PIPELINE',
+                        help="which to run, or 'all'")
+    parser.add_argument('--dense', type=Path, metavar='CHECKPOINT',
+                        help='a dense checkpoint instead of the step '
+                        f'{DENSE}; a cost.json beside it is counted')
+    parser.add_argument('--work-dir', type=Path,
+                        help='./work_dirs/<family name> if not given')
+    parser.add_argument('--gpus', type=int, default=1)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        help='override settings of one step, or of all: '
+                        'STEP.key=value or all.key=value, e.g. '
+                        'all.randomness.seed=1')
+    return parser.parse_args()
+
+
+def read_family(path: Path) -> Config:
+    family = Config.fromfile(path)
+    if not ('steps' in family and 'pipelines' in family):
+        raise ValueError(f'{path} has no steps and pipelines: name a config '
+                         'of configs/pipelines')
+    return family
+
+
+def options_of_steps(options: dict[str, Any], steps: dict[str, str]
+                     ) -> dict[str, dict[str, Any]]:
+    """STEP.key=value, sorted by step."""
+    sorted_out: dict[str, dict[str, Any]] = {step: {} for step in steps}
+    for key, value in options.items():
+        step, _, rest = key.partition('.')
+        if (step != 'all' and step not in steps) or not rest:
+            raise ValueError(f'--cfg-options {key}: write STEP.key=value '
+                             f'with STEP one of {", ".join(steps)}, or all')
+        for name in steps if step == 'all' else [step]:
+            sorted_out[name][rest] = value
+    return sorted_out
+
+
+def follow(family: Config, name: str, work_dir: Path,
+           options: dict[str, dict[str, Any]], args: argparse.Namespace
+           ) -> dict[str, dict]:
+    """Run the steps of one pipeline; their records by name."""
+    chain: list[str] = []
+    records: dict[str, dict] = {}
+    start: str | None = None
+    for step in family.pipelines[name]:
+        if step == DENSE and args.dense:
+            chain.append(args.dense.stem)
+            records[step] = given(args.dense)
+        else:
+            chain.append(step)
+            cfg = Config.fromfile(args.family.parent / family.steps[step])
+            cfg.merge_from_dict(options[step])
+            records[step] = finish(cfg, start, work_dir / '+'.join(chain),
+                                   args.gpus)
+        start = records[step]['checkpoint']
+    return records
+
+
+def given(checkpoint: Path) -> dict:
+    """The record of a dense checkpoint that was trained elsewhere."""
+    if not checkpoint.exists():
+        raise FileNotFoundError(f'--dense {checkpoint} does not exist')
+    cost = checkpoint.with_name('cost.json')
+    if not cost.exists():
+        print(f'  what {checkpoint} cost is not known (no {cost}): it is not '
+              'counted')
+    return dict(checkpoint=str(checkpoint.resolve()), metrics={},
+                cost=json.loads(cost.read_text()) if cost.exists() else None)
+
+
+def finish(cfg: Config, start: str | None, folder: Path, gpus: int) -> dict:
+    """Train one step to its end, unless that was done before."""
+    if start:
+        cfg.load_from = start
+        cfg.model.backbone.init_cfg = None
+    record, config = folder / 'step.json', folder / 'step.py'
+    result: dict[str, Any] = dict(config=cfg.pretty_text)
+    if record.exists():
+        kept = json.loads(record.read_text())
+        if kept['config'] != result['config']:
+            raise ValueError(f'{folder} holds a run with other settings: '
+                             'remove it, or choose another --work-dir')
+        if 'checkpoint' in kept:
+            print(f'  {folder.name}: done before', flush=True)
+            return kept
+    print(f'  {folder.name}', flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(result).encode())
+    config.write_text(result['config'])
+    last = folder / 'last_checkpoint'
+    train(config, folder, *(['--resume'] if last.exists() else []), gpus=gpus)
+    result.update(
+        checkpoint=str(Path(last.read_text()).resolve()),
+        metrics=metrics(folder),
+        cost=json.loads((folder / 'cost.json').read_text()))
+    write_atomically(record, json.dumps(result, indent=1).encode())
+    return result
+
+
+def keep(path: Path, name: str, steps: dict[str, dict]) -> None:
+    """Put a pipeline into costs.json."""
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    score = list(steps.values())[-1]['metrics']
+    costs[name] = dict(
+        score={key: score[key] for key in SCORES if key in score},
+        total=total([step['cost'] for step in steps.values()
+                     if step['cost']]),
+        steps={step: record['cost'] for step, record in steps.items()})
+    write_atomically(path, json.dumps(costs, indent=1).encode())
+
+
+def total(costs: list[dict]) -> dict:
+    """Sums over steps; of memory the largest."""
+    return dict(
+        {key: sum(cost[key] for cost in costs)
+         for key in ('seconds', 'samples', 'flops')},
+        peak_memory=max(cost['peak_memory'] for cost in costs))
+
+
+def table(costs: dict[str, dict]) -> str:
+    """One line for each pipeline that has been run."""
+    rows = [COLUMNS]
+    base = costs.get('non-moe', {}).get('total')
+    for name, pipeline in costs.items():
+        cost = pipeline['total']
+        key, score = next(iter(pipeline['score'].items()))
+        rows.append((
+            name, f'{key} {score:.4g}', f'{cost["seconds"] / 3600:.2f}',
+            f'{cost["samples"]:,}', f'{cost["flops"] / 1e15:.4g}',
+            f'{cost["peak_memory"] / 1e9:.1f}',
+            *(f'{cost[what] / base[what]:.3f}' if base else ''
+              for what in ('seconds', 'flops'))))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(
+        row, widths)).rstrip() for row in rows)
+
+
+if __name__ == '__main__':
+    run(main)
