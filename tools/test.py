@@ -2,7 +2,7 @@
 import argparse
 
 from _config import add_common_arguments, load_config, run
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from rmoe import compat
@@ -14,6 +14,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--show-dir', help='folder for painted predictions')
+    parser.add_argument('--tta', action='store_true',
+                        help='test-time augmentation: tta_model and '
+                        'tta_pipeline of the config')
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -24,6 +27,8 @@ def main() -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         paint(cfg, args.show_dir)
+    if args.tta:
+        use_tta(cfg)
     check_data_roots(cfg, ('test', ))
     compat.apply()
     Runner.from_cfg(cfg).test()
@@ -35,6 +40,27 @@ def paint(cfg: Config, folder: str) -> None:
                          'default_hooks of the config')
     cfg.default_hooks.visualization.draw = True
     cfg.visualizer.save_dir = folder
+
+
+def use_tta(cfg: Config) -> None:
+    """Wrap the model, and give every test dataset the other pipeline."""
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            raise ValueError(
+                f'--tta needs {key} in the config, as the files of '
+                'configs/_base_/datasets have it')
+    set_pipeline(cfg.test_dataloader.dataset, cfg.tta_pipeline)
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+
+
+def set_pipeline(dataset: ConfigDict, pipeline: list) -> None:
+    """Of the innermost datasets: wrappers and concatenations are opened."""
+    parts = dataset.get('datasets') or [dataset.get('dataset')]
+    if parts == [None]:
+        dataset.pipeline = pipeline
+    else:
+        for part in parts:
+            set_pipeline(part, pipeline)
 
 
 if __name__ == '__main__':

@@ -5,11 +5,16 @@ import torch
 from _config import add_common_arguments, load_config, run
 from _memory import keep_freed_memory
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from rmoe import compat
 from rmoe.engine.data_check import check_data_roots
+
+AMP = 'AmpOptimWrapper'
+# Where it works.
+ACCELERATORS = ('cuda', 'npu', 'mlu', 'musa')
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,7 +25,8 @@ def parse_args() -> argparse.Namespace:
                         help='go on from CHECKPOINT, or from the latest one '
                         'in the work dir')
     parser.add_argument('--amp', action='store_true',
-                        help='automatic mixed precision')
+                        help='automatic mixed precision: AmpOptimWrapper on '
+                        'a GPU, bfloat16 on the CPU')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size')
     add_common_arguments(parser)
@@ -30,8 +36,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    if args.amp:
-        use_amp(cfg)
+    note = set_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError('--auto-scale-lr needs '
@@ -46,18 +51,37 @@ def main() -> None:
         keep_freed_memory()
     runner = (RUNNERS.build(cfg) if 'runner_type' in cfg
               else Runner.from_cfg(cfg))
+    if note:
+        runner.logger.info(note)
     runner.train()
 
 
-def use_amp(cfg: Config) -> None:
-    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if wrapper == 'AmpOptimWrapper':
-        return
-    if wrapper != 'OptimWrapper':
+def set_precision(cfg: Config, amp: bool) -> str:
+    """Mixed precision where --amp or the config asks for it.
+
+    Returns:
+        What to tell the user; mostly nothing.
+
+    Raises:
+        ValueError: if --amp meets another kind of optimizer wrapper.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper').split('.')[-1]
+    if kind == 'BFloat16OptimWrapper' or not (amp or kind == AMP):
+        return ''
+    if kind not in (AMP, 'OptimWrapper'):
         raise ValueError('--amp works with optim_wrapper.type='
-                         f"'OptimWrapper', the config has {wrapper!r}")
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+                         f"'OptimWrapper', the config has {kind!r}")
+    if get_device() in ACCELERATORS:
+        if kind != AMP:
+            wrapper.type = AMP
+            wrapper.setdefault('loss_scale', 'dynamic')
+        return ''
+    wrapper.type = 'rmoe.BFloat16OptimWrapper'
+    for option in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(option, None)
+    return ('mixed precision without a GPU is in bfloat16, with no loss '
+            f'scale: rmoe.BFloat16OptimWrapper takes the place of {AMP}')
 
 
 if __name__ == '__main__':

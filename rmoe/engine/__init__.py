@@ -1,7 +1,9 @@
 """Hooks and optimizer settings; importing them registers them."""
 from rmoe import compat
+from rmoe.engine.amp import BFloat16OptimWrapper
 from rmoe.engine.balance_bias_hook import BalanceBiasHook
 from rmoe.engine.checkpoint_hook import CheckpointHook
+from rmoe.engine.cost_hook import CostHook
 from rmoe.engine.data_check import LabelCheckHook
 from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
@@ -11,7 +13,7 @@ from rmoe.engine.routing_stats_hook import RoutingStatsHook
 compat.apply()
 
 __all__ = [
-    'BalanceBiasHook', 'CheckpointHook', 'LabelCheckHook',
-    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook',
-    'RoutingStatsHook'
+    'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',
+    'LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'MoELossHook',
+    'ResidualMoEHook', 'RoutingStatsHook'
 ]

@@ -9,10 +9,11 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
+from rmoe.engine.head_check import unfilled
 from rmoe.moe import moe_layers
 from rmoe.registry import HOOKS
 from rmoe.upcycling import check_prefix, write_atomically
@@ -32,7 +33,7 @@ register_backend(ATOMIC_BACKEND, AtomicLocalBackend)
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's CheckpointHook, with its arguments, and three differences.
+    """mmengine's CheckpointHook, with its arguments, and four differences.
 
     Files are written under a temporary name and renamed, and old ones are
     removed after the new one is safe: a full disk or a kill leaves the
@@ -41,21 +42,50 @@ class CheckpointHook(MMEngineCheckpointHook):
     torch >= 2.6 can resume; the file loads anywhere under weights_only=True.
     The random state is saved, so that router noise and stochastic depth go on
     after a resume as if nothing had happened.
-    A load_from whose backbone lies under another prefix raises.
+    What a checkpoint cannot fill is no secret of the log: a backbone under
+    another prefix raises; a head of another class count is told of before
+    training, and raises before an evaluation and in a resumed run.
     """
     backend_args: dict | None
     keep_ckpt_ids: deque
     _rng_state: dict[str, torch.Tensor] | None = None
+    _unfilled = ''
 
     def before_train(self, runner: Runner) -> None:
         if self.backend_args is None and '://' not in str(
                 self.out_dir or runner.work_dir):
             self.backend_args = dict(backend=ATOMIC_BACKEND)
         super().before_train(runner)
+        if self._unfilled:
+            runner.logger.warning('the checkpoint leaves as they are '
+                                  f'initialised {self._unfilled}')
+            self._unfilled = ''
+
+    def before_val(self, runner: Runner) -> None:
+        self._check_head()
+
+    def before_test(self, runner: Runner) -> None:
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """After a load that no training followed."""
+        if self._unfilled:
+            raise ValueError(
+                'an evaluation would meet random weights: the checkpoint '
+                f'cannot fill {self._unfilled}. Evaluate with the config it '
+                'was trained with')
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        # Before an epoch's dataloader draws the seed of its workers and its
+        # first batch. Other loops first skip the data they have seen.
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self._restore_rng_state()
 
     def before_train_iter(self, runner: Runner, batch_idx: int,
                           data_batch: object = None) -> None:
-        # Here and not earlier: the loop first skips the data it has seen.
+        self._restore_rng_state()
+
+    def _restore_rng_state(self) -> None:
         if self._rng_state is not None:
             _set_rng_state(self._rng_state)
             self._rng_state = None
@@ -71,14 +101,21 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = runner.model
-        if is_model_wrapper(model):
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         # Other backbones' checkpoints look like anything.
         backbone = getattr(model, 'backbone', nn.Identity())
         if moe_layers(backbone):
             check_prefix(backbone, checkpoint.get('state_dict', checkpoint),
                          'backbone.')
+        self._unfilled = unfilled(model, checkpoint)
         if runner._resume:
+            if self._unfilled:
+                raise ValueError(
+                    f'the checkpoint cannot fill {self._unfilled}. Its '
+                    'optimizer state does not fit this model: start from its '
+                    'weights instead, with load_from=CHECKPOINT and without '
+                    '--resume')
             self._rng_state = checkpoint.get('rng_state')
         hub = checkpoint.get('message_hub')
         if hub is not None:
@@ -94,6 +131,9 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int,
                                    meta: dict) -> None:
+        # What the run draws before its next iteration, as validation does, a
+        # resumed run does not: both go on from the state of this moment.
+        self._rng_state = _rng_state()
         outdated: list[int] = []
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]
