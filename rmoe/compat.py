@@ -1,6 +1,10 @@
 """The few lines a current PyTorch needs to run mmengine 0.10."""
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
+import torch
+from mmengine.dist import barrier, is_main_process
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from rmoe.upcycling.formats import read_checkpoint
@@ -19,6 +23,31 @@ def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
     return read_checkpoint(filename, map_location, mapped=False)
 
 
+def load_from_http(filename: str, map_location: Any = None
+                   ) -> dict[str, Any]:
+    """mmengine's loader of URLs, which would execute what it downloads.
+
+    Files are kept where torch.hub keeps them, so what was downloaded before
+    is found again.
+    """
+    path = Path(torch.hub.get_dir(), 'checkpoints',
+                Path(urlparse(filename).path).name)
+    if is_main_process():
+        _download(filename, path)
+    barrier()
+    # On another machine than the first rank's.
+    _download(filename, path)
+    return load_from_local(str(path), map_location)
+
+
+def _download(url: str, path: Path) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+
+
 def apply() -> None:
     """Make mmengine's load_from, resume and init_cfg read safely."""
     CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http,
+                                     force=True)

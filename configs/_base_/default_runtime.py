@@ -19,4 +19,5 @@ default_hooks = dict(
         max_keep_ckpts=3, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
-    label_check=dict(type='rmoe.LabelCheckHook'))
+    label_check=dict(type='rmoe.LabelCheckHook'),
+    cost=dict(type='rmoe.CostHook'))

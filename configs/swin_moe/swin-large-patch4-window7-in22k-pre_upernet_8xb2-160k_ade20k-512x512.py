@@ -1,8 +1,12 @@
 _base_ = [
-    './swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+    '../_base_/models/upernet_swin.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_160k.py'
 ]
 checkpoint_file = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/swin/swin_large_patch4_window7_224_22k_20220412-aeecf2aa.pth'
 model = dict(
+    data_preprocessor=dict(size=(512, 512)),
     backbone=dict(
         arch='large',
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file)),

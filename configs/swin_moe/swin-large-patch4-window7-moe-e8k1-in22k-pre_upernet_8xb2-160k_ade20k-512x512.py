@@ -1,6 +1,6 @@
 _base_ = [
-    './swin-large-patch4-window7-in22k-pre_upernet_8xb2-160k_'
-    'ade20k-512x512.py', '../_base_/schedules/rmoe_d.py'
+    './swin-large-patch4-window7-in22k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    '../_base_/schedules/rmoe_d.py'
 ]
 # Alternate FFNs of the last two stages, as in Swin-MoE.
 model = dict(

@@ -1,10 +1,13 @@
 """Mixed precision without a loss scaler, on any device."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from mmcv.ops.nms import NMSop
+from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from rmoe.registry import OPTIM_WRAPPERS
 
@@ -16,12 +19,42 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     bfloat16 has the range of float32: no loss is scaled, and the state is
     that of OptimWrapper. It works where mmengine's AmpOptimWrapper refuses
-    to, on the CPU, and resumes what AmpOptimWrapper saved.
+    to, on the CPU, and resumes what AmpOptimWrapper saved. Boxes keep their
+    places: a detector's head gets the maps of its neck in float32, because
+    mmdet rounds boxes to the type of the maps they are cut from, in bfloat16
+    to the next 4 of 1,000 pixels.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         device = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(
-                device, torch.bfloat16):
-            yield
+        inner: Any = model.module if is_model_wrapper(model) else model
+        neck = getattr(inner, 'neck', None)
+        handle = neck and neck.register_forward_hook(_in_float32)
+        try:
+            with super().optim_context(model), float32_nms(), torch.autocast(
+                    device, torch.bfloat16):
+                yield
+        finally:
+            if handle:
+                handle.remove()
+
+
+def _in_float32(neck: nn.Module, inputs: tuple, maps: Any) -> tuple:
+    return tuple(one.float() for one in maps)
+
+
+@contextmanager
+def float32_nms() -> Iterator[None]:
+    """mmcv's NMS refuses bfloat16 scores on the CPU."""
+    forward = NMSop.forward
+
+    def in_float32(ctx: Any, boxes: Tensor, scores: Tensor, *args: Any
+                   ) -> Tensor:
+        return forward(ctx, boxes.float(), scores.float(), *args)
+
+    NMSop.forward = staticmethod(in_float32)
+    try:
+        yield
+    finally:
+        NMSop.forward = staticmethod(forward)

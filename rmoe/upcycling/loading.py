@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rmoe.upcycling.expert_count import EXPERT_MISMATCH
 from rmoe.upcycling.fit import fit
+from rmoe.upcycling.formats import state_dict_of
 
 
 def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
@@ -34,6 +35,7 @@ def _fit_in_place(expert_mismatch: str, backbone: Any,
                   state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     inside = prefix
     if not prefix:
+        _unwrap(state_dict)
         # Flax nests its parameters ('params/'), and init_cfg cannot say so:
         # mmengine ends every prefix with a dot.
         found = backbone.architecture.find_prefix(state_dict) or ''
@@ -46,6 +48,15 @@ def _fit_in_place(expert_mismatch: str, backbone: Any,
     for key in [key for key in state_dict if key.startswith(prefix)]:
         del state_dict[key]
     state_dict.update({prefix + key: value for key, value in fitted.items()})
+
+
+def _unwrap(content: dict[str, Any]) -> None:
+    """init_cfg hands over a file as it is: DeiT and the original Swin keep
+    their weights under 'model'."""
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        weights = state_dict_of(content)
+        content.clear()
+        content.update(weights)
 
 
 def check_prefix(backbone: Any, state_dict: dict[str, Tensor],

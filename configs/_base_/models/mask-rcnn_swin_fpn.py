@@ -1,0 +1,14 @@
+_base_ = './mask-rcnn.py'
+model = dict(
+    backbone=dict(
+        type='rmoe.SwinMoE',
+        embed_dims=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=7,
+        drop_path_rate=0.2),
+    neck=dict(
+        type='FPN',
+        in_channels=[96, 192, 384, 768],
+        out_channels=256,
+        num_outs=5))

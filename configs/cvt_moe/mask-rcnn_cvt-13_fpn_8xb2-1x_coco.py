@@ -1,0 +1,14 @@
+_base_ = [
+    '../_base_/models/mask-rcnn_cvt_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/det_runtime.py',
+    '../_base_/schedules/coco_1x.py'
+]
+# Hugging Face's weights need exact GELU.
+model = dict(
+    backbone=dict(
+        act_cfg=dict(type='GELU'),
+        init_cfg=dict(
+            type='Pretrained', checkpoint='hf:microsoft/cvt-13',
+            prefix='cvt.')))
+optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.))

@@ -1,0 +1,11 @@
+_base_ = [
+    './swin-large-patch4-window7-in22k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    '../_base_/schedules/rmoe_d.py'
+]
+# Alternate FFNs of the last two stages, as in Swin-MoE.
+model = dict(
+    backbone=dict(
+        moe=dict(
+            layers=((), (), (1, 3, 5, 7, 9, 11, 13, 15, 17), (1, )),
+            num_experts=16,
+            router=dict(type='TokenChoiceRouter', top_k=2))))

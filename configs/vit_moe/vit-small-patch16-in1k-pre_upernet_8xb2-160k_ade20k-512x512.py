@@ -1,0 +1,11 @@
+_base_ = [
+    '../_base_/models/upernet_vit.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_160k_vit.py'
+]
+checkpoint_file = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth'
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file)))

@@ -1,0 +1,12 @@
+_base_ = [
+    '../_base_/models/upernet_vit.py',
+    '../_base_/datasets/ade20k_640x640.py',
+    '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_160k_vit.py'
+]
+checkpoint_file = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth'
+model = dict(
+    data_preprocessor=dict(size=(640, 640)),
+    backbone=dict(
+        img_size=640,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file)))
