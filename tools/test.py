@@ -6,7 +6,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from rmoe import compat
-from rmoe.engine.data_check import check_data_roots
+from rmoe.engine.data_check import check_data
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def main() -> None:
         paint(cfg, args.show_dir)
     if args.tta:
         use_tta(cfg)
-    check_data_roots(cfg, ('test', ))
+    check_data(cfg, ('test', ))
     compat.apply()
     Runner.from_cfg(cfg).test()
 

@@ -10,7 +10,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from rmoe import compat
-from rmoe.engine.data_check import check_data_roots
+from rmoe.engine.data_check import check_data
 
 AMP = 'AmpOptimWrapper'
 # Where it works.
@@ -45,7 +45,7 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    check_data_roots(cfg, ('train', 'val'))
+    check_data(cfg, ('train', 'val'))
     compat.apply()
     if not torch.cuda.is_available():
         keep_freed_memory()

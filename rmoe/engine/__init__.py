@@ -4,7 +4,7 @@ from rmoe.engine.amp import BFloat16OptimWrapper
 from rmoe.engine.balance_bias_hook import BalanceBiasHook
 from rmoe.engine.checkpoint_hook import CheckpointHook
 from rmoe.engine.cost_hook import CostHook
-from rmoe.engine.data_check import LabelCheckHook
+from rmoe.engine.label_check import LabelCheckHook
 from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
 from rmoe.engine.residual_moe_hook import ResidualMoEHook

@@ -156,8 +156,9 @@ def test_no_padding_no_area(images, known):
     assert valid_area(images, known) is None
 
 
-def test_windows_of_sliding_inference_are_not_masked():
-    model = owner('vit')
+@pytest.mark.parametrize('name', ['vit', 'foreign'])
+def test_windows_of_sliding_inference_are_not_masked(name, recwarn):
+    model = owner(name).eval()
     seen = []
     layer = next(iter(moe_layers(model).values()))
     layer.register_forward_pre_hook(
@@ -168,6 +169,7 @@ def test_windows_of_sliding_inference_are_not_masked():
     model(torch.randn(1, 3, 64, 128), samples((64, 100)))
     assert seen[0] is None
     assert seen[1].sum() == 1 + 8 * 13
+    assert not [w for w in recwarn if 'are no map' in str(w.message)]
 
 
 def test_the_area_is_forgotten_even_after_an_error():

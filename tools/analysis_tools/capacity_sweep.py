@@ -25,7 +25,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from rmoe import compat
-from rmoe.engine.data_check import check_data_roots
+from rmoe.engine.data_check import check_data
 from rmoe.moe import MoEFFN, TokenChoiceRouter, moe_layers
 from rmoe.moe.complexity import complexity
 from rmoe.visualization.recording import record_routing
@@ -48,7 +48,7 @@ def main() -> None:
     cfg = load_config(args)
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.log_level = 'WARNING'  # a table of classes per evaluation is noise
-    check_data_roots(cfg, ('test', ))
+    check_data(cfg, ('test', ))
     compat.apply()
     runner = Runner.from_cfg(cfg)
     rows = sweep(runner, sorted(args.capacities), args.unrouted, args.metric)

@@ -1,0 +1,278 @@
+"""Is a config's model consistent with itself, its data, its hooks and the
+checkpoint it starts from? Nothing is trained here."""
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from rmoe.engine.head_check import unfilled
+from rmoe.moe import BiasBalancedRouter, collect_losses, moe_layers
+from rmoe.upcycling import check_prefix, read_checkpoint, state_dict_of
+
+PRETRAINED = ('Pretrained', 'PretrainedInit')
+
+
+def explain(error: Exception) -> str:
+    """A message for what a library raised."""
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (f'{type(error).__name__}: {error} (raised in '
+            f'{Path(frame.filename).name}, line {frame.lineno})')
+
+
+def image_channels(batch: Mapping) -> int:
+    """Of what the dataloader gives."""
+    return batch['inputs'][0].shape[0]
+
+
+def check_channels(model: Mapping, parts: Mapping[str, nn.Module],
+                   images: Tensor) -> list[str]:
+    """Channels that a part of the model expects and does not get.
+
+    Args:
+        model: config of the model.
+        parts: its built 'backbone' and, where there is one, 'neck'.
+        images: (B, C, H, W), as they reach the backbone.
+    """
+    stem = next((module for module in parts['backbone'].modules()
+                 if isinstance(module, nn.Conv2d)), None)
+    channels = images.shape[1]
+    if stem is not None and stem.in_channels != channels:
+        return [f'images have {channels} channels and the backbone takes '
+                f'{stem.in_channels}: set model.backbone.in_channels='
+                f'{channels}, or color_type in LoadImageFromFile']
+    problems = []
+    outs = _run(parts['backbone'], images)
+    widths, source = _widths(outs), 'the backbone'
+    if model.get('neck'):
+        problems += _compare('model.neck', model['neck'], widths, source)
+        if problems:
+            return problems
+        widths, source = _widths(_run(parts['neck'], outs)), 'the neck'
+    for name, head in heads(model):
+        problems += _compare(name, head, widths, source)
+    # rmoe.ImageClassifier
+    return problems + _compare('model', model, widths, source)
+
+
+@torch.no_grad()
+def _run(module: nn.Module, inputs: Any) -> Sequence:
+    training = module.training
+    module.eval()
+    outs = module(inputs)
+    module.train(training)
+    return outs if isinstance(outs, (tuple, list)) else [outs]
+
+
+def _widths(outs: Sequence) -> list[int]:
+    # (map, class token) of a ViT
+    return [(out if isinstance(out, Tensor) else out[0]).shape[1]
+            for out in outs]
+
+
+def heads(model: Any, name: str = 'model') -> Iterator[tuple[str, Mapping]]:
+    """Everything in a model's config that takes feature maps."""
+    for key in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head',
+                'mask_head', 'roi_head'):
+        found = model.get(key)
+        many = isinstance(found, (list, tuple))
+        for i, head in enumerate(found if many else [found]):
+            if isinstance(head, Mapping):
+                where = f'{name}.{key}.{i}' if many else f'{name}.{key}'
+                yield where, head
+                yield from heads(head, where)
+
+
+def _compare(name: str, part: Mapping, widths: list[int],
+             source: str) -> list[str]:
+    given, index = part.get('in_channels'), part.get('in_index')
+    if given is None:
+        return []
+    many = isinstance(given, (list, tuple))
+    indices = ([index] if isinstance(index, int) else
+               index if index is not None else
+               range(len(widths)) if many else [-1])
+    bad = [i for i in indices if not -len(widths) <= i < len(widths)]
+    if bad:
+        return [f'{name}.in_index={index} points at map {bad[0]}; {source} '
+                f'gives {len(widths)}, of {widths} channels']
+    right = [widths[i] for i in indices]
+    if (list(given) if many else [given]) == right:
+        return []
+    return [f'{name}.in_channels={given}, and {source} gives '
+            f'{right if many else right[0]}: set {name}.in_channels='
+            f'{right if many else right[0]}']
+
+
+def losses_of(model: nn.Module, batch: Any
+              ) -> tuple[dict[str, float], list[str]]:
+    """One forward pass in training mode.
+
+    Returns:
+        The losses of the model, and the names of the auxiliary losses of its
+        routers.
+    """
+    model.train()
+    collect_losses(model, start=True)
+    with torch.no_grad():
+        losses = model(**model.data_preprocessor(batch, True), mode='loss')
+        _, logged = model.parse_losses(losses)
+    auxiliary = collect_losses(model, start=False)
+    return ({name: float(value) for name, value in logged.items()},
+            list(auxiliary))
+
+
+def check_losses(losses: Mapping[str, float], auxiliary: Sequence[str],
+                 hooks: set[str]) -> list[str]:
+    """Losses that are nan, or that nobody would add up.
+
+    Args:
+        losses: of the model.
+        auxiliary: names of the routers'.
+        hooks: names of the config's hooks.
+    """
+    problems = [f'{name} is {value} in the first batch'
+                for name, value in losses.items()
+                if value != value or abs(value) == float('inf')]
+    if auxiliary and 'MoELossHook' not in hooks:
+        problems.append(
+            f'routers produce the losses {", ".join(auxiliary)} that nobody '
+            "collects: add dict(type='rmoe.MoELossHook') to custom_hooks, or "
+            'set loss_weights={} in the router')
+    return problems
+
+
+def check_routers(model: nn.Module, hooks: set[str]) -> list[str]:
+    """Routers whose hook is missing."""
+    balanced = any(isinstance(layer.router, BiasBalancedRouter)
+                   for layer in moe_layers(model).values())
+    if balanced and 'BalanceBiasHook' not in hooks:
+        return ['a BiasBalancedRouter balances nothing without '
+                "dict(type='rmoe.BalanceBiasHook') in custom_hooks"]
+    return []
+
+
+def hook_names(cfg: Config) -> set[str]:
+    hooks = [*(cfg.get('default_hooks') or {}).values(),
+             *(cfg.get('custom_hooks') or [])]
+    return {hook['type'].split('.')[-1] for hook in hooks
+            if isinstance(hook, Mapping) and isinstance(hook['type'], str)}
+
+
+def describe_layers(model: nn.Module) -> list[str]:
+    """A line for each MoE layer."""
+    return [
+        f'{name}: E={layer.num_experts} K={layer.router.experts_per_token:g} '
+        f'{type(layer.router).__name__}'
+        + ('' if layer.experts.rank is None else
+           f' rank {layer.experts.rank}')
+        for name, layer in moe_layers(model).items()]
+
+
+def take_pretrained(config: Any, where: str = 'model'
+                    ) -> list[tuple[str, dict]]:
+    """Remove the init_cfgs that load a checkpoint from a model's config.
+
+    Returns:
+        (the module's place, the init_cfg) of each.
+    """
+    found: list[tuple[str, dict]] = []
+    if isinstance(config, Mapping):
+        init = config.get('init_cfg')
+        single = isinstance(init, Mapping)
+        inits = [init] if single else list(init or ())
+        rest = [item for item in inits if item.get('type') not in PRETRAINED]
+        if len(rest) < len(inits):
+            found += [(where, item) for item in inits if item not in rest]
+            config['init_cfg'] = rest or None
+        for key, value in config.items():
+            found += take_pretrained(value, f'{where}.{key}')
+    elif isinstance(config, (list, tuple)):
+        for i, value in enumerate(config):
+            found += take_pretrained(value, f'{where}.{i}')
+    return found
+
+
+def check_init(model: nn.Module, where: str, init: Mapping
+               ) -> tuple[str, list[str]]:
+    """A file that a part of the model starts from.
+
+    Args:
+        model: the whole model.
+        where: the part's place in the config, 'model.backbone'.
+        init: its init_cfg.
+
+    Returns:
+        What to report, and problems.
+    """
+    path, prefix = init['checkpoint'], init.get('prefix')
+    what = f'{where}.init_cfg {path}'
+    if not _is_file(path):
+        return f'{what}: not looked at, it would be downloaded', []
+    try:
+        state = state_dict_of(read_checkpoint(path))
+        if prefix:
+            prefix = prefix if prefix.endswith('.') else f'{prefix}.'
+            state = {key.removeprefix(prefix): value
+                     for key, value in state.items()
+                     if key.startswith(prefix)}
+            if not state:
+                raise ValueError(f'no key of {path} starts with {prefix!r}')
+        # UpcycledBackbone is the backbone inside.
+        place = where.removeprefix('model').removeprefix('.').replace(
+            'backbone.backbone', 'backbone')
+        module: Any = model.get_submodule(place)
+        if hasattr(module, 'architecture'):
+            module.load_state_dict(state, strict=False)  # checks them
+            return f'{what}: fits', []
+        return _matches(what, module, state)
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        return what, [f'{what}: {explain(error)}']
+
+
+def check_load_from(model: Any, path: str) -> tuple[str, list[str]]:
+    """A file that the whole model starts from; see :func:`check_init`."""
+    what = f'load_from {path}'
+    if not _is_file(path):
+        return f'{what}: not looked at, it would be downloaded', []
+    try:
+        content = read_checkpoint(path)
+        state = state_dict_of(content)
+        backbone = getattr(model, 'backbone', None)
+        if not hasattr(backbone, 'architecture'):
+            return _matches(what, model, state)
+        check_prefix(backbone, state, 'backbone.')
+        backbone.load_state_dict({
+            key.removeprefix('backbone.'): value for key, value in
+            state.items() if key.startswith('backbone.')}, strict=False)
+        fresh = unfilled(model, content)
+        return (f'{what}: fits' + (f', but for {fresh}: they start anew'
+                                   if fresh else '')), []
+    except (FileNotFoundError, ValueError) as error:
+        return what, [f'{what}: {explain(error)}']
+
+
+def _is_file(path: str) -> bool:
+    return ':' not in str(path) or Path(path).exists()
+
+
+def _shape(state: Mapping[str, Tensor], key: str) -> tuple | str:
+    return tuple(state[key].shape) if key in state else 'missing'
+
+
+def _matches(what: str, module: nn.Module, state: Mapping[str, Tensor]
+             ) -> tuple[str, list[str]]:
+    own = module.state_dict()
+    same = sum(_shape(state, key) == tuple(value.shape)
+               for key, value in own.items())
+    line = f'{what}: {same} of {len(own)} tensors'
+    if same:
+        return line, []
+    return line, [f'{what} has no tensor of {type(module).__name__}: it has '
+                  f'{list(state)[:3]}, the model {list(own)[:3]}']
+
