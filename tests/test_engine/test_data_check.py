@@ -13,8 +13,7 @@ from PIL import Image
 
 from rmoe.engine import data_check
 from rmoe.engine.data_check import check_data
-from rmoe.engine.label_check import LabelCheckHook
-from rmoe.engine.label_check import check_labels
+from rmoe.engine.label_check import LabelCheckHook, check_labels
 
 
 def config(root, **dataset):
