@@ -50,6 +50,15 @@ def test_detectors_are_mmdets(ours, theirs):
     assert without(ours, *own) == without(theirs, *own)
 
 
+@pytest.mark.parametrize('name', ['ade20k', 'ade20k_640x640'])
+def test_ade20k_is_read_as_mmseg_reads_it(name):
+    ours = Config.fromfile(ROOT / f'configs/_base_/datasets/{name}.py')
+    theirs = installed(mmseg, f'_base_/datasets/{name}.py')
+    for key in ('train_dataloader', 'val_dataloader', 'val_evaluator'):
+        assert without(ours[key], 'batch_size') == without(
+            theirs[key], 'batch_size')
+
+
 def test_schedules_are_mmdets():
     for ours, theirs in (('1x', '1x'), ('3x', 'ms-crop-3x')):
         ours = Config.fromfile(

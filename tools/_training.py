@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRAIN = Path(__file__).with_name('train.py')
+TOOLS = Path(__file__).parent
+# Of a classifier, a segmentor, a detector.
+SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP')
 
 
 def train(config: Path, folder: Path, *flags: str, gpus: int = 1) -> None:
-    """Train in a process of its own; show its iterations, keep all it says
-    in ``folder/train.log``.
+    """Run tools/train.py in a process of its own; show its iterations, keep
+    all it says in ``folder/train.log``.
 
     Args:
         config: a whole config.
@@ -20,13 +22,29 @@ def train(config: Path, folder: Path, *flags: str, gpus: int = 1) -> None:
     Raises:
         ValueError: if training fails, with what it said last.
     """
+    _run('train.py', folder / 'train.log', gpus, str(config), '--work-dir',
+         str(folder), *flags)
+
+
+def evaluate(config: Path, checkpoint: str, folder: Path, gpus: int = 1
+             ) -> None:
+    """Run tools/test.py in a process of its own, with ``folder`` as work
+    dir; all it says is in ``folder/test.log``.
+
+    Raises:
+        ValueError: if it fails, with what it said last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _run('test.py', folder / 'test.log', gpus, str(config), checkpoint,
+         '--work-dir', str(folder))
+
+
+def _run(tool: str, log: Path, gpus: int, *args: str) -> None:
     launch = [] if gpus == 1 else [
         '-m', 'torch.distributed.run', '--standalone',
         f'--nproc_per_node={gpus}']
-    command = [sys.executable, *launch, str(TRAIN), str(config),
-               '--work-dir', str(folder), *flags,
+    command = [sys.executable, *launch, str(TOOLS / tool), *args,
                '--launcher', 'none' if gpus == 1 else 'pytorch']
-    log = folder / 'train.log'
     said = ''
     with open(log, 'a') as file, subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -39,20 +57,29 @@ def train(config: Path, folder: Path, *flags: str, gpus: int = 1) -> None:
                     print('  ' + ' '.join(line.split(mark)[1].split())[:76],
                           flush=True)
     if process.returncode:
-        raise ValueError(f'training failed ({said}); all it said is in {log}')
+        raise ValueError(f'{tool} failed ({said}); all it said is in {log}')
 
 
 def scalars(folder: Path) -> list[dict]:
     """What the last run in a work dir logged, line by line."""
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    return [json.loads(line) for line in logs[-1].read_text().splitlines()
+            if line]
 
 
-def metrics(folder: Path) -> dict[str, float]:
-    """The last evaluation of the last run in a work dir."""
-    return [line for line in scalars(folder)
-            if 'loss' not in line and any(key in line for key in SCORES)][-1]
+def last_validation(folder: Path) -> dict[str, float]:
+    """Of the last run in a work dir; empty if there was none after its last
+    training iteration that was logged."""
+    for line in reversed(scalars(folder)):
+        if any(key in line for key in SCORES):
+            return line
+        if 'loss' in line:
+            break
+    return {}
 
 
-# Of a classifier, a segmentor, a detector.
-SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP')
+def test_scores(folder: Path) -> dict[str, float]:
+    """What tools/test.py found, with ``folder`` as its work dir."""
+    results = [json.loads(path.read_text()) for path in sorted(
+        folder.glob('*/*.json'))]
+    return results[-1]

@@ -21,10 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from _config import run
-from _training import SCORES, metrics, train
+from _training import (
+    SCORES,
+    evaluate,
+    last_validation,
+    test_scores,
+    train,
+)
 from mmengine.config import Config, DictAction
 
-from rmoe.upcycling import write_atomically
+from rmoe.upcycling import read_checkpoint, state_dict_of, write_atomically
 
 # The step that --dense stands for.
 DENSE = 'dense-upstream'
@@ -134,9 +140,14 @@ def given(checkpoint: Path) -> dict:
 
 def finish(cfg: Config, start: str | None, folder: Path, gpus: int) -> dict:
     """Train one step to its end, unless that was done before."""
+    cfg.load_from = None
     if start:
-        cfg.load_from = start
-        cfg.model.backbone.init_cfg = None
+        # A bare backbone has no whole model to load.
+        whole = any(key.startswith('backbone.')
+                    for key in state_dict_of(read_checkpoint(start)))
+        cfg.load_from = start if whole else None
+        cfg.model.backbone.init_cfg = None if whole else dict(
+            type='Pretrained', checkpoint=start)
     record, config = folder / 'step.json', folder / 'step.py'
     result: dict[str, Any] = dict(config=cfg.pretty_text)
     if record.exists():
@@ -153,9 +164,14 @@ def finish(cfg: Config, start: str | None, folder: Path, gpus: int) -> dict:
     config.write_text(result['config'])
     last = folder / 'last_checkpoint'
     train(config, folder, *(['--resume'] if last.exists() else []), gpus=gpus)
+    checkpoint = str(Path(last.read_text()).resolve())
+    score = last_validation(folder)
+    if not score:  # stopped between its last checkpoint and its validation
+        evaluate(config, checkpoint, folder / 'test', gpus=gpus)
+        score = test_scores(folder / 'test')
     result.update(
-        checkpoint=str(Path(last.read_text()).resolve()),
-        metrics=metrics(folder),
+        checkpoint=checkpoint,
+        metrics=score,
         cost=json.loads((folder / 'cost.json').read_text()))
     write_atomically(record, json.dumps(result, indent=1).encode())
     return result

@@ -7,3 +7,4 @@ model = dict(
     backbone=dict(
         init_cfg=None,
         moe=dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8, core=False)))
+load_from = 'work_dirs/swin-tiny-patch4-window7-moe-e8k1-scratch_8xb128-300e_in1k-224x224/epoch_300.pth'

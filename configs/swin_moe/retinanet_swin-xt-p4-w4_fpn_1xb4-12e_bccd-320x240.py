@@ -1,4 +1,4 @@
-# After an upstream run of the same backbone; see configs/pipelines.
+# From the upstream run of the same backbone; see configs/pipelines.
 _base_ = [
     '../_base_/models/retinanet_swin_fpn.py', '../_base_/datasets/bccd.py',
     '../_base_/det_runtime.py', '../_base_/schedules/bccd_12e.py'
@@ -13,3 +13,4 @@ model = dict(
 default_hooks = dict(
     checkpoint=dict(interval=6, save_best=None),
     logger=dict(interval=17))
+load_from = 'work_dirs/swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64/epoch_7.pth'

@@ -6,3 +6,4 @@ _base_ = [
 model = dict(
     backbone=dict(moe=dict(
         layers=((), (), (1, 3, 5), (1, )), num_experts=8, core=False)))
+load_from = 'work_dirs/swin-xtiny-patch4-window4-moe-e8k1-scratch_1xb64-7e_tiny-imagenet-100-64x64/epoch_7.pth'

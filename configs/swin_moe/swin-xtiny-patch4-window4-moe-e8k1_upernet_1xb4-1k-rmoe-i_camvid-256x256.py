@@ -5,3 +5,4 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(moe=dict(layers=((), (), (1, 3, 5), (1, )), num_experts=8)))
+load_from = 'work_dirs/swin-xtiny-patch4-window4-moe-e8k1_1xb64-1e-intermediate_tiny-imagenet-100-64x64/epoch_1.pth'

@@ -3,6 +3,7 @@
 CvT: 2103.15808. The original has three stages, at strides 4, 8 and 16.
 """
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -46,8 +47,10 @@ class CvTStage(nn.Module):
     """Embedding and blocks of one resolution."""
 
     def __init__(self, patch_embed: ConvEmbed, blocks: Sequence[PreNormBlock],
-                 cls_dims: int | None, drop_rate: float) -> None:
+                 cls_dims: int | None, drop_rate: float, stride: int
+                 ) -> None:
         super().__init__()
+        self.stride = stride  # of the stage's map, from the image on
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(
             torch.zeros(1, 1, cls_dims)) if cls_dims else None
@@ -63,7 +66,7 @@ class CvTStage(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
             leading = 1
         x = self.drop(x)
-        valid = area and area.tokens(hw, x.device, leading)
+        valid = area and area.tokens(hw, self.stride, x.device, leading)
         for block in self.blocks:
             x = block(x, hw, valid=valid)
         return (x if self.cls_token is None else x[:, 1:]), hw
@@ -186,7 +189,7 @@ class CvTMoE(MoEBackbone):
             last = stage == len(depths) - 1
             self.stages.append(CvTStage(
                 embed, blocks, width if last and with_cls_token else None,
-                drop_rate))
+                drop_rate, prod(strides[:stage + 1])))
         for i in self.out_indices:
             self.add_module(
                 f'norm{i}', build_norm_layer(dict(norm_cfg), embed_dims[i])[1])

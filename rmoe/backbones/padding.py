@@ -41,20 +41,20 @@ class ValidArea:
         return (len(images) == len(self.sizes) and
                 tuple(images.shape[2:]) == self.padded)
 
-    def tokens(self, hw: tuple[int, int], device: torch.device,
-               leading: int = 0) -> Tensor:
+    def tokens(self, hw: tuple[int, int], stride: int,
+               device: torch.device, leading: int = 0) -> Tensor:
         """(B, leading + h w) bool: tokens whose patch has a pixel of the
         image, after ``leading`` class tokens, which are always valid.
 
         Args:
             hw: tokens down and across the map.
+            stride: pixels from token to token. Not padded / hw, which is
+                less where the map's last token hangs over the edge.
             device: of the result.
             leading: tokens before those of the map.
         """
-        # A patch of the map is padded/hw pixels high and wide.
         inside = [
-            [torch.arange(n) * side < size * n
-             for n, side, size in zip(hw, self.padded, image)]
+            [torch.arange(n) * stride < size for n, size in zip(hw, image)]
             for image in self.sizes
         ]
         map_BT = torch.stack([(rows[:, None] & columns).flatten()
@@ -147,12 +147,12 @@ def _mask(layer: Any, args: tuple, kwargs: dict[str, Any]
 
 
 def _tokens_like(area: ValidArea, x: Tensor) -> Tensor | None:
-    if x.dim() == 4:  # (B, h, w, D)
-        height, width = x.shape[1:3]
-        return area.tokens((height, width), x.device).view(x.shape[:3])
+    """A mask for (B, T, D) or (B, h, w, D) tokens of some stride."""
+    tokens = x.shape[1:-1].numel()
     for stride in STRIDES:
         height, width = (-(-side // stride) for side in area.padded)
-        leading = x.shape[1] - height * width
+        leading = tokens - height * width
         if leading in (0, 1):
-            return area.tokens((height, width), x.device, leading)
+            return area.tokens((height, width), stride, x.device,
+                               leading).view(x.shape[:-1])
     return None

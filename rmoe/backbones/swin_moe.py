@@ -180,6 +180,7 @@ class SwinMoE(MoEBackbone):
         norm_cfg = norm_cfg or dict(type='LN')
         merge_norm_cfg = norm_cfg if patch_norm else None
         self.depths = tuple(depths)
+        self.patch_size = patch_size
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         windows = _per_stage('window_size', window_size, len(depths))
@@ -267,7 +268,8 @@ class SwinMoE(MoEBackbone):
         outs = []
         for i, stage in enumerate(self.stages):
             assert isinstance(stage, SwinStage)
-            x = stage(x, hw, area and area.tokens(hw, x.device))
+            x = stage(x, hw, area and area.tokens(
+                hw, self.patch_size * 2**i, x.device))
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)
                 out = out.transpose(1, 2).reshape(len(out), -1, *hw)

@@ -180,6 +180,7 @@ class ViTMoE(MoEBackbone):
         act_cfg = act_cfg or dict(type='GELU')
         norm_cfg = norm_cfg or dict(type='LN', eps=1e-6)
         self.num_layers = num_layers
+        self.patch_size = patch_size
         self.embed_dims = embed_dims
         self.out_indices = _check_blocks(out_indices, num_layers,
                                          frozen_stages)
@@ -251,7 +252,8 @@ class ViTMoE(MoEBackbone):
         area = self.valid_area_of(x)
         x, hw = self.patch_embed(x)
         valid = area and area.tokens(
-            hw, x.device, leading=int(self.cls_token is not None))
+            hw, self.patch_size, x.device,
+            leading=int(self.cls_token is not None))
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = self.drop_after_pos(x + self._positions(hw))

@@ -1,8 +1,10 @@
 """Images in one folder per class, as ImageNet is unpacked."""
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from rmoe.classification.transforms import build_transforms, decode
@@ -41,15 +43,19 @@ class ImageFolder(Dataset):
             raise ValueError(
                 f'{self.root} must hold one folder of images per class: '
                 f'{error}') from None
-        self.samples = folder.samples
+        # Arrays: a list of paths would be copied into every worker, one
+        # reference count after the other.
+        self.paths = np.array([os.fsencode(path)
+                               for path, _ in folder.samples])
+        self.labels = np.array(folder.targets)
         self.metainfo = dict(classes=tuple(folder.classes))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """``inputs``, an RGB image (3, H, W), and ``data_samples``, its
         label."""
-        path, label = self.samples[index]
+        path = os.fsdecode(self.paths[index])
         return dict(inputs=self.transform(decode(Path(path), path)),
-                    data_samples=label)
+                    data_samples=int(self.labels[index]))

@@ -135,14 +135,27 @@ def test_a_batch_of_two_sizes_counts_as_its_images_do():
 
 def test_tokens_with_a_pixel_of_the_image_are_valid():
     area = ValidArea(((5, 16), (8, 9)), (8, 16))
-    mask = area.tokens((2, 4), torch.device('cpu'), leading=1)
+    mask = area.tokens((2, 4), 4, torch.device('cpu'), leading=1)
     # 4 x 4 pixels a token: 5 rows reach into the second row of tokens, 9
     # columns into the third column
     assert mask.tolist() == [[True] * 9,
                              [True, True, True, True, False,
                               True, True, True, False]]
-    mask = area.tokens((4, 4), torch.device('cpu'))
-    assert mask[0].view(4, 4).tolist() == [[True] * 4] * 3 + [[False] * 4]
+    mask = area.tokens((4, 8), 2, torch.device('cpu'))
+    assert mask[0].view(4, 8).tolist() == [[True] * 8] * 3 + [[False] * 8]
+    # The last token hangs over the edge: 93 pixels are 24 tokens of 4, and
+    # still 86 are 22.
+    area = ValidArea(((40, 86), ), (40, 93))
+    assert area.tokens((10, 24), 4, torch.device('cpu')).sum() == 10 * 22
+
+
+@pytest.mark.parametrize('name', ['swin', 'vit', 'foreign'])
+def test_sides_that_are_no_multiple_of_the_stride(name):
+    model = owner(name).train()
+    _, alone, _ = measure(model, torch.randn(1, 3, 40, 86), samples((40, 86)))
+    _, padded, _ = measure(model, torch.randn(1, 3, 40, 93),
+                           samples((40, 86)))
+    assert torch.equal(padded[:, -2], alone[:, -2])
 
 
 @pytest.mark.parametrize('images, known', [

@@ -1,12 +1,14 @@
 """The paper's pipelines by one command each, and what they cost."""
 import io
 import json
+import re
 from pathlib import Path
 
 import _training
 import numpy as np
 import pipeline
 import pytest
+import test as test_tool  # tools/test.py
 import torch
 import train
 from commands import DENSE, command
@@ -14,6 +16,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from rmoe.datasets.scenes import CLASSES, PALETTE
+from rmoe.registry import MODELS
 from rmoe.upcycling import read_checkpoint, state_dict_of
 
 FAMILIES = sorted((Path(__file__).parents[2] / 'configs/pipelines').glob(
@@ -60,6 +63,7 @@ def segmentor(work):
         cfg[f'{split}_dataloader'].dataset.update(
             data_root=str(work / 'scenes'),
             metainfo=dict(classes=CLASSES, palette=PALETTE))
+    cfg.model.data_preprocessor.size = (64, 64)
     cfg.train_cfg.update(max_iters=4, val_interval=4)
     cfg.train_dataloader.batch_size = 2
     cfg.default_hooks.logger.interval = 1
@@ -148,14 +152,15 @@ def weights(folder):
     return state_dict_of(read_checkpoint(path))
 
 
-def test_from_a_dense_checkpoint_and_on_after_a_stop(work, family, runs,
-                                                     monkeypatch, capsys):
-    out, dense = work / 'given', work / 'dense.pth'
+@pytest.mark.parametrize('bare', [False, True])
+def test_from_a_dense_checkpoint_and_on_after_a_stop(
+        work, family, runs, monkeypatch, capsys, bare):
+    out, dense = work / f'given-{bare}', work / 'dense.pth'
     cfg = Config.fromfile(work / 'dense-upstream.py')
-    from rmoe.registry import MODELS
     torch.manual_seed(1)
     model = MODELS.build(cfg.model)
-    torch.save(dict(state_dict=model.state_dict()), dense)
+    torch.save(model.backbone.state_dict() if bare else
+               dict(state_dict=model.state_dict()), dense)
     monkeypatch.setattr(pipeline, 'train', _stopped(pipeline.train))
     with pytest.raises(KeyboardInterrupt):
         command(pipeline, family, 'rmoe-d', '--dense', dense, '--work-dir',
@@ -167,6 +172,27 @@ def test_from_a_dense_checkpoint_and_on_after_a_stop(work, family, runs,
     steps = json.loads((out / 'costs.json').read_text())['rmoe-d']['steps']
     assert steps['dense-upstream'] is None
     assert steps['rmoe-d-downstream']['samples'] == 8
+    first = min((out / 'dense+rmoe-d-downstream').rglob('*.log')).read_text()
+    assert re.search(r'upcycled +12 ', first)
+
+
+def test_a_run_that_lost_its_last_validation_is_evaluated(
+        work, family, runs, monkeypatch):
+    def lose(config, folder, *flags, gpus):
+        run(config, folder, *flags, gpus=gpus)
+        for log in folder.glob('*/vis_data/scalars.json'):
+            log.write_text(re.sub('.*mIoU.*', '', log.read_text()))
+
+    run = pipeline.train
+    monkeypatch.setattr(pipeline, 'train', lose)
+    monkeypatch.setattr(pipeline, 'evaluate', evaluate_here)
+    command(pipeline, family, 'non-moe', '--work-dir', work / 'lost')
+    costs = json.loads((work / 'lost/costs.json').read_text())
+    assert costs['non-moe']['score']['mIoU'] > 0
+
+
+def evaluate_here(config, checkpoint, folder, gpus):
+    command(test_tool, config, checkpoint, '--work-dir', folder)
 
 
 def _stopped(run):
@@ -214,7 +240,7 @@ def test_a_config_that_is_no_family(work, configs):
 def test_training_fails_with_its_last_words(tmp_path):
     config = tmp_path / 'broken.py'
     config.write_text('model = dict()\nlauncher = "none"\n')
-    with pytest.raises(ValueError, match=r'training failed \(.*train.log'):
+    with pytest.raises(ValueError, match=r'train.py failed \(.*train.log'):
         _training.train(config, tmp_path)
 
 
@@ -223,8 +249,15 @@ def test_steps_of_a_family_fit_each_other(path):
     family = Config.fromfile(path)
     for chain in family.pipelines.values():
         backbones = []
-        for step in chain:
+        for before, step in zip([None, *chain], chain):
             cfg = Config.fromfile(path.parent / family.steps[step])
+            # Run alone, a step starts from where the step before ended.
+            if before and cfg.load_from:
+                start = Path(cfg.load_from)
+                last = Path(family.steps[before])
+                assert start.parent.name == last.stem
+                epochs = Config.fromfile(path.parent / last).train_cfg
+                assert start.stem == f'epoch_{epochs.max_epochs}'
             moe = cfg.model.backbone.get('moe')
             assert bool(moe) == ('dense' not in step)
             if moe:

@@ -21,7 +21,7 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 from _config import run
-from _training import metrics, scalars, train
+from _training import last_validation, scalars, train
 from mmengine.config import Config, DictAction
 
 DENSE = 'dense, continued'
@@ -123,7 +123,7 @@ def run_config(name: str, args: argparse.Namespace) -> Config:
 def read_scalars(folder: Path) -> dict:
     """Score, loads of the last window and time of a finished run."""
     lines = scalars(folder)
-    result = dict(mIoU=metrics(folder)['mIoU'])
+    result = dict(mIoU=last_validation(folder)['mIoU'])
     # Median: an iteration that something disturbed does not count.
     times = [line['time'] for line in lines if 'loss' in line]
     result['time'] = median(times[len(times) // 2:])

@@ -8,8 +8,10 @@ bicubic = 3
 train_transforms = [
     dict(type='RandomResizedCrop', size=224, interpolation=bicubic),
     dict(type='RandomHorizontalFlip'),
+    # timm's m9 is 9 of 10; timm skips each operation half of the time.
     dict(
-        type='RandAugment', num_ops=2, magnitude=9, interpolation=bicubic,
+        type='RandAugment', num_ops=2, magnitude=9, num_magnitude_bins=11,
+        interpolation=bicubic,
         fill=[124, 116, 104]),
     dict(type='PILToTensor'),
     dict(type='RandomErasing', p=0.25, value=(124, 116, 104))
