@@ -5,6 +5,7 @@ from urllib.parse import urlparse
 
 import torch
 from mmengine.dist import barrier, is_main_process
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from rmoe.upcycling.formats import read_checkpoint
@@ -51,3 +52,5 @@ def apply() -> None:
     CheckpointLoader.register_scheme('', load_from_local, force=True)
     CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http,
                                      force=True)
+    # What the loaders of torchvision:// and open-mmlab:// call.
+    mmengine_checkpoint.load_from_http = load_from_http

@@ -5,6 +5,8 @@ Only mmengine is imported here: an error while mmengine imports this file
 would surface as "not in the registry" and hide its cause. What registers
 itself is imported from ``locations`` when a type is first looked up.
 """
+from collections.abc import Mapping
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
@@ -37,3 +39,10 @@ DATASETS = Registry(
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope='rmoe',
     locations=['rmoe.classification'])
+
+
+def type_name(config: Mapping) -> str:
+    """Of a config's type, a string or (in new-style configs) a class, without
+    its scope; empty if it has none."""
+    kind = config.get('type') or ''
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__

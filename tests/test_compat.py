@@ -71,3 +71,13 @@ def test_init_cfg_takes_weights_that_lie_under_model(served):
     image = torch.randn(1, 3, 16, 16)
     expected = theirs.forward_features(image)[:, 1:].mT.unflatten(2, (2, 2))
     torch.testing.assert_close(ours(image)[-1], expected)
+
+
+def test_loaders_by_name_go_the_same_way(served, monkeypatch):
+    from mmengine.runner import checkpoint
+    monkeypatch.setattr(checkpoint, 'get_external_models',
+                        lambda: dict(name=URL))
+    path, downloads = served
+    torch.save(dict(state_dict=nn.Linear(2, 3).state_dict()), path)
+    load_checkpoint(nn.Linear(2, 3), 'open-mmlab://name')
+    assert downloads == [URL]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmoe.engine.head_check import unfilled
 from rmoe.moe import BiasBalancedRouter, collect_losses, moe_layers
+from rmoe.registry import type_name
 from rmoe.upcycling import check_prefix, read_checkpoint, state_dict_of
 
 PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -50,7 +51,10 @@ def check_channels(model: Mapping, parts: Mapping[str, nn.Module],
     outs = _run(parts['backbone'], images)
     widths, source = _widths(outs), 'the backbone'
     if model.get('neck'):
-        problems += _compare('model.neck', model['neck'], widths, source)
+        neck, name = model['neck'], 'model.neck'
+        if isinstance(neck, (list, tuple)):
+            neck, name = neck[0], 'model.neck.0'
+        problems += _compare(name, neck, widths, source)
         if problems:
             return problems
         widths, source = _widths(_run(parts['neck'], outs)), 'the neck'
@@ -85,7 +89,9 @@ def heads(model: Any, name: str = 'model') -> Iterator[tuple[str, Mapping]]:
             if isinstance(head, Mapping):
                 where = f'{name}.{key}.{i}' if many else f'{name}.{key}'
                 yield where, head
-                yield from heads(head, where)
+                # What a shared head makes of the maps is not known here.
+                if not head.get('shared_head'):
+                    yield from heads(head, where)
 
 
 def _compare(name: str, part: Mapping, widths: list[int],
@@ -160,8 +166,7 @@ def check_routers(model: nn.Module, hooks: set[str]) -> list[str]:
 def hook_names(cfg: Config) -> set[str]:
     hooks = [*(cfg.get('default_hooks') or {}).values(),
              *(cfg.get('custom_hooks') or [])]
-    return {hook['type'].split('.')[-1] for hook in hooks
-            if isinstance(hook, Mapping) and isinstance(hook['type'], str)}
+    return {type_name(hook) for hook in hooks if isinstance(hook, Mapping)}
 
 
 def describe_layers(model: nn.Module) -> list[str]:
@@ -183,6 +188,8 @@ def take_pretrained(config: Any, where: str = 'model'
     """
     found: list[tuple[str, dict]] = []
     if isinstance(config, Mapping):
+        if config.get('pretrained'):  # mmseg's older way
+            config['pretrained'] = None
         init = config.get('init_cfg')
         single = isinstance(init, Mapping)
         inits = [init] if single else list(init or ())

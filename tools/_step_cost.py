@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.roles import trainable_table
+from rmoe.registry import type_name
 
 # Hooks that write, or look at every file again.
 LEFT_OUT = ('CheckpointHook', 'LoggerHook', 'CostHook', 'LabelCheckHook',
@@ -77,7 +78,7 @@ def quiet_config(cfg: Config, work_dir: str) -> Config:
 
 
 def _left_out(hook: Any) -> bool:
-    return bool(hook) and str(hook['type']).split('.')[-1] in LEFT_OUT
+    return bool(hook) and type_name(hook) in LEFT_OUT
 
 
 def measure(runner: Runner, batches: Iterator[Any], iters: int

@@ -45,19 +45,22 @@ def _run(tool: str, log: Path, gpus: int, *args: str) -> None:
         f'--nproc_per_node={gpus}']
     command = [sys.executable, *launch, str(TOOLS / tool), *args,
                '--launcher', 'none' if gpus == 1 else 'pytorch']
-    said = ''
+    said = reason = ''
     with open(log, 'a') as file, subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True) as process:
         for line in process.stdout or ():
             file.write(line)
-            said = line.strip() or said
+            said = line.strip(' =\n') or said
+            if line.startswith('error: '):
+                reason = reason or line.strip()
             for mark in ('Iter(train)', 'Epoch(train)'):
                 if mark in line:
                     print('  ' + ' '.join(line.split(mark)[1].split())[:76],
                           flush=True)
     if process.returncode:
-        raise ValueError(f'{tool} failed ({said}); all it said is in {log}')
+        raise ValueError(f'{tool} failed ({reason or said}); all it said is '
+                         f'in {log}')
 
 
 def scalars(folder: Path) -> list[dict]:

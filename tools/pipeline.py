@@ -166,7 +166,9 @@ def finish(cfg: Config, start: str | None, folder: Path, gpus: int) -> dict:
     train(config, folder, *(['--resume'] if last.exists() else []), gpus=gpus)
     checkpoint = str(Path(last.read_text()).resolve())
     score = last_validation(folder)
-    if not score:  # stopped between its last checkpoint and its validation
+    # Stopped between its last checkpoint and its validation? Loggers and
+    # checkpoints count alike, epochs or iterations.
+    if str(score.get('step')) != Path(checkpoint).stem.rpartition('_')[2]:
         evaluate(config, checkpoint, folder / 'test', gpus=gpus)
         score = test_scores(folder / 'test')
     result.update(

@@ -27,9 +27,9 @@ def main() -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         paint(cfg, args.show_dir)
+    check_data(cfg, ('test', ))
     if args.tta:
         use_tta(cfg)
-    check_data(cfg, ('test', ))
     compat.apply()
     Runner.from_cfg(cfg).test()
 

@@ -7,10 +7,11 @@ from _memory import keep_freed_memory
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from rmoe import compat
 from rmoe.engine.data_check import check_data
+from rmoe.registry import type_name
 
 AMP = 'AmpOptimWrapper'
 # Where it works.
@@ -42,7 +43,9 @@ def main() -> None:
             raise ValueError('--auto-scale-lr needs '
                              'auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
-    if args.resume:
+    # A first run has nothing to resume, and starts from its load_from.
+    if args.resume and (args.resume != 'auto'
+                        or find_latest_checkpoint(cfg.work_dir)):
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     check_data(cfg, ('train', 'val'))
@@ -66,7 +69,7 @@ def set_precision(cfg: Config, amp: bool) -> str:
         ValueError: if --amp meets another kind of optimizer wrapper.
     """
     wrapper = cfg.optim_wrapper
-    kind = wrapper.get('type', 'OptimWrapper').split('.')[-1]
+    kind = type_name(wrapper) or 'OptimWrapper'
     if kind == 'BFloat16OptimWrapper' or not (amp or kind == AMP):
         return ''
     if kind not in (AMP, 'OptimWrapper'):

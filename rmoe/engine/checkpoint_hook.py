@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import HistoryBuffer
@@ -16,7 +16,7 @@ from torch import nn
 from rmoe.engine.head_check import unfilled
 from rmoe.moe import moe_layers
 from rmoe.registry import HOOKS
-from rmoe.upcycling import check_prefix, write_atomically
+from rmoe.upcycling import check_prefix, state_dict_of, write_atomically
 
 ATOMIC_BACKEND = 'rmoe_atomic_local'
 
@@ -49,6 +49,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     backend_args: dict | None
     keep_ckpt_ids: deque
     _rng_state: dict[str, torch.Tensor] | None = None
+    _all_rng_states: list[dict[str, torch.Tensor]] | None = None
     _unfilled = ''
 
     def before_train(self, runner: Runner) -> None:
@@ -97,7 +98,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         }
         for part in ('message_hub', 'meta'):
             checkpoint[part] = _plain(checkpoint[part])
-        checkpoint['rng_state'] = _rng_state()
+        # Of every rank; save_best may come before any other checkpoint.
+        checkpoint['rng_state'] = self._all_rng_states or [_rng_state()]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = runner.model
@@ -106,8 +108,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         # Other backbones' checkpoints look like anything.
         backbone = getattr(model, 'backbone', nn.Identity())
         if moe_layers(backbone):
-            check_prefix(backbone, checkpoint.get('state_dict', checkpoint),
-                         'backbone.')
+            check_prefix(backbone, state_dict_of(checkpoint), 'backbone.')
         self._unfilled = unfilled(model, checkpoint)
         if runner._resume:
             if self._unfilled:
@@ -116,7 +117,11 @@ class CheckpointHook(MMEngineCheckpointHook):
                     'optimizer state does not fit this model: start from its '
                     'weights instead, with load_from=CHECKPOINT and without '
                     '--resume')
-            self._rng_state = checkpoint.get('rng_state')
+            states = checkpoint.get('rng_state')
+            if isinstance(states, dict):  # an earlier version's
+                states = [states]
+            if states:
+                self._rng_state = states[get_rank() % len(states)]
         hub = checkpoint.get('message_hub')
         if hub is not None:
             hub['log_scalars'] = {
@@ -134,6 +139,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         # What the run draws before its next iteration, as validation does, a
         # resumed run does not: both go on from the state of this moment.
         self._rng_state = _rng_state()
+        self._all_rng_states = all_gather_object(self._rng_state)
         outdated: list[int] = []
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]

@@ -199,7 +199,8 @@ def _report_boxes(use: CocoUse, findings: Findings, kept: int, crowded: int,
                         in unused.most_common(8))
             + (', ...' if len(unused) > 8 else '') + ')')
     what = '; '.join(drops)
-    if not kept and use.needs_boxes:
+    # A training file without any annotation holds background images.
+    if not kept and use.needs_boxes and (total or use.filter_cfg is None):
         findings.errors.append(
             f'no box of {use.name} is left for {use.option}: of {total} '
             'annotations mmdet drops ' +

@@ -214,8 +214,12 @@ def _count_once(model: Any, stage: dict[str, int]) -> None:
 def _batch_size(batch: Any, runner: Runner) -> int:
     """Images in a batch of one rank."""
     if isinstance(batch, dict) and 'inputs' in batch:
-        return len(batch['inputs'])
-    return runner.train_dataloader.batch_size
+        inputs = batch['inputs']
+        # Semi-supervised: by branch.
+        return (sum(map(len, inputs.values())) if isinstance(inputs, dict)
+                else len(inputs))
+    loader = runner.train_dataloader
+    return loader.batch_size or loader.batch_sampler.batch_size
 
 
 def _resident() -> int:

@@ -17,7 +17,7 @@ from rmoe.engine.image_check import (
     check_listed_images,
     is_local,
 )
-from rmoe.registry import DATASETS
+from rmoe.registry import DATASETS, type_name
 
 MAX_IMAGES = 200
 # Who numbers the processes before torch.distributed does.
@@ -93,9 +93,14 @@ def examine_split(cfg: Config, split: str, max_images: int | None,
     findings = Findings()
     for dataset, option in _leaves(cfg, split):
         kind = _dataset_class(cfg, dataset)
-        if _bases(kind, 'BaseDetDataset'):
+        # Not so: classes read from a file, text prompts, panoptic data (whose
+        # boxes are of things only).
+        if (_bases(kind, 'BaseDetDataset')
+                and not _bases(kind, 'CocoPanopticDataset')
+                and not dataset.get('return_classes')
+                and (classes := _classes(kind, dataset))):
             findings.errors += check_num_classes(
-                cfg.get('model') or {}, _classes(kind, dataset), option)
+                cfg.get('model') or {}, classes, option)
         if dataset.get('backend_args') or not all(
                 map(is_local, _paths(dataset))):
             continue
@@ -133,8 +138,17 @@ def _examine_coco(cfg: Config, split: str, dataset: Any, option: str,
         folder = Path(dataset.get('data_root') or '',
                       (dataset.get('data_prefix') or {}).get('img', ''))
         findings.extend(check_listed_images(
-            content['images'], folder, str(path), max_images))
+            _images_in_use(content, dataset), folder, str(path), max_images))
     return findings
+
+
+def _images_in_use(content: dict[str, list[dict]], dataset: Any
+                   ) -> list[dict]:
+    filters = dataset.get('filter_cfg') or {}
+    if dataset.get('test_mode') or not filters.get('filter_empty_gt'):
+        return content['images']
+    annotated = {ann['image_id'] for ann in content['annotations']}
+    return [image for image in content['images'] if image['id'] in annotated]
 
 
 def check_num_classes(model: Mapping, classes: Any, option: str) -> list[str]:
@@ -245,5 +259,5 @@ def _classes(kind: Any, dataset: Any) -> Any:
 
 def _uses(dataset: Any, transform: str) -> bool:
     """Of mmcv or a host library, and not one of the user's own."""
-    return any(str(step.get('type')).split('.')[-1] == transform
+    return any(type_name(step) == transform
                for step in dataset.get('pipeline', ()))

@@ -200,11 +200,14 @@ def test_images_without_boxes(tmp_path):
 
 def test_nothing_but_empty_images(tmp_path):
     changed(tmp_path, lambda content: content['annotations'].clear())
-    fails(tmp_path, r'no box of .*of 0 annotations mmdet drops none(.|\n)*'
-          r'filter_cfg leaves none of the 4 images')
-    changed(tmp_path, lambda content: [
-        ann.update(iscrowd=1) for ann in content['annotations']])
-    fails(tmp_path, 'drops none, and 8 are crowds')
+    fails(tmp_path, 'filter_cfg leaves none of the 4 images')
+    # Background images are a data set like any other, but for validation.
+    cfg = coco_config(tmp_path, filter_cfg=None)
+    assert 'train as background' in check_data(cfg, ('train', ))[0]
+    cfg.val_dataloader = coco_config(
+        tmp_path, test_mode=True).train_dataloader
+    with pytest.raises(ValueError, match='no box of .*of 0 annotations'):
+        check_data(cfg, ('val', ))
 
 
 def test_images_that_are_all_too_small(tmp_path):

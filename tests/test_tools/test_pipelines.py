@@ -239,8 +239,11 @@ def test_a_config_that_is_no_family(work, configs):
 
 def test_training_fails_with_its_last_words(tmp_path):
     config = tmp_path / 'broken.py'
-    config.write_text('model = dict()\nlauncher = "none"\n')
-    with pytest.raises(ValueError, match=r'train.py failed \(.*train.log'):
+    config.write_text(
+        'optim_wrapper = dict()\n'
+        'train_dataloader = dict(dataset=dict(data_root="nowhere"))\n')
+    with pytest.raises(ValueError, match=r'train.py failed .error: nowhere '
+                       r'does not exist.*train.log'):
         _training.train(config, tmp_path)
 
 
