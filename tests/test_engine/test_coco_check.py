@@ -206,8 +206,11 @@ def test_nothing_but_empty_images(tmp_path):
     assert 'train as background' in check_data(cfg, ('train', ))[0]
     cfg.val_dataloader = coco_config(
         tmp_path, test_mode=True).train_dataloader
-    with pytest.raises(ValueError, match='no box of .*of 0 annotations'):
+    with pytest.raises(ValueError, match=r'no box of .*of 0 annotations'):
         check_data(cfg, ('val', ))
+    changed(tmp_path, lambda content: [
+        ann.update(iscrowd=1) for ann in content['annotations']])
+    fails(tmp_path, 'drops none, and 8 are crowds')
 
 
 def test_images_that_are_all_too_small(tmp_path):
