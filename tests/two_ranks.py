@@ -1,6 +1,7 @@
 """Run a function on two gloo ranks, each its own process."""
 import os
 import socket
+import sys
 
 import torch
 from mmengine.hooks import Hook
@@ -32,6 +33,12 @@ def _run(rank, function, port, work_dir, args):
     # mmengine's own set-up asks for a GPU.
     torch.distributed.init_process_group('gloo')
     torch.save(function(rank, work_dir, *args), f'{work_dir}/rank{rank}.pth')
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A normal exit destroys gloo's threads in any order, and at times aborts
+    # with "terminate called without an active exception".
+    os._exit(0)
 
 
 def train(rank, work_dir, collapsed):
