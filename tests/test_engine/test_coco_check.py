@@ -372,3 +372,15 @@ def test_wrappers_are_opened(tmp_path):
     with pytest.raises(ValueError, match=r'train_dataloader\.dataset\.datasets'
                        r'\.0\.dataset'):
         check_data(cfg, ('train', ))
+
+
+def test_an_image_that_mmdet_leaves_out_need_not_be_there(tmp_path):
+    content = make_coco(tmp_path)
+    first = content['images'][0]
+    changed(tmp_path, lambda content: content.update(annotations=[
+        ann for ann in content['annotations']
+        if ann['image_id'] != first['id']]))
+    next(tmp_path.rglob(first['file_name'])).unlink()
+    check_data(coco_config(tmp_path, filter_cfg=dict(filter_empty_gt=True)),
+               ('train', ))
+    fails(tmp_path, 'do not exist', filter_cfg=None)

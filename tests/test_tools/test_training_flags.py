@@ -10,6 +10,8 @@ from commands import command, options
 from mmengine.config import Config
 from toy_detection import detection_config
 
+from rmoe.registry import type_name
+
 
 @pytest.fixture
 def detector(tmp_path):
@@ -129,3 +131,19 @@ def test_a_backbone_alone_is_not_evaluated(work, configs, dense_checkpoint):
         work, 'backbone', f'load_from={work / "backbone.pth"}',
         'custom_hooks=[]', 'train_cfg.max_iters=1'))
     assert log_of(work / 'backbone').count('the checkpoint leaves') == 1
+
+
+def test_resume_of_a_first_run_starts_from_load_from(work, configs,
+                                                     dense_checkpoint):
+    command(train, configs['dense'], '--resume', *options(
+        work, 'first', f'load_from={dense_checkpoint}'))
+    assert f'Load checkpoint from {dense_checkpoint}' in log_of(work / 'first')
+
+
+def test_new_style_configs_name_classes():
+    from mmengine.optim import OptimWrapper
+    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
+    assert train.set_precision(cfg, amp=False) == ''
+    assert [type_name(config) for config in (
+        dict(type=OptimWrapper), dict(type='rmoe.X'), {})] == [
+            'OptimWrapper', 'X', '']
