@@ -19,6 +19,7 @@ from torch.utils.flop_counter import (
 )
 
 from rmoe.moe import moe_layers
+from rmoe.moe.products import unpadded
 from rmoe.registry import HOOKS
 from rmoe.upcycling import write_atomically
 
@@ -202,8 +203,8 @@ def _count_once(model: Any, stage: dict[str, int]) -> None:
             model.train_step = step
         else:
             del model.train_step
-        with FlopCounterMode(display=False,
-                             custom_mapping=ATTENTION) as counter:
+        with unpadded(), FlopCounterMode(
+                display=False, custom_mapping=ATTENTION) as counter:
             result = step(*args, **kwargs)
         stage['measured_flops'] = counter.get_total_flops()
         return result

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmoe.moe.layer import MoELayer, moe_layers
+from rmoe.moe.products import unpadded
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     inactive = sum(inactive_params(layer)
                    for layer in moe_layers(model).values())
     # Attention is counted as plain matrix products, whatever kernel runs.
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, \
+    with torch.no_grad(), unpadded(), \
+            FlopCounterMode(display=False) as counter, \
             nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         model(*inputs)
     model.train(training)

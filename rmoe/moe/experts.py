@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rmoe.moe.dispatch import GroupedLinear
+from rmoe.moe.grouped import GroupedFFN, GroupedLinear
 
 
 @dataclass(frozen=True)
@@ -142,25 +142,52 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):
             rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            hidden_NH = self._linear(rows_ND, counts, 'fc1', core)
+            if middle is None and self._act_can_run_twice:
+                return GroupedFFN.apply(
+                    rows_ND, counts, self.act,
+                    *self._parameters_of('fc1', core),
+                    *self._parameters_of('fc2', core))
+            hidden_NH = GroupedLinear.apply(
+                rows_ND, counts, *self._parameters_of('fc1', core))
             if middle is not None:
                 hidden_NH = middle(hidden_NH)
             hidden_NH = self.dropout(self.act(hidden_NH))
-            return self._linear(hidden_NH, counts, 'fc2', core)
+            return GroupedLinear.apply(
+                hidden_NH, counts, *self._parameters_of('fc2', core))
 
-    def _linear(self, rows: Tensor, counts: list[int], layer: str,
-                core: Core | None) -> Tensor:
+    @property
+    def _act_can_run_twice(self) -> bool:
+        """Is what stands between the layers a function of its input alone?"""
+        random = self.training and self.dropout.p > 0
+        in_place = getattr(self.act, 'inplace', False)
+        return not (random or in_place or any(
+            True for _ in self.act.parameters()))
+
+    def _parameters_of(self, layer: str, core: Core | None
+                       ) -> tuple[Tensor | None, ...]:
         weight = bias = None
         if core is not None:
             weight, bias = core.weight(layer), core.bias(layer)
-        return GroupedLinear.apply(
-            rows, counts, weight, bias,
-            getattr(self, f'residual_{layer}_bias'), *self._residual(layer))
+        return (weight, bias, getattr(self, f'residual_{layer}_bias'),
+                *self._residual(layer))
 
     def _residual(self, layer: str) -> tuple[Tensor, ...]:
         parts = ('weight', ) if self.rank is None else ('up', 'down')
         return tuple(
             getattr(self, f'residual_{layer}_{part}') for part in parts)
+
+    def stacked(self, layer: str, core: Core | None
+                ) -> tuple[Tensor, Tensor | None]:
+        """Weights (E, out, in) and biases (E, out) of 'fc1' or 'fc2', folded
+        with the core's; differentiable. For paths that need all experts at
+        once: the default one folds an expert at a time."""
+        weight_EOI = self.residual_weight(layer)
+        bias_EO = getattr(self, f'residual_{layer}_bias')
+        if core is None:
+            return weight_EOI, bias_EO
+        if bias_EO is not None:
+            bias_EO = bias_EO + core.bias(layer)
+        return weight_EOI + core.weight(layer), bias_EO
 
     def residual_weight(self, layer: str) -> Tensor:
         """(E, out, in), the residual of 'fc1' or 'fc2' as full matrices."""
