@@ -35,21 +35,17 @@ def rows_of_tokens(token_ids_N: Tensor, num_tokens: int) -> Tensor:
 def _gather_sum(rows_ND: Tensor, table_TK: Tensor,
                 coefficients_N: Tensor | None) -> Tensor:
     """(T, D), for each token the (weighted) sum of its rows."""
-    num_rows, num_tokens = len(rows_ND), len(table_TK)
-    out_TD = None
-    if num_rows:
-        # A full table needs neither clamping nor masking.
-        full = table_TK.numel() == num_rows
-        for place_T in table_TK.unbind(1):
-            index_T = place_T if full else place_T.clamp_max(num_rows - 1)
-            part_TD = rows_ND.index_select(0, index_T)
-            if coefficients_N is not None:
-                part_TD *= coefficients_N[index_T].to(part_TD.dtype)[:, None]
-            if not full:
-                part_TD.masked_fill_((place_T == num_rows)[:, None], 0)
-            out_TD = part_TD if out_TD is None else out_TD.add_(part_TD)
-    if out_TD is None:
-        out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
+    if coefficients_N is not None:
+        rows_ND = rows_ND * coefficients_N.to(rows_ND.dtype)[:, None]
+    if table_TK.numel() != len(rows_ND):
+        # What empty places point at.
+        rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
+    if not table_TK.shape[1]:
+        return rows_ND.new_zeros(len(table_TK), rows_ND.shape[1])
+    first_T, *others = table_TK.unbind(1)
+    out_TD = rows_ND.index_select(0, first_T)
+    for place_T in others:
+        out_TD += rows_ND.index_select(0, place_T)
     return out_TD
 
 

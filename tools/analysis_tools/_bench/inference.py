@@ -1,0 +1,66 @@
+"""What a trained MoE layer costs, and what dropping tokens saves."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from _bench.layers import Size, benchmark_layers, moe_layer
+from _bench.limit import RateProbe, work_of_ffn
+from _bench.timing import DEVICE, FORWARD, Row, interleave, step
+from rmoe.moe import MoEFFN
+
+# Of the MoE layers of Swin-T at 512x512, batch 2, and a longer one.
+SIZES: tuple[Size, ...] = ((2048, 384, 8), (512, 768, 8), (8192, 384, 8))
+CAPACITIES = (0.25, 0.5, 0.75, 1.)
+
+
+def benchmark_folded(repeats: int, sizes: Sequence[Size] = SIZES
+                     ) -> list[Row]:
+    """Experts folded with their core, routing included, over the dense
+    FFN."""
+    return benchmark_layers(repeats, sizes, ('no core', ), (FORWARD, ))
+
+
+def benchmark_capacity(repeats: int, images: int = 2,
+                       sizes: Sequence[Size] = SIZES,
+                       capacities: Sequence[float] = CAPACITIES
+                       ) -> list[Row]:
+    """Batch-prioritised routing at small capacities over capacity 1, the
+    tokens that are dropped getting nothing; and the limit of a FFN on the
+    tokens that are kept, over the same."""
+    rows = []
+    for tokens, dim, experts in sizes:
+        x = torch.randn(images, tokens // images, dim, device=DEVICE)
+        probe = RateProbe(max(tokens // experts, 1), dim, 4 * dim, experts)
+        for kind, core in (('folded', False), ('core + residual', True)):
+            layers = {capacity: moe_layer(
+                dim, experts, core=core, unrouted='zero',
+                router=dict(type='TokenChoiceRouter', priority='bpr',
+                            eval_capacity_factor=capacity))
+                for capacity in (*capacities, 1.)}
+            for layer in layers.values():  # the same tokens, the same choice
+                layer.load_state_dict(layers[1.].state_dict())
+            seconds = interleave(
+                {capacity: step(layer, x, FORWARD)
+                 for capacity, layer in layers.items()} | probe.steps(),
+                repeats)
+            rates = probe.rates(seconds, FORWARD)
+            for capacity in capacities:
+                kept = tokens_kept(layers[capacity], x)
+                limit = work_of_ffn(kept, dim, 4 * dim, FORWARD, experts,
+                                    core).seconds(rates)
+                rows.append({
+                    'T': tokens, 'images': images, 'D': dim, 'E': experts,
+                    'layer': kind, 'capacity': capacity,
+                    'tokens kept': round(kept / tokens, 3),
+                    'ms': round(1e3 * seconds[capacity], 2),
+                    'over capacity 1': round(
+                        seconds[capacity] / seconds[1.], 3),
+                    'limit over capacity 1': round(limit / seconds[1.], 3)})
+    return rows
+
+
+@torch.no_grad()
+def tokens_kept(layer: MoEFFN, x_BTD: Tensor) -> int:
+    routing = layer.router.eval()(x_BTD.flatten(0, 1), None, len(x_BTD))
+    return len(routing.token_ids_N)

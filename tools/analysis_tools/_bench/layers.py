@@ -1,0 +1,141 @@
+"""MoE layers over the dense FFN of the same width, K = 1."""
+from collections.abc import Iterable, Sequence
+
+import torch
+from mmcv.cnn.bricks.transformer import FFN
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from _bench.limit import RateProbe, work_of_ffn
+from _bench.timing import DEVICE, FORWARD, TRAIN, Row, interleave, step
+from rmoe.moe import MoEFFN
+from rmoe.moe.products import linear
+
+Size = tuple[int, int, int]
+SIZES: tuple[Size, ...] = (
+    (2048, 384, 8), (512, 768, 8), (8192, 384, 8), (32768, 192, 8),
+    (8192, 384, 32))
+GROWTH = (8, 16, 32, 64)
+DENSE, SAME_PRODUCTS = 'dense FFN', 'dense, same products'
+# Without a core is also what experts folded for inference are.
+KINDS = {'no core': dict(core=False), 'core + residual': {},
+         'rank 16': dict(rank=16)}
+
+
+class FastFFN(nn.Module):
+    """A dense FFN by the matrix product that MoE layers use."""
+
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__()
+        self.layers = ffn.layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        (fc1, act, _), fc2, _ = self.layers
+        return x + _linear(act(_linear(x, fc1)), fc2)
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return _Linear.apply(x, layer.weight, layer.bias)
+
+
+class _Linear(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor
+                ) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI)
+        return linear(x_TI, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_TI, weight_OI = ctx.saved_tensors
+        return (linear(grad_TO, weight_OI.t()),
+                linear(grad_TO.t(), x_TI.t()), grad_TO.sum(0))
+
+
+def dense_ffn(dim: int) -> FFN:
+    return FFN(dim, 4 * dim, act_cfg=dict(type='GELU'))
+
+
+def moe_layer(dim: int, experts: int, **options) -> MoEFFN:
+    """On the device, without auxiliary losses; ``options`` are MoEFFN's."""
+    layer = MoEFFN(dim, 4 * dim, experts, **options).to(DEVICE)
+    layer.router.loss_weights = {}
+    spread_load([layer])
+    return layer
+
+
+def spread_load(modules: Iterable[nn.Module]) -> None:
+    """Routers that use every expert about equally on random tokens."""
+    for module in modules:
+        if isinstance(module, MoEFFN) and hasattr(
+                getattr(module.router, 'scorer', None), 'weight'):
+            nn.init.normal_(module.router.scorer.weight, std=1.)
+
+
+def benchmark_layers(repeats: int, sizes: Sequence[Size] = SIZES,
+                     kinds: Sequence[str] = tuple(KINDS),
+                     modes: Sequence[str] = (TRAIN, FORWARD)) -> list[Row]:
+    """Time over the dense FFN's, as PyTorch computes it and by the products
+    that MoE layers use, and the limit over the first."""
+    rows = []
+    for tokens, dim, experts in sizes:
+        models: dict[str, nn.Module] = {DENSE: dense_ffn(dim).to(DEVICE)}
+        if DEVICE == 'cpu':  # elsewhere it is PyTorch's
+            models[SAME_PRODUCTS] = FastFFN(dense_ffn(dim))
+        models.update({kind: moe_layer(dim, experts, **KINDS[kind])
+                       for kind in kinds})
+        probe = RateProbe(max(tokens // experts, 1), dim, 4 * dim, experts)
+        x = torch.randn(tokens, dim, device=DEVICE, requires_grad=True)
+        for mode in modes:
+            seconds = interleave(
+                {name: step(model, x, mode)
+                 for name, model in models.items()} | probe.steps(), repeats)
+            rates = probe.rates(seconds, mode)
+            same = seconds.get(SAME_PRODUCTS, seconds[DENSE])
+            for name, model in models.items():
+                work = work_of_ffn(
+                    tokens, dim, 4 * dim, mode,
+                    **dict(experts=experts, **KINDS[name])
+                    if name in KINDS else {})
+                rows.append({
+                    'T': tokens, 'D': dim, 'E': experts, 'measured': mode,
+                    'layer': name, 'ms': round(1e3 * seconds[name], 2),
+                    'over dense': round(seconds[name] / seconds[DENSE], 3),
+                    'limit over dense': round(
+                        work.seconds(rates) / seconds[DENSE], 3),
+                    'over same products': round(seconds[name] / same, 3),
+                    'parameters over dense': round(
+                        parameters(model) / parameters(models[DENSE]), 3),
+                    'GFLOP/s': round(rates.multiply / 1e9, 1),
+                    'GB/s': round(rates.stream / 1e9, 1)})
+    return rows
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def benchmark_growth(repeats: int, experts: Sequence[int] = GROWTH,
+                     tokens_per_expert: int = 256, dim: int = 384
+                     ) -> list[Row]:
+    """Time per token as experts and tokens grow together."""
+    rows = []
+    for kind in ('no core', 'core + residual'):
+        steps = {}
+        for count in experts:
+            x = torch.randn(count * tokens_per_expert, dim, device=DEVICE,
+                            requires_grad=True)
+            steps[count] = step(moe_layer(dim, count, **KINDS[kind]), x,
+                                TRAIN)
+        seconds = interleave(steps, repeats)
+        per_token = {count: seconds[count] / (count * tokens_per_expert)
+                     for count in experts}
+        rows += [{'E': count, 'T': count * tokens_per_expert, 'D': dim,
+                  'measured': TRAIN, 'layer': kind,
+                  'us per token': round(1e6 * per_token[count], 2),
+                  f'over E = {experts[0]}': round(
+                      per_token[count] / per_token[experts[0]], 3)}
+                 for count in experts]
+    return rows
