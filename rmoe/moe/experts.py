@@ -7,8 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rmoe.moe.grouped import GroupedFFN, GroupedLinear
+from rmoe.moe.grouped import (
+    GROUPED_MM_MULTIPLE,
+    GroupedFFN,
+    GroupedLinear,
+    grouped_mm,
+)
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,18 @@ class Experts(nn.Module):
             (N, D), in the autocast type where autocast is on.
         """
         assert (core is None) == (not self.core)
-        counts = counts_E.tolist()
         device = rows_ND.device.type
         if torch.is_autocast_enabled(device):
             rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
+            if self._fits_grouped_mm(rows_ND):
+                hidden_NH = grouped_mm(rows_ND, counts_E,
+                                       *self.stacked('fc1', core))
+                if middle is not None:
+                    hidden_NH = middle(hidden_NH)
+                return grouped_mm(self.dropout(self.act(hidden_NH)), counts_E,
+                                  *self.stacked('fc2', core))
+            counts = counts_E.tolist()
             if middle is None and self._act_can_run_twice:
                 return GroupedFFN.apply(
                     rows_ND, counts, self.act,
@@ -154,6 +167,14 @@ class Experts(nn.Module):
             hidden_NH = self.dropout(self.act(hidden_NH))
             return GroupedLinear.apply(
                 hidden_NH, counts, *self._parameters_of('fc2', core))
+
+    def _fits_grouped_mm(self, rows_ND: Tensor) -> bool:
+        """One kernel for all experts, on GPUs that have it for these rows."""
+        widths = self.residual_fc1_bias.shape[1], rows_ND.shape[1]
+        return (rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16 and
+                hasattr(F, 'grouped_mm') and
+                not any(width % GROUPED_MM_MULTIPLE for width in widths) and
+                torch.cuda.get_device_capability(rows_ND.device) >= (8, 0))
 
     @property
     def _act_can_run_twice(self) -> bool:
