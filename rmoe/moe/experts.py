@@ -82,6 +82,7 @@ class Experts(nn.Module):
             raise ValueError(f'rank={rank} must lie between 1 and '
                              f'embed_dims={embed_dims}')
         self.num_experts = num_experts
+        self.widths = (embed_dims, feedforward_channels)
         self.rank = rank
         self.core = core
         self.act = act
@@ -170,10 +171,10 @@ class Experts(nn.Module):
 
     def _fits_grouped_mm(self, rows_ND: Tensor) -> bool:
         """One kernel for all experts, on GPUs that have it for these rows."""
-        widths = self.residual_fc1_bias.shape[1], rows_ND.shape[1]
         return (rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16 and
                 hasattr(F, 'grouped_mm') and
-                not any(width % GROUPED_MM_MULTIPLE for width in widths) and
+                not any(width % GROUPED_MM_MULTIPLE
+                        for width in self.widths) and
                 torch.cuda.get_device_capability(rows_ND.device) >= (8, 0))
 
     @property
