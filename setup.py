@@ -44,6 +44,7 @@ setup(
     extras_require={
         'openmmlab': ['mmcv>=2.0.0rc4,<2.2.0', *requirements('openmmlab')],
         'classification': ['torchvision'],
+        'deploy': ['onnx', 'onnxruntime', 'onnxscript'],
         'dev': requirements('dev'),
     },
 )

@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -100,8 +101,8 @@ class PreNormBlock(nn.Module):
 def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,
         *args: Any) -> Tensor:
     """``function(x, *args)``, a method of a module, recomputed in backward
-    if ``with_cp``."""
-    if with_cp and x.requires_grad:
+    if ``with_cp``; in a traced model it is torch.compile that decides."""
+    if with_cp and x.requires_grad and not torch.compiler.is_compiling():
         module = function.__self__  # type: ignore[attr-defined]
         # Reentrant checkpointing would drop the gradient of auxiliary
         # losses without a word.

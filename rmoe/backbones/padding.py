@@ -30,15 +30,17 @@ class ValidArea:
     """The part of a padded batch that holds images.
 
     Attributes:
-        sizes: (height, width) of each image, in pixels.
+        sizes_B2: (B, 2) int64, height and width of each image in pixels. A
+            tensor, on the CPU: torch.compile would compile numbers anew for
+            every batch.
         padded: (height, width) of all after padding.
     """
-    sizes: tuple[tuple[int, int], ...]
+    sizes_B2: Tensor
     padded: tuple[int, int]
 
     def covers(self, images: Tensor) -> bool:
         """Is it about this batch? A window of sliding inference is not."""
-        return (len(images) == len(self.sizes) and
+        return (len(images) == len(self.sizes_B2) and
                 tuple(images.shape[2:]) == self.padded)
 
     def tokens(self, hw: tuple[int, int], stride: int,
@@ -53,12 +55,9 @@ class ValidArea:
             device: of the result.
             leading: tokens before those of the map.
         """
-        inside = [
-            [torch.arange(n) * stride < size for n, size in zip(hw, image)]
-            for image in self.sizes
-        ]
-        map_BT = torch.stack([(rows[:, None] & columns).flatten()
-                              for rows, columns in inside])
+        rows, columns = (torch.arange(n) * stride < size_B1
+                         for n, size_B1 in zip(hw, self.sizes_B2.split(1, 1)))
+        map_BT = (rows[:, :, None] & columns[:, None]).flatten(1)
         first_BT = map_BT.new_ones(len(map_BT), leading)
         return torch.cat([first_BT, map_BT], 1).to(device)
 
@@ -82,7 +81,7 @@ def valid_area(images: Any, samples: Any) -> ValidArea | None:
     if all(height >= padded[0] and width >= padded[1]
            for height, width in sizes):
         return None
-    return ValidArea(sizes, padded)
+    return ValidArea(torch.tensor(sizes), padded)
 
 
 def _become_owner(owner: nn.Module, name: str, module: nn.Module | None

@@ -78,7 +78,12 @@ class WindowAttention(nn.Module):
             query, key, value, attn_mask=bias.to(query.dtype),
             dropout_p=self.attn_drop_rate if self.training else 0.,
             scale=self.scale)
-        x = x.transpose(1, 2).reshape(windows, tokens, dims)
+        x = x.transpose(1, 2)
+        if torch.compiler.is_compiling():
+            # torch.onnx's own attention lays out memory in another order
+            # than the one it traced a view of (pytorch issue 136543).
+            x = x.clone(memory_format=torch.contiguous_format)
+        x = x.reshape(windows, tokens, dims)
         return self.proj_drop(self.proj(x))
 
 

@@ -3,32 +3,18 @@
 Axis letters as in routing.py. Ties go to the lower expert index and to the
 lower token index, on every device; torch.topk promises no order.
 """
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Routed rows sorted by expert.
-
-    Attributes:
-        token_ids_N: (N,) int64.
-        expert_ids_N: (N,) int64.
-        counts_E: (E,) int64, rows of each expert.
-        demand_E: (E,) int64, rows before the capacity limit.
-    """
-    token_ids_N: Tensor
-    expert_ids_N: Tensor
-    counts_E: Tensor
-    demand_E: Tensor
+from rmoe.moe import static_rows
+from rmoe.moe.rows import Rows
 
 
 def choose_experts(scores_TE: Tensor, k: int,
                    valid_T: Tensor | None = None,
                    capacity_G: Tensor | None = None,
-                   priority: str = 'first_come') -> Rows:
+                   priority: str = 'first_come',
+                   most: int | None = None) -> Rows:
     """Token choice: each token takes its k best experts.
 
     Args:
@@ -38,9 +24,14 @@ def choose_experts(scores_TE: Tensor, k: int,
         capacity_G: (G,) int64 slots per expert in each group, of T / G
             tokens in order; None drops nothing.
         priority: who gets the slots, see :func:`fill_order`.
+        most: a bound of ``capacity_G``, for tracing.
     """
     num_experts = scores_TE.shape[1]
     expert_ids_TK = top_k(scores_TE, k)
+    if torch.compiler.is_compiling():
+        return static_rows.choose_experts(
+            expert_ids_TK, num_experts, valid_T, capacity_G, most,
+            _priorities(scores_TE, expert_ids_TK, priority))
     keys_TK = expert_ids_TK
     num_groups = 1 if capacity_G is None else len(capacity_G)
     if num_groups > 1:
@@ -69,7 +60,8 @@ def choose_experts(scores_TE: Tensor, k: int,
 
 
 def choose_tokens(scores_GSE: Tensor, capacity_G: Tensor,
-                  allowed_GSE: Tensor | None = None) -> Rows:
+                  allowed_GSE: Tensor | None = None,
+                  most: int | None = None) -> Rows:
     """Expert choice: in each group, each expert takes its C best tokens.
 
     Args:
@@ -78,7 +70,11 @@ def choose_tokens(scores_GSE: Tensor, capacity_G: Tensor,
         allowed_GSE: bool, broadcastable to the scores; False where an expert
             must not take a token. An expert with fewer than C tokens allowed
             takes them all.
+        most: a bound of ``capacity_G``, for tracing; None means S.
     """
+    if torch.compiler.is_compiling():
+        return static_rows.choose_tokens(scores_GSE, capacity_G, allowed_GSE,
+                                         most or scores_GSE.shape[1])
     groups, tokens, num_experts = scores_GSE.shape
     # The long axis last: ranking runs over contiguous memory.
     scores_EGS = scores_GSE.detach().permute(2, 0, 1).contiguous()
@@ -162,14 +158,22 @@ def fill_order(scores_TE: Tensor, expert_ids_TK: Tensor,
     the sum of its chosen scores ('bpr_sum'); ties by position.
     """
     num_tokens, k = expert_ids_TK.shape
-    if priority == 'first_come':
+    priority_T = _priorities(scores_TE, expert_ids_TK, priority)
+    if priority_T is None:
         tokens_T = torch.arange(num_tokens, device=expert_ids_TK.device)
     else:
-        chosen = expert_ids_TK[:, :1] if priority == 'bpr' else expert_ids_TK
-        priority_T = scores_TE.detach().gather(1, chosen).sum(1)
         tokens_T = torch.sort(priority_T, descending=True, stable=True).indices
     choices_K1 = torch.arange(k, device=tokens_T.device)[:, None]
     return (tokens_T * k + choices_K1).flatten()
+
+
+def _priorities(scores_TE: Tensor, expert_ids_TK: Tensor,
+                priority: str) -> Tensor | None:
+    """(T,), or None for 'first_come'."""
+    if priority == 'first_come':
+        return None
+    chosen = expert_ids_TK[:, :1] if priority == 'bpr' else expert_ids_TK
+    return scores_TE.detach().gather(1, chosen).sum(1)
 
 
 def limit_to_capacity(order_M: Tensor, counts: Tensor,

@@ -15,12 +15,12 @@ from rmoe.moe.experts import Core, Experts
 from rmoe.moe.mixing import (
     SOFT_ALIGNMENTS,
     SPARSE_ALIGNMENTS,
-    Middle,
     mix_soft,
     mix_sparse,
 )
 from rmoe.moe.routers.base import NotFiniteError
 from rmoe.moe.routing import Routing, SoftRouting
+from rmoe.moe.static import Middle
 from rmoe.registry import MODELS
 
 UNROUTED = ('core', 'zero')
@@ -156,7 +156,8 @@ class MoELayer(ExactBuffers):
                 f'{self.name or "a MoE layer"}: {error}') from None
         if self.training:
             self._record(routing, valid_T)
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp and torch.is_grad_enabled() and (
+                not torch.compiler.is_compiling()):
             y_TD = checkpoint(self._apply_experts, x_TD, routing, middle,
                               use_reentrant=False)
         else:
@@ -183,14 +184,14 @@ class MoELayer(ExactBuffers):
         self.token_counts[1] += lost_T.sum()
         if not routing.losses:
             return
-        if self.losses is None:
+        if self.losses is not None:
+            self.losses.append(routing.losses)
+        elif not torch.compiler.is_compiling():  # a trace cannot warn
             warnings.warn(
                 'a MoE layer produced auxiliary losses that nobody collects: '
                 "add dict(type='rmoe.MoELossHook') to custom_hooks, or set "
                 'loss_weights={} in the router to train without them',
                 stacklevel=2)
-        else:
-            self.losses.append(routing.losses)
 
 
 def _check_align(align: str | None, soft: bool, core: bool) -> str:

@@ -86,10 +86,14 @@ class MoEMixFFN(MoELayer):
         """The depthwise convolution of each choice's map, as rows again."""
         assert table_TK.numel() == len(hidden_NH)
         maps = []
+        convolve = self.layers[1]
         for rows_T in table_TK.unbind(1):
             image = hidden_NH[rows_T].unflatten(0, (-1, *hw)).permute(
                 0, 3, 1, 2)
-            maps.append(self.layers[1](image).permute(0, 2, 3, 1).flatten(
-                0, 2))
+            # Experts run outside autocast, in the type that it gave them.
+            with torch.autocast(
+                    image.device.type, image.dtype,
+                    enabled=image.dtype != convolve.weight.dtype):
+                maps.append(convolve(image).permute(0, 2, 3, 1).flatten(0, 2))
         order_N = torch.cat(table_TK.unbind(1)).argsort()
         return torch.cat(maps)[order_N]

@@ -2,25 +2,24 @@
 
 Axis letters as in routing.py.
 """
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from rmoe.moe import static
 from rmoe.moe.dispatch import Combine, Dispatch, rows_of_tokens
 from rmoe.moe.experts import Core, Experts
-from rmoe.moe.routing import Routing, SoftRouting
+from rmoe.moe.routing import Routing, SoftRouting, StaticRouting
 
 # How gates meet outputs; the first is the default.
 SPARSE_ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
 SOFT_ALIGNMENTS = ('difference', 'none')
-Middle = Callable[[Tensor, Tensor], Tensor]
 
 
 def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
                core: Core | None, align: str, unrouted: str,
-               middle: Middle | None = None) -> Tensor:
+               middle: static.Middle | None = None) -> Tensor:
     """(T, D), each token's experts summed.
 
     Args:
@@ -34,6 +33,9 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
             table (T, K) of each token's rows, that of its largest gate
             first, and the (N, H) hidden rows.
     """
+    if isinstance(routing, StaticRouting):
+        return static.mix_sparse(x_TD, routing, experts, core, align,
+                                 unrouted, middle)
     token_ids_N = routing.token_ids_N
     table_TK = rows_of_tokens(token_ids_N, len(x_TD))
     rows_ND = Dispatch.apply(x_TD, token_ids_N, table_TK)
@@ -100,7 +102,11 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
     rows_EGCD = slots_GND.unflatten(
         1, (experts.num_experts, -1)).transpose(0, 1)
     rows_ND = rows_EGCD.flatten(0, 2)
-    out_ND = experts(rows_ND, routing.counts_E, core)
+    if torch.compiler.is_compiling():
+        out_ND = static.apply_experts(rows_EGCD.flatten(1, 2), None, experts,
+                                      core).flatten(0, 1)
+    else:
+        out_ND = experts(rows_ND, routing.counts_E, core)
     if align == 'difference':
         assert core is not None
         out_ND = out_ND - core(rows_ND)

@@ -8,7 +8,7 @@ width, H hidden width.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Routing:
     """A sparse assignment: each row is one token at one expert.
+
+    While torch.compile, torch.export or ONNX trace a model it is a
+    :class:`StaticRouting`.
 
     Attributes:
         token_ids_N: (N,) int64, the token of each routed row; rows are sorted
@@ -94,6 +97,38 @@ class Routing:
             (self.token_ids_N, expert_ids_N, slots_N), values_N)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StaticRouting(Routing):
+    """A routing whose shapes depend on no decision: for tracing.
+
+    N is as large as it can get: T * K where tokens choose, E * C for each
+    group where experts do. Rows that nobody serves (padding, or tokens over
+    the capacity) come last, behind ``counts_E.sum()``, with any token and
+    weight.
+
+    Attributes:
+        max_rows: no expert has more rows.
+        complete: whether all rows are served, so many for each token.
+    """
+    max_rows: int
+    complete: bool
+
+    @property
+    def served_N(self) -> Tensor:
+        """(N,) bool, False for the rows that nobody serves."""
+        rows_N = torch.arange(len(self.token_ids_N),
+                              device=self.token_ids_N.device)
+        return rows_N < self.counts_E.sum()
+
+    def kept_per_token(self) -> Tensor:
+        if self.complete:
+            return torch.full_like(self.logits_TE[:, 0], len(
+                self.token_ids_N) // self.num_tokens, dtype=torch.int64)
+        return torch.zeros(
+            self.num_tokens, dtype=torch.int64, device=self.counts_E.device
+        ).scatter_add(0, self.token_ids_N, self.served_N.long())
+
+
 @dataclass(frozen=True)
 class SoftRouting:
     """A soft assignment: each slot is a mixture of the tokens of its group,
@@ -121,13 +156,13 @@ class SoftRouting:
         """There is nothing to balance."""
         return {}
 
-    @cached_property
+    @property
     def load_E(self) -> Tensor:
         """(E,) float32, sum of each expert's combine weights over the valid
         tokens: what it serves, in tokens."""
         mass_TE = self._weight_of_experts()
         if self.valid_T is not None:
-            mass_TE = mass_TE[self.valid_T]
+            mass_TE = mass_TE.masked_fill(~self.valid_T[:, None], 0.)
         return mass_TE.sum(0)
 
     @property
@@ -175,14 +210,23 @@ class SoftRouting:
         return tensor.reshape(groups * tokens, self.num_experts, -1)
 
 
-def compute_capacity(num_rows: int,
+Count = TypeVar('Count', int, Tensor)
+
+
+def ceil(value: Any) -> Any:
+    """The next whole number, of a number or of a float tensor."""
+    return value.ceil() if isinstance(value, Tensor) else math.ceil(value)
+
+
+def compute_capacity(num_rows: Count,
                      num_experts: int,
                      capacity_factor: float,
-                     multiple_of: int = 4) -> int:
+                     multiple_of: int = 4) -> Count:
     """Slots per expert: ceil(rows * factor / experts), rounded up.
 
     Args:
-        num_rows: tokens times choices per token.
+        num_rows: tokens times choices per token; a number, or a float64
+            tensor of them.
         num_experts: E.
         capacity_factor: slots over fair share; must be positive.
         multiple_of: the result is a multiple of this (V-MoE uses 4).
@@ -200,9 +244,10 @@ def compute_capacity(num_rows: int,
         raise ValueError(
             f'capacity_factor={capacity_factor} must be positive; leave it '
             'at None to drop nothing')
-    # Rounded first: 100 * 1.1 is a little more than 110.
-    capacity = math.ceil(round(num_rows * capacity_factor / num_experts, 9))
-    return max(1, math.ceil(capacity / multiple_of)) * multiple_of
+    # Less half a billionth: 100 * 1.1 is a little more than 110.
+    capacity = ceil(num_rows * capacity_factor / num_experts - 5e-10)
+    capacity = capacity + (capacity == 0)
+    return ceil(capacity / multiple_of) * multiple_of
 
 
 def count_groups(num_images: int, group: str | int,

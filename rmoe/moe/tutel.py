@@ -3,18 +3,19 @@ checkpoints and configs that come from there (Swin-MoE).
 
 Tutel: 2206.03382, github.com/microsoft/tutel. Axis letters as in routing.py.
 """
-import math
-
 import torch
 from torch import Tensor
 
+from rmoe.moe.losses import of_valid
+from rmoe.moe.routing import Count, ceil
 
-def compute_capacity(num_tokens: int, top_k: int, num_experts: int,
-                     capacity_factor: float, multiple_of: int = 1) -> int:
+
+def compute_capacity(num_tokens: Count, top_k: int, num_experts: int,
+                     capacity_factor: float, multiple_of: int = 1) -> Count:
     """Slots per expert: k * floor(factor * ceil(S / E)), rounded up.
 
     Args:
-        num_tokens: S.
+        num_tokens: S; a number, or a float64 tensor of them.
         top_k: K.
         num_experts: E.
         capacity_factor: only its absolute value counts. In Tutel a negative
@@ -23,25 +24,26 @@ def compute_capacity(num_tokens: int, top_k: int, num_experts: int,
         multiple_of: the result is a multiple of this.
 
     Raises:
-        ValueError: if there are tokens and no slot.
+        ValueError: if there are tokens, by number, and no slot.
     """
-    capacity = top_k * int(
-        abs(capacity_factor) * math.ceil(num_tokens / num_experts))
-    if not capacity and num_tokens:
+    capacity = top_k * (
+        abs(capacity_factor) * ceil(num_tokens / num_experts) // 1)
+    if isinstance(num_tokens, int) and num_tokens and not capacity:
         raise ValueError(
             f'capacity_factor={capacity_factor} leaves no slot per expert for '
             f"{num_tokens} tokens and {num_experts} experts by Tutel's rule: "
             'raise it, or set tutel_compat=False')
-    return math.ceil(capacity / multiple_of) * multiple_of
+    return ceil(capacity / multiple_of) * multiple_of
 
 
-def importance_loss(probs_TE: Tensor) -> Tensor:
+def importance_loss(probs_TE: Tensor, valid_T: Tensor | None = None
+                    ) -> Tensor:
     """CV^2 of the summed probabilities with the unbiased variance."""
-    return _squared_variation(probs_TE.sum(0))
+    return _squared_variation(of_valid(probs_TE, valid_T).sum(0))
 
 
 def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
-              noise_std: float) -> Tensor:
+              noise_std: float, valid_T: Tensor | None = None) -> Tensor:
     """CV^2 of sum_t Phi((p_te - threshold_t) / noise_std).
 
     As in Tutel, p is the softmax of the noise-free logits but the threshold
@@ -53,10 +55,12 @@ def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
         noisy_logits_TE: (T, E) the logits the choice was made by.
         top_k: K.
         noise_std: standard deviation of the noise that was added, > 0.
+        valid_T: (T,) bool, the tokens that count; None means all.
     """
     threshold_T1 = noisy_logits_TE.topk(top_k, dim=1).values[:, -1:]
     distance_TE = (logits_TE.softmax(1) - threshold_T1) / noise_std
-    return _squared_variation(torch.special.ndtr(distance_TE).sum(0))
+    chosen_TE = torch.special.ndtr(distance_TE)
+    return _squared_variation(of_valid(chosen_TE, valid_T).sum(0))
 
 
 def _squared_variation(values_E: Tensor) -> Tensor:

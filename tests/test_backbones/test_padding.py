@@ -109,7 +109,8 @@ def test_padding_steers_nothing(name, router, training):
     alone, counts, losses = measure(model, image, samples((64, 32)))
     maps, counts_padded, losses_padded = measure(model, padded,
                                                  samples((64, 32)))
-    torch.testing.assert_close(counts_padded, counts)
+    # soft loads are sums in float32
+    torch.testing.assert_close(counts_padded, counts, rtol=1e-6, atol=1e-5)
     assert (counts.sum() > 0) == training
     for key, loss in losses.items():
         torch.testing.assert_close(losses_padded[key], loss)
@@ -134,7 +135,7 @@ def test_a_batch_of_two_sizes_counts_as_its_images_do():
 
 
 def test_tokens_with_a_pixel_of_the_image_are_valid():
-    area = ValidArea(((5, 16), (8, 9)), (8, 16))
+    area = ValidArea(torch.tensor([[5, 16], [8, 9]]), (8, 16))
     mask = area.tokens((2, 4), 4, torch.device('cpu'), leading=1)
     # 4 x 4 pixels a token: 5 rows reach into the second row of tokens, 9
     # columns into the third column
@@ -145,7 +146,7 @@ def test_tokens_with_a_pixel_of_the_image_are_valid():
     assert mask[0].view(4, 8).tolist() == [[True] * 8] * 3 + [[False] * 8]
     # The last token hangs over the edge: 93 pixels are 24 tokens of 4, and
     # still 86 are 22.
-    area = ValidArea(((40, 86), ), (40, 93))
+    area = ValidArea(torch.tensor([[40, 86]]), (40, 93))
     assert area.tokens((10, 24), 4, torch.device('cpu')).sum() == 10 * 22
 
 

@@ -1,17 +1,19 @@
 """What routers share. Axis letters as in routing.py."""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmoe.moe.assignment import Rows
 from rmoe.moe.routing import (
     Routing,
     SoftRouting,
+    StaticRouting,
     check_group,
     count_groups,
 )
+from rmoe.moe.rows import Rows, StaticRows
 from rmoe.registry import MODELS
 
 # Of a token's logits; anything near it is no logit.
@@ -129,7 +131,7 @@ class ScoredRouter(Router):
     def _routing(rows: Rows, logits_TE: Tensor, scores_TE: Tensor,
                  gates_TE: Tensor,
                  losses: Mapping[str, Tensor] | None = None) -> Routing:
-        return Routing(
+        decided: dict[str, Any] = dict(
             token_ids_N=rows.token_ids_N,
             weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
             counts_E=rows.counts_E,
@@ -137,14 +139,21 @@ class ScoredRouter(Router):
             logits_TE=logits_TE,
             scores_TE=scores_TE,
             losses=losses or {})
+        if isinstance(rows, StaticRows):
+            return StaticRouting(**decided, max_rows=rows.max_rows,
+                                 complete=rows.complete)
+        return Routing(**decided)
 
 
 def finite(values_TN: Tensor) -> Tensor:
-    """The values, if they are.
+    """The values, if they are. While a model is traced they are not looked
+    at: a trace cannot raise for values it has not seen.
 
     Raises:
         NotFiniteError: for nan or inf, or values as large as that.
     """
+    if torch.compiler.is_compiling():
+        return values_TN
     # One number tells: a sum of finite values overflows only for values that
     # are as good as infinite.
     if not bool(values_TN.detach().sum().isfinite()):
@@ -166,13 +175,14 @@ def check_top_k(top_k: int, num_experts: int) -> None:
                          f'num_experts={num_experts}')
 
 
-def group_capacity(rule: Callable[[int], int], num_tokens: int,
+def group_capacity(rule: Callable[[Any], Any], num_tokens: int,
                    valid_T: Tensor | None, num_groups: int,
                    device: torch.device) -> Tensor:
     """(G,) int64, slots per expert in each group.
 
     Args:
-        rule: from the valid tokens of a group to the slots.
+        rule: from the valid tokens of a group, a number or a float64 tensor
+            of numbers, to the slots.
         num_tokens: T.
         valid_T: (T,) bool.
         num_groups: G.
@@ -180,6 +190,8 @@ def group_capacity(rule: Callable[[int], int], num_tokens: int,
     """
     if valid_T is None:
         slots_G = [rule(num_tokens // num_groups)] * num_groups
+    elif torch.compiler.is_compiling():
+        return rule(valid_T.view(num_groups, -1).sum(1).double()).long()
     else:
         slots_G = [rule(tokens) for tokens in
                    valid_T.view(num_groups, -1).sum(1).tolist()]

@@ -98,6 +98,8 @@ class BiasBalancedRouter(ExactBuffers, ScoredRouter):
 
     def _count(self, load_E: Tensor) -> None:
         self.recent_load_E += load_E
+        if torch.compiler.is_compiling():
+            return  # a number that changes would be compiled anew each time
         self._waiting += 1
         if self._waiting == PATIENCE:
             warnings.warn(

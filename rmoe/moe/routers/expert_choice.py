@@ -12,7 +12,7 @@ from rmoe.moe.routers.token_choice import (
     check_iterations,
     sinkhorn_plan,
 )
-from rmoe.moe.routing import Routing, compute_capacity
+from rmoe.moe.routing import Count, Routing, compute_capacity
 from rmoe.registry import MODELS
 
 
@@ -87,13 +87,16 @@ class ExpertChoiceRouter(ScoredRouter):
         groups = (num_groups, len(x_TD) // num_groups)
         rows = assignment.choose_tokens(
             scores_TE.unflatten(0, groups), capacity_G,
-            None if allowed is None else allowed.unflatten(0, groups))
+            None if allowed is None else allowed.unflatten(0, groups),
+            self._slots(groups[1]))
         return self._routing(rows, logits_TE, scores_TE, gates_TE)
 
-    def _slots(self, num_tokens: int) -> int:
-        return min(num_tokens, compute_capacity(
-            num_tokens, self.num_experts, self._factor(),
-            self.capacity_multiple))
+    def _slots(self, num_tokens: Count) -> Count:
+        slots = compute_capacity(num_tokens, self.num_experts,
+                                 self._factor(), self.capacity_multiple)
+        if isinstance(slots, Tensor):
+            return torch.minimum(slots, num_tokens)
+        return min(slots, num_tokens)
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 capacity_G: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +227,12 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 capacity_G: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                'a SparseExpertChoiceRouter cannot be compiled or exported: '
+                'how long its solver runs depends on the tokens. Use '
+                "dict(type='SinkhornExpertChoiceRouter', combine='softmax') "
+                'or an ExpertChoiceRouter, whose weights are the same')
         probs_TE = noisy_TE.softmax(1)
         if not len(probs_TE):
             return probs_TE, probs_TE

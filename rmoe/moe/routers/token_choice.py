@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rmoe.moe import assignment, losses, transport, tutel
 from rmoe.moe.routers.base import ScoredRouter, check_top_k, group_capacity
-from rmoe.moe.routing import Routing, compute_capacity
+from rmoe.moe.routing import Count, Routing, compute_capacity
 from rmoe.registry import MODELS
 
 # V-MoE's weights (papers: 0.01 for the mean of the two losses).
@@ -108,9 +108,12 @@ class TokenChoiceRouter(ScoredRouter):
         logits_TE = self._logits(x_TD)
         noisy_TE = self._add_noise(logits_TE)
         scores_TE, gates_TE = self._scores(noisy_TE, valid_T, num_groups)
+        factor = self._factor()
         rows = assignment.choose_experts(
             scores_TE, self.top_k, valid_T,
-            self._capacity(x_TD, valid_T, num_groups), self.priority)
+            self._capacity(x_TD, valid_T, num_groups), self.priority,
+            None if factor is None
+            else self._slots(len(x_TD) // num_groups, factor))
         return self._routing(rows, logits_TE, scores_TE, gates_TE,
                              self._losses(logits_TE, noisy_TE, valid_T))
 
@@ -134,7 +137,7 @@ class TokenChoiceRouter(ScoredRouter):
                   if self.training else self.eval_capacity_factor)
         return None if self.tutel_compat and factor == 0 else factor
 
-    def _slots(self, num_tokens: int, factor: float) -> int:
+    def _slots(self, num_tokens: Count, factor: float) -> Count:
         if self.tutel_compat:
             return tutel.compute_capacity(
                 num_tokens, self.top_k, self.num_experts, factor,
@@ -146,16 +149,14 @@ class TokenChoiceRouter(ScoredRouter):
                 valid_T: Tensor | None) -> dict[str, Tensor]:
         if not self.training:
             return {}
-        if valid_T is not None:
-            logits_TE, noisy_TE = logits_TE[valid_T], noisy_TE[valid_T]
         source = tutel if self.tutel_compat else losses
         compute = {
             'importance': lambda: source.importance_loss(
-                logits_TE.softmax(1)),
+                logits_TE.softmax(1), valid_T),
             'load': lambda: source.load_loss(logits_TE, noisy_TE, self.top_k,
-                                             self.noise_sd),
-            'gshard': lambda: losses.gshard_loss(noisy_TE.softmax(1)),
-            'z': lambda: losses.z_loss(logits_TE),
+                                             self.noise_sd, valid_T),
+            'gshard': lambda: losses.gshard_loss(noisy_TE.softmax(1), valid_T),
+            'z': lambda: losses.z_loss(logits_TE, valid_T),
         }
         # A loss of weight 0 is skipped, not multiplied: 0 * inf is nan.
         return {

@@ -1,0 +1,149 @@
+"""Export a trained model to ONNX, or to torch.export's format, and check it.
+
+    python tools/deployment/export.py CONFIG CHECKPOINT --out model.onnx
+
+A segmentor is exported whole, from normalised images to logits at the scale
+of its head; of any other model it is the backbone, from normalised images to
+feature maps. The file holds every expert. It is loaded again, run on the
+example and on images it has not seen, and compared with the model.
+"""
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _config import run
+
+from rmoe import compat
+from rmoe.visualization.recording import record_routing
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--out', type=Path, required=True,
+                        help='file to write, .onnx or .pt2')
+    parser.add_argument('--shape', type=int, nargs=2, default=(512, 512),
+                        metavar=('HEIGHT', 'WIDTH'),
+                        help='of the images; it is fixed in the file')
+    parser.add_argument('--batch-size', type=int, default=1,
+                        help='fixed in the file as well')
+    parser.add_argument('--checks', type=int, default=8,
+                        help='images to compare on beside the example')
+    parser.add_argument('--tolerance', type=float, default=1e-3,
+                        help='largest difference, over the largest output')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    args = parser.parse_args()
+    if args.out.suffix not in ('.onnx', '.pt2'):
+        raise ValueError(f'--out={args.out} must end with .onnx or .pt2')
+    if min(*args.shape, args.batch_size) < 1:
+        raise ValueError('--shape and --batch-size must be at least 1')
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    model = load_model(cfg, args.checkpoint)
+    channels = next(each.in_channels for each in model.modules()
+                    if isinstance(each, nn.Conv2d))
+    example, *others = make_images(
+        args.checks + 1, (args.batch_size, channels, *args.shape))
+    with torch.no_grad():
+        exported = write(torch.export.export(model, (example, )), example,
+                         args.out)
+        print(f'wrote {args.out}')
+        compare(model, exported, [example, *others], args.tolerance)
+
+
+def load_model(cfg: Config, checkpoint: str) -> nn.Module:
+    """The module to export, with its weights, in evaluation mode."""
+    compat.apply()
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    load_checkpoint(model, checkpoint, 'cpu', strict=True)
+    if not hasattr(model, 'decode_head'):
+        print(f'{type(model).__name__} is no segmentor: its backbone alone '
+              'is exported')
+        model = model.backbone
+    model.eval()  # which returns None in some of mmseg's
+    return model
+
+
+def make_images(count: int, shape: tuple[int, ...]) -> list[Tensor]:
+    """Noise, from fine to coarse: experts often go by texture."""
+    torch.manual_seed(0)
+    images = []
+    for i in range(count):
+        sides = [max(side >> (i % 6), 1) for side in shape[2:]]
+        noise = torch.randn(*shape[:2], *sides)
+        images.append(F.interpolate(noise, shape[2:], mode='bilinear'))
+    return images
+
+
+def write(program: torch.export.ExportedProgram, example: Tensor, out: Path
+          ) -> Run:
+    """Write the file; return what runs it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == '.pt2':
+        torch.export.save(program, out)
+        loaded = torch.export.load(out).module()
+        return lambda image: flat(loaded(image))
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'--out={out} needs {error.name}: pip install onnx '
+                         'onnxruntime onnxscript') from None
+    torch.onnx.export(program, (example, ), dynamo=True,
+                      verbose=False).save(out)
+    session = onnxruntime.InferenceSession(str(out))
+    name = session.get_inputs()[0].name
+    return lambda image: [torch.from_numpy(output) for output in session.run(
+        None, {name: image.numpy()})]
+
+
+def flat(outputs: Tensor | Sequence) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for output in outputs for tensor in flat(output)]
+
+
+def compare(model: nn.Module, exported: Run, images: list[Tensor],
+            tolerance: float) -> None:
+    """Raises:
+        ValueError: if the file computes something else.
+    """
+    worst = largest = 0.
+    with record_routing(model) as records:
+        for image in images:
+            for found, wanted in zip(exported(image), flat(model(image)),
+                                     strict=True):
+                worst = max(worst, float((found - wanted).abs().max()))
+                largest = max(largest, float(wanted.abs().max()))
+    for name, routings in records.items():
+        loads = torch.stack([routing.load_E for routing in routings]).sum(0)
+        print(f'{name}: {int((loads > 0).sum())} of {len(loads)} experts '
+              'were in use')
+    print(f'largest difference on {len(images)} inputs: {worst:.2g}, '
+          f'largest output: {largest:.2g}')
+    if not worst <= tolerance * largest:
+        raise ValueError(
+            f'the exported model is off by {worst:.2g}, more than '
+            f'--tolerance={tolerance} of the largest output {largest:.2g}. '
+            'One token with two equally good experts can do that')
+
+
+if __name__ == '__main__':
+    run(main)
