@@ -182,13 +182,13 @@ def test_layers_that_are_no_sizes(capsys):
 
 def test_interleave_takes_turns(monkeypatch):
     monkeypatch.setattr(timing, 'WARM_UP', 1)
-    times = iter([9, 9, 1, 10, 7, 20, 3, 60])
+    times = iter([9, 9, 10, 1, 7, 20, 60, 3])
     seen = []
     monkeypatch.setattr(timing, 'seconds_of',
                         lambda run: run() or next(times))
     assert interleave({'a': lambda: seen.append('a'),
                        'b': lambda: seen.append('b')}, 3) == {'a': 3, 'b': 20}
-    assert ''.join(seen) == 'abababab'
+    assert ''.join(seen) == 'abbaabba'
 
 
 # T = 5, D = 2, H = 8, E = 3, R = 1

@@ -54,11 +54,12 @@ def step(model: nn.Module, x: Tensor, mode: str) -> Run:
 
 def interleave(steps: dict[Any, Run], repeats: int) -> dict[Any, float]:
     """Median seconds of each step; all take turns, after two warm-ups, so
-    that a noisy machine disturbs all of them alike."""
+    that a noisy machine disturbs all of them alike. Every second turn goes
+    backwards: what ran before leaves its traces in caches and memory."""
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + WARM_UP):
-        for name, run in steps.items():
-            seconds = seconds_of(run)
+        for name in list(steps)[::-1 if turn % 2 else 1]:
+            seconds = seconds_of(steps[name])
             if turn >= WARM_UP:
                 times[name].append(seconds)
     return {name: median(values) for name, values in times.items()}
