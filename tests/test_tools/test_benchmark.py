@@ -2,6 +2,7 @@
 have not become slow."""
 import json
 import sys
+from functools import partial
 
 import benchmark
 import pytest
@@ -182,13 +183,14 @@ def test_layers_that_are_no_sizes(capsys):
 
 def test_interleave_takes_turns(monkeypatch):
     monkeypatch.setattr(timing, 'WARM_UP', 1)
-    times = iter([9, 9, 10, 1, 7, 20, 60, 3])
     seen = []
+    times = {'a': iter([9, 1, 7, 3]), 'b': iter([9, 10, 20, 60])}
     monkeypatch.setattr(timing, 'seconds_of',
-                        lambda run: run() or next(times))
-    assert interleave({'a': lambda: seen.append('a'),
-                       'b': lambda: seen.append('b')}, 3) == {'a': 3, 'b': 20}
-    assert ''.join(seen) == 'abbaabba'
+                        lambda run: run() or next(times[seen[-1]]))
+    steps = {name: partial(seen.append, name) for name in times}
+    assert interleave(steps, 3) == {'a': 3, 'b': 20}
+    turns = [''.join(seen[start:start + 2]) for start in range(0, 8, 2)]
+    assert set(turns) == {'ab', 'ba'}  # each in every turn, in both orders
 
 
 # T = 5, D = 2, H = 8, E = 3, R = 1

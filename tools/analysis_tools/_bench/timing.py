@@ -1,4 +1,5 @@
 """Contenders take turns, and the median counts."""
+import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -54,11 +55,13 @@ def step(model: nn.Module, x: Tensor, mode: str) -> Run:
 
 def interleave(steps: dict[Any, Run], repeats: int) -> dict[Any, float]:
     """Median seconds of each step; all take turns, after two warm-ups, so
-    that a noisy machine disturbs all of them alike. Every second turn goes
-    backwards: what ran before leaves its traces in caches and memory."""
+    that a noisy machine disturbs all of them alike. Each turn has another
+    order, always the same ones: who ran before leaves traces in caches and
+    memory."""
     times: dict[Any, list[float]] = {name: [] for name in steps}
+    shuffle = random.Random(0).sample
     for turn in range(repeats + WARM_UP):
-        for name in list(steps)[::-1 if turn % 2 else 1]:
+        for name in shuffle(list(steps), len(steps)):
             seconds = seconds_of(steps[name])
             if turn >= WARM_UP:
                 times[name].append(seconds)
