@@ -39,7 +39,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['rmoe', 'rmoe.*']),
     cmdclass={'build_py': BuildWithConfigs},
-    install_requires=['torch>=2.1', 'numpy', 'safetensors', 'matplotlib',
+    install_requires=['torch>=2.4', 'numpy', 'safetensors', 'matplotlib',
                       'msgpack'],
     extras_require={
         'openmmlab': ['mmcv>=2.0.0rc4,<2.2.0', *requirements('openmmlab')],

@@ -99,14 +99,18 @@ class ExpertLinear(ABC):
 class FullRank(ExpertLinear):
     """r_e is a matrix of its own; the fold goes into a reused buffer."""
 
+    def __init__(self, *parameters: Tensor | None, dtype: torch.dtype
+                 ) -> None:
+        super().__init__(*parameters, dtype=dtype)  # type: ignore[arg-type]
+        if self.core_OI is not None:
+            self.folded_OI = torch.empty_like(self.core_OI)
+
     def _weight(self, expert: int) -> Tensor:
         residual_OI = self.residual[0][expert]
         if self.core_OI is None:
             return residual_OI.to(self.dtype)
-        self._scratch = torch.add(
-            self.core_OI, residual_OI,
-            out=getattr(self, '_scratch', torch.empty_like(self.core_OI)))
-        return self._scratch.to(self.dtype)
+        return torch.add(self.core_OI, residual_OI,
+                         out=self.folded_OI).to(self.dtype)
 
     def forward(self, expert: int, rows_NI: Tensor) -> Tensor:
         return linear(rows_NI, self._weight(expert), self.bias(expert))
