@@ -16,7 +16,8 @@ from rmoe.registry import MODELS
 ROOT = Path(__file__).parent.parent
 # configs/pipelines names leaves and has no model of its own.
 LEAVES = sorted(path for path in (ROOT / 'configs').glob('*/*.py')
-                if path.parent.name not in ('_base_', 'pipelines'))
+                if path.parent.name not in ('_base_', 'pipelines',
+                                           'experiments'))
 SIDE = 64
 # What heads have besides their classes, at a few channels and proposals.
 SMALL = dict(

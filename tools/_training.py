@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 TOOLS = Path(__file__).parent
@@ -9,7 +10,8 @@ TOOLS = Path(__file__).parent
 SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP')
 
 
-def train(config: Path, folder: Path, *flags: str, gpus: int = 1) -> None:
+def train(config: Path, folder: Path, *flags: str, gpus: int = 1,
+          label: str = '  ') -> None:
     """Run tools/train.py in a process of its own; show its iterations, keep
     all it says in ``folder/train.log``.
 
@@ -18,12 +20,14 @@ def train(config: Path, folder: Path, *flags: str, gpus: int = 1) -> None:
         folder: work dir.
         flags: further flags of tools/train.py.
         gpus: processes on this machine; more than one run distributed.
+        label: what is shown before each line.
 
     Raises:
         ValueError: if training fails, with what it said last.
     """
-    _run('train.py', folder / 'train.log', gpus, str(config), '--work-dir',
-         str(folder), *flags)
+    start_tool('train.py', folder / 'train.log', str(config), '--work-dir',
+               str(folder), *flags, *launcher(gpus), label=label,
+               launch=launch(gpus))
 
 
 def evaluate(config: Path, checkpoint: str, folder: Path, gpus: int = 1
@@ -35,16 +39,37 @@ def evaluate(config: Path, checkpoint: str, folder: Path, gpus: int = 1
         ValueError: if it fails, with what it said last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _run('test.py', folder / 'test.log', gpus, str(config), checkpoint,
-         '--work-dir', str(folder))
+    start_tool('test.py', folder / 'test.log', str(config), checkpoint,
+               '--work-dir', str(folder), *launcher(gpus),
+               launch=launch(gpus))
 
 
-def _run(tool: str, log: Path, gpus: int, *args: str) -> None:
-    launch = [] if gpus == 1 else [
-        '-m', 'torch.distributed.run', '--standalone',
-        f'--nproc_per_node={gpus}']
-    command = [sys.executable, *launch, str(TOOLS / tool), *args,
-               '--launcher', 'none' if gpus == 1 else 'pytorch']
+def launch(gpus: int) -> list[str]:
+    """Python's arguments that start so many processes of a tool."""
+    return [] if gpus == 1 else ['-m', 'torch.distributed.run',
+                                 '--standalone', f'--nproc_per_node={gpus}']
+
+
+def launcher(gpus: int) -> list[str]:
+    """The flag that tells a tool how it was started."""
+    return ['--launcher', 'none' if gpus == 1 else 'pytorch']
+
+
+def start_tool(tool: str, log: Path, *args: str, label: str = '  ',
+               launch: Sequence[str] = ()) -> None:
+    """Run a tool in a process of its own; show its training iterations.
+
+    Args:
+        tool: file name in tools/.
+        log: file that gets all it says.
+        args: its command line.
+        label: what is shown before each line.
+        launch: Python's arguments before the tool.
+
+    Raises:
+        ValueError: if it fails, with what it said last.
+    """
+    command = [sys.executable, *launch, str(TOOLS / tool), *args]
     said = reason = ''
     with open(log, 'a') as file, subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -56,7 +81,7 @@ def _run(tool: str, log: Path, gpus: int, *args: str) -> None:
                 reason = reason or line.strip()
             for mark in ('Iter(train)', 'Epoch(train)'):
                 if mark in line:
-                    print('  ' + ' '.join(line.split(mark)[1].split())[:76],
+                    print(label + ' '.join(line.split(mark)[1].split())[:76],
                           flush=True)
     if process.returncode:
         raise ValueError(f'{tool} failed ({reason or said}); all it said is '

@@ -21,16 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from _config import run
-from _training import (
-    SCORES,
-    evaluate,
-    last_validation,
-    test_scores,
-    train,
-)
+from _steps import finish, given, total
+from _training import SCORES
 from mmengine.config import Config, DictAction
 
-from rmoe.upcycling import read_checkpoint, state_dict_of, write_atomically
+from rmoe.upcycling import write_atomically
 
 # The step that --dense stands for.
 DENSE = 'dense-upstream'
@@ -126,59 +121,6 @@ def follow(family: Config, name: str, work_dir: Path,
     return records
 
 
-def given(checkpoint: Path) -> dict:
-    """The record of a dense checkpoint that was trained elsewhere."""
-    if not checkpoint.exists():
-        raise FileNotFoundError(f'--dense {checkpoint} does not exist')
-    cost = checkpoint.with_name('cost.json')
-    if not cost.exists():
-        print(f'  what {checkpoint} cost is not known (no {cost}): it is not '
-              'counted')
-    return dict(checkpoint=str(checkpoint.resolve()), metrics={},
-                cost=json.loads(cost.read_text()) if cost.exists() else None)
-
-
-def finish(cfg: Config, start: str | None, folder: Path, gpus: int) -> dict:
-    """Train one step to its end, unless that was done before."""
-    cfg.load_from = None
-    if start:
-        # A bare backbone has no whole model to load.
-        whole = any(key.startswith('backbone.')
-                    for key in state_dict_of(read_checkpoint(start)))
-        cfg.load_from = start if whole else None
-        cfg.model.backbone.init_cfg = None if whole else dict(
-            type='Pretrained', checkpoint=start)
-    record, config = folder / 'step.json', folder / 'step.py'
-    result: dict[str, Any] = dict(config=cfg.pretty_text)
-    if record.exists():
-        kept = json.loads(record.read_text())
-        if kept['config'] != result['config']:
-            raise ValueError(f'{folder} holds a run with other settings: '
-                             'remove it, or choose another --work-dir')
-        if 'checkpoint' in kept:
-            print(f'  {folder.name}: done before', flush=True)
-            return kept
-    print(f'  {folder.name}', flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(result).encode())
-    config.write_text(result['config'])
-    last = folder / 'last_checkpoint'
-    train(config, folder, *(['--resume'] if last.exists() else []), gpus=gpus)
-    checkpoint = str(Path(last.read_text()).resolve())
-    score = last_validation(folder)
-    # Stopped between its last checkpoint and its validation? Loggers and
-    # checkpoints count alike, epochs or iterations.
-    if str(score.get('step')) != Path(checkpoint).stem.rpartition('_')[2]:
-        evaluate(config, checkpoint, folder / 'test', gpus=gpus)
-        score = test_scores(folder / 'test')
-    result.update(
-        checkpoint=checkpoint,
-        metrics=score,
-        cost=json.loads((folder / 'cost.json').read_text()))
-    write_atomically(record, json.dumps(result, indent=1).encode())
-    return result
-
-
 def keep(path: Path, name: str, steps: dict[str, dict]) -> None:
     """Put a pipeline into costs.json."""
     costs = json.loads(path.read_text()) if path.exists() else {}
@@ -189,14 +131,6 @@ def keep(path: Path, name: str, steps: dict[str, dict]) -> None:
                      if step['cost']]),
         steps={step: record['cost'] for step, record in steps.items()})
     write_atomically(path, json.dumps(costs, indent=1).encode())
-
-
-def total(costs: list[dict]) -> dict:
-    """Sums over steps; of memory the largest."""
-    return dict(
-        {key: sum(cost[key] for cost in costs)
-         for key in ('seconds', 'samples', 'flops')},
-        peak_memory=max(cost['peak_memory'] for cost in costs))
 
 
 def table(costs: dict[str, dict]) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import _steps
 import _training
 import numpy as np
 import pipeline
@@ -161,7 +162,7 @@ def test_from_a_dense_checkpoint_and_on_after_a_stop(
     model = MODELS.build(cfg.model)
     torch.save(model.backbone.state_dict() if bare else
                dict(state_dict=model.state_dict()), dense)
-    monkeypatch.setattr(pipeline, 'train', _stopped(pipeline.train))
+    monkeypatch.setattr(_steps, 'train', _stopped(_steps.train))
     with pytest.raises(KeyboardInterrupt):
         command(pipeline, family, 'rmoe-d', '--dense', dense, '--work-dir',
                 out)
@@ -183,7 +184,7 @@ def test_a_run_that_lost_its_last_validation_is_evaluated(
         for log in folder.glob('*/vis_data/scalars.json'):
             log.write_text(re.sub('.*mIoU.*', '', log.read_text()))
 
-    run = pipeline.train
+    run = _steps.train
     monkeypatch.setattr(pipeline, 'train', lose)
     monkeypatch.setattr(pipeline, 'evaluate', evaluate_here)
     command(pipeline, family, 'non-moe', '--work-dir', work / 'lost')

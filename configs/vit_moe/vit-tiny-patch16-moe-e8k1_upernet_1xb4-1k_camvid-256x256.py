@@ -1,0 +1,6 @@
+_base_ = [
+    './vit-tiny-patch16_upernet_1xb4-1k_camvid-256x256.py',
+    '../_base_/schedules/rmoe_d.py'
+]
+# Alternate FFNs of the last half, as in V-MoE.
+model = dict(backbone=dict(moe=dict(layers=(7, 9, 11), num_experts=8)))

@@ -1,0 +1,151 @@
+"""Run an experiment: every pipeline of a plan, with every seed.
+
+    python tools/experiments/run.py configs/experiments/rmoe-swin.py
+    python tools/experiments/run.py PLAN --seeds 0 --only dense joint --jobs 2
+
+A plan is a family of pipelines (see tools/pipeline.py) with ``options``, what
+to override in each step, ``once``, the steps that all seeds share (with the
+first seed), and ``upcycle``, steps whose checkpoint tools/upcycle.py converts
+with these flags, instead of the load. It can be stopped at any time: a run goes
+on from its last checkpoint, and what has finished is not repeated.
+
+Each pipeline and seed that finishes leaves a small JSON record: its settings,
+commit, scores, learning curve, loads of the experts, and cost.
+tools/experiments/report.py makes tables and pictures of them.
+"""
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOOLS))
+
+from _config import run
+from _record import write_record
+from _steps import finish, given
+from _training import start_tool
+from mmengine.config import Config, DictAction
+from pipeline import DENSE, read_family
+
+RECORDS = TOOLS.parent / 'docs' / 'records'
+
+
+def main() -> None:
+    args = parse_args()
+    plan = read_family(args.plan)
+    names = args.only or list(plan.pipelines)
+    for name in names:
+        if name not in plan.pipelines:
+            raise ValueError(f'--only {name}: {args.plan} has the pipelines '
+                             f'{", ".join(plan.pipelines)}')
+    if args.jobs < 1:
+        raise ValueError(f'--jobs={args.jobs} must be at least 1')
+    # Jobs share the cores: each would otherwise start a thread on every one.
+    os.environ.setdefault('OMP_NUM_THREADS', str(
+        max(1, (os.cpu_count() or 1) // args.jobs)))
+    trainer = Trainer(args, plan)
+    failed = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [(name, seed, pool.submit(trainer.follow, name, seed))
+                for seed in args.seeds for name in names]
+        for name, seed, job in jobs:
+            try:
+                job.result()
+            except (ValueError, OSError) as error:  # the others go on
+                failed.append(f'{name}, seed {seed}: {error}')
+                print(failed[-1], flush=True)
+    if failed:
+        raise ValueError(f'{len(failed)} of {len(jobs)} failed; ' +
+                         '; '.join(failed))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('plan', type=Path,
+                        help='config of configs/experiments')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--only', nargs='+', metavar='PIPELINE',
+                        help='some of its pipelines; all if not given')
+    parser.add_argument('--jobs', type=int, default=1,
+                        help='trainings at a time')
+    parser.add_argument('--dense', type=Path, metavar='CHECKPOINT',
+                        help=f'instead of the step {DENSE}')
+    parser.add_argument('--work-dir', type=Path,
+                        default=Path('work_dirs/experiments'))
+    parser.add_argument('--records', type=Path, default=RECORDS,
+                        help='folder of the JSON records')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        help='override settings of every step')
+    return parser.parse_args()
+
+
+class Trainer:
+    """Follows pipelines of a plan, in several threads."""
+
+    def __init__(self, args: argparse.Namespace, plan: Config) -> None:
+        self.args, self.plan = args, plan
+        self.folder = args.work_dir / args.plan.stem
+        self.busy: dict[Path, Lock] = {}
+        self.lock = Lock()
+
+    def follow(self, name: str, seed: int) -> None:
+        """Train what is not trained yet, and write the record."""
+        steps: dict[str, dict[str, Any]] = {}
+        chain: list[str] = []
+        start: str | None = None
+        for step in self.plan.pipelines[name]:
+            chain.append(step)
+            if step == DENSE and self.args.dense:
+                steps[step] = given(self.args.dense)
+            else:
+                once = step in self.plan.get('once', ())
+                steps[step] = self._step(
+                    step, start, '+'.join(chain),
+                    self.args.seeds[0] if once else seed, once)
+            start = steps[step]['checkpoint']
+        path = write_record(self.args.records, self.args.plan.stem, name,
+                            seed, steps)
+        print(f'{name}, seed {seed}: wrote {path.name}', flush=True)
+
+    def _step(self, step: str, start: str | None, chain: str, seed: int,
+              once: bool) -> dict[str, Any]:
+        path = self.args.plan.parent / self.plan.steps[step]
+        cfg = Config.fromfile(path)
+        options = dict(self.plan.get('options', {}).get(step, {}))
+        cfg.merge_from_dict(options)
+        cfg.merge_from_dict(self.args.cfg_options or {})
+        cfg.merge_from_dict({'randomness.seed': seed})
+        folder = self.folder / ('once' if once else f'seed{seed}') / chain
+        with self.lock:
+            busy = self.busy.setdefault(folder, Lock())
+        with busy:  # two pipelines may begin with one step
+            if step in self.plan.get('upcycle', {}):
+                start = self._upcycle(cfg, start, seed, folder,
+                                      self.plan.upcycle[step])
+            result = finish(cfg, start, folder, gpus=1,
+                            label=f'{chain}, seed {seed}: ')
+        return dict(result, folder=folder, config=path.name, options=options,
+                    seed=seed)
+
+    def _upcycle(self, cfg: Config, start: str, seed: int, folder: Path,
+                 flags: list[str]) -> str:
+        """Convert the checkpoint with flags, instead of as it loads."""
+        out = folder / 'upcycled.pth'
+        if not out.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            config = folder / 'upcycled.py'
+            cfg.dump(config)
+            start_tool('upcycle.py', folder / 'upcycle.log', start,
+                       '--config', str(config), '--out', str(out),
+                       '--seed', str(seed), *flags)
+        return str(out)
+
+
+if __name__ == '__main__':
+    run(main)
