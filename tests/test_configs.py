@@ -39,7 +39,8 @@ ARCHS = {
                  s=(96, (2, 2, 18, 2)), base=(128, (2, 2, 18, 2)),
                  b=(128, (2, 2, 18, 2)), large=(192, (2, 2, 18, 2)),
                  l=(192, (2, 2, 18, 2))),
-    'cvt': {'13': (64, (1, 2, 10)), '21': (64, (1, 4, 16))},
+    'cvt': {'13': (64, (1, 2, 10)), '21': (64, (1, 4, 16)),
+            'xtiny': (32, (1, 2, 6))},
     'vit': dict(tiny=(192, 12), ti=(192, 12), small=(384, 12), s=(384, 12),
                 base=(768, 12), b=(768, 12)),
 }
@@ -253,6 +254,8 @@ def test_name_tells_the_pretraining(path):
         return
     if found := re.search('-(in1k|in22k)-pre', name):
         assert ('22k' in init.checkpoint) == (found[1] == 'in22k')
+    elif '-in21k-pre' in name:  # timm's name of the recipe
+        assert 'augreg' in init.checkpoint
     elif name.endswith('_coco'):
         arch = re.search('_(swin|cvt|vit)-([a-z0-9]+)', name)
         assert ('22k' in init.checkpoint) == (arch[2] in ('b', 'l'))

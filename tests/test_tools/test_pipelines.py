@@ -101,11 +101,11 @@ def runs(monkeypatch):
     """Train in this process; the names of what was trained."""
     names = []
 
-    def here(config, folder, *flags, gpus):
+    def here(config, folder, *flags, gpus, label):
         names.append(folder.name)
         command(train, config, '--work-dir', folder, *flags)
 
-    monkeypatch.setattr(pipeline, 'train', here)
+    monkeypatch.setattr(_steps, 'train', here)
     return names
 
 
@@ -179,14 +179,14 @@ def test_from_a_dense_checkpoint_and_on_after_a_stop(
 
 def test_a_run_that_lost_its_last_validation_is_evaluated(
         work, family, runs, monkeypatch):
-    def lose(config, folder, *flags, gpus):
-        run(config, folder, *flags, gpus=gpus)
+    def lose(config, folder, *flags, gpus, label):
+        run(config, folder, *flags, gpus=gpus, label=label)
         for log in folder.glob('*/vis_data/scalars.json'):
             log.write_text(re.sub('.*mIoU.*', '', log.read_text()))
 
     run = _steps.train
-    monkeypatch.setattr(pipeline, 'train', lose)
-    monkeypatch.setattr(pipeline, 'evaluate', evaluate_here)
+    monkeypatch.setattr(_steps, 'train', lose)
+    monkeypatch.setattr(_steps, 'evaluate', evaluate_here)
     command(pipeline, family, 'non-moe', '--work-dir', work / 'lost')
     costs = json.loads((work / 'lost/costs.json').read_text())
     assert costs['non-moe']['score']['mIoU'] > 0
@@ -200,8 +200,8 @@ def _stopped(run):
     """The first run is lost after two of its four iterations."""
     stops = [True]
 
-    def stop(config, folder, *flags, gpus):
-        run(config, folder, *flags, gpus=gpus)
+    def stop(config, folder, *flags, gpus, label):
+        run(config, folder, *flags, gpus=gpus, label=label)
         if stops:
             stops.clear()
             (folder / 'iter_4.pth').unlink()
