@@ -11,6 +11,8 @@ from mmengine.config import Config
 
 from rmoe.upcycling import read_checkpoint, state_dict_of, write_atomically
 
+# What decides a result, beside the config.
+RUN = ('train.py', '../rmoe')
 LIBRARIES = ('rmoe', 'torch', 'mmengine', 'mmcv', 'mmsegmentation', 'mmdet')
 
 
@@ -93,8 +95,8 @@ def commit() -> str:
                               capture_output=True).stdout.strip()
     try:
         head = git('rev-parse', 'HEAD')
-        return head and head + ('+' if git('status', '--porcelain', '-uno')
-                                else '')
+        return head and head + ('+' if git(
+            'status', '--porcelain', '-uno', '--', *RUN) else '')
     except OSError:  # no git here
         return ''
 

@@ -1,8 +1,8 @@
 """The JSON record of a finished pipeline: small, and enough to redraw it."""
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from _training import SCORES
@@ -11,7 +11,8 @@ from rmoe.upcycling import write_atomically
 
 
 def write_record(folder: Path, experiment: str, pipeline: str, seed: int,
-                 steps: dict[str, dict[str, Any]]) -> Path:
+                 steps: dict[str, dict[str, Any]],
+                 analyses: dict[str, dict[str, Any]]) -> Path:
     """Write ``folder/experiment/pipeline-seed.json``.
 
     Args:
@@ -21,15 +22,27 @@ def write_record(folder: Path, experiment: str, pipeline: str, seed: int,
         seed: of the steps that are not shared by all seeds.
         steps: what ``_steps.finish`` returned for each, with ``folder``,
             ``config`` (file name), ``options`` and ``seed``.
+        analyses: what tools found, by their names.
     """
     record = dict(
         experiment=experiment, pipeline=pipeline, seed=seed,
         scores=scores(list(steps.values())[-1]['metrics']),
-        steps={name: _step(step) for name, step in steps.items()})
+        steps={name: _step(step) for name, step in steps.items()},
+        analyses={
+            tool: {key: value for key, value in found.items()
+                   if key not in ('config', 'checkpoint')}
+            for tool, found in analyses.items()})
     path = folder / experiment / f'{pipeline}-seed{seed}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(record, indent=1) + '\n').encode())
+    write_atomically(path, to_text(record).encode())
     return path
+
+
+def to_text(record: dict[str, Any]) -> str:
+    """JSON with a line for each list of numbers, not for each number."""
+    return re.sub(r'\[\s+([^][{}]*?)\s+\]',
+                  lambda found: f'[{" ".join(found[1].split())}]',
+                  json.dumps(record, indent=1)) + '\n'
 
 
 def scores(metrics: dict[str, Any]) -> dict[str, float]:
@@ -84,17 +97,6 @@ def routing(folder: Path) -> dict[str, dict[str, Any]]:
         elif what in ('entropy', 'unrouted'):
             layers.setdefault(layer, {})[what] = round(value, 4)
     return layers
-
-
-def summarise(layers: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Over layers: mean entropy, mean share of tokens without an expert, and
-    the smallest load of any expert over its fair share."""
-    layers = [layer for layer in layers if 'load' in layer]
-    return {} if not layers else dict(
-        entropy=mean(layer['entropy'] for layer in layers),
-        unrouted=mean(layer['unrouted'] for layer in layers),
-        smallest_load=min(min(layer['load']) * len(layer['load'])
-                          for layer in layers))
 
 
 def _lines(folder: Path) -> Iterable[dict[str, Any]]:

@@ -3,19 +3,27 @@
     python tools/experiments/run.py configs/experiments/rmoe-swin.py
     python tools/experiments/run.py PLAN --seeds 0 --only dense joint --jobs 2
 
-A plan is a family of pipelines (see tools/pipeline.py) with ``options``, what
-to override in each step, ``once``, the steps that all seeds share (with the
-first seed), and ``upcycle``, steps whose checkpoint tools/upcycle.py converts
-with these flags, instead of the load. It can be stopped at any time: a run goes
-on from its last checkpoint, and what has finished is not repeated.
+A plan is a family of pipelines (see tools/pipeline.py) with some of
+
+    options   what to override in each step
+    once      steps that all seeds share; they have the first seed
+    upcycle   steps whose checkpoint tools/upcycle.py converts with these
+              flags, instead of the load
+    analyse   tools of tools/analysis_tools that look at what a pipeline ends
+              with
+
+It can be stopped at any time: a run goes on from its last checkpoint, and what
+has finished is not repeated.
 
 Each pipeline and seed that finishes leaves a small JSON record: its settings,
 commit, scores, learning curve, loads of the experts, and cost.
 tools/experiments/report.py makes tables and pictures of them.
 """
 import argparse
+import json
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -31,6 +39,13 @@ from _training import start_tool
 from mmengine.config import Config, DictAction
 from pipeline import DENSE, read_family
 
+# Flags that make a tool leave TOOL.json, and its picture, in a folder.
+ANALYSES: dict[str, Callable[[Path], list[str]]] = {
+    'capacity_sweep': lambda folder: ['--work-dir', str(folder)],
+    'specialisation': lambda folder: [
+        '--json', str(folder / 'specialisation.json'),
+        '--out', str(folder / 'specialisation.png')],
+}
 RECORDS = TOOLS.parent / 'docs' / 'records'
 
 
@@ -109,8 +124,11 @@ class Trainer:
                     step, start, '+'.join(chain),
                     self.args.seeds[0] if once else seed, once)
             start = steps[step]['checkpoint']
+        last = list(steps.values())[-1]
+        analyses = {tool: analyse(tool, last['folder'], last['checkpoint'])
+                    for tool in self.plan.get('analyse', {}).get(name, ())}
         path = write_record(self.args.records, self.args.plan.stem, name,
-                            seed, steps)
+                            seed, steps, analyses)
         print(f'{name}, seed {seed}: wrote {path.name}', flush=True)
 
     def _step(self, step: str, start: str | None, chain: str, seed: int,
@@ -145,6 +163,17 @@ class Trainer:
                        '--config', str(config), '--out', str(out),
                        '--seed', str(seed), *flags)
         return str(out)
+
+
+def analyse(tool: str, folder: Path, checkpoint: str) -> dict[str, Any]:
+    """What a tool of ANALYSES finds, unless it found it before."""
+    found = folder / 'analysis' / f'{tool}.json'
+    if not found.exists():
+        found.parent.mkdir(exist_ok=True)
+        start_tool(f'analysis_tools/{tool}.py',
+                   found.parent / f'{tool}.log', str(folder / 'step.py'),
+                   checkpoint, *ANALYSES[tool](found.parent))
+    return json.loads(found.read_text())
 
 
 if __name__ == '__main__':

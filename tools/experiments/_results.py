@@ -1,0 +1,75 @@
+"""Records, read and summed up: scores over seeds, costs of whole pipelines."""
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One pipeline of an experiment, with all its seeds.
+
+    Attributes:
+        name: of the pipeline.
+        records: by seed, in order.
+    """
+    name: str
+    records: dict[int, dict[str, Any]]
+
+    def scores(self) -> dict[int, float]:
+        """The main score, by seed."""
+        return {seed: next(iter(record['scores'].values()))
+                for seed, record in self.records.items()}
+
+    def mean(self) -> float:
+        return mean(self.scores().values())
+
+    def gain(self, base: 'Runs') -> tuple[float, float | None]:
+        """Mean difference to another pipeline over the seeds both have, and
+        its standard error, None for fewer than two."""
+        mine, theirs = self.scores(), base.scores()
+        both = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        if not both:
+            raise ValueError(f'{self.name} and {base.name} share no seed')
+        return mean(both), (
+            stdev(both) / len(both) ** .5 if len(both) > 1 else None)
+
+    def cost(self, what: str, last_only: bool = False) -> float:
+        """Mean over seeds of a cost, summed over the steps or of the last."""
+        return mean(
+            sum(step['cost'][what] for step in list(
+                record['steps'].values())[-1 if last_only else 0:])
+            for record in self.records.values())
+
+    def last_step(self, seed: int) -> dict[str, Any]:
+        return list(self.records[seed]['steps'].values())[-1]
+
+    def routing(self) -> dict[str, float]:
+        """Means over seeds of the loads of the last step, see summarise."""
+        each = [summarise(self.last_step(seed)['routing'].values())
+                for seed in self.records]
+        return {key: mean(one[key] for one in each) for key in each[0]}
+
+
+def read(folder: Path, order: Sequence[str]) -> dict[str, Runs]:
+    """The pipelines of an experiment that have records, in this order."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in folder.glob('*.json'):
+        record = json.loads(path.read_text())
+        found.setdefault(record['pipeline'], {})[record['seed']] = record
+    return {name: Runs(name, dict(sorted(found[name].items())))
+            for name in order if name in found}
+
+
+def summarise(layers: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Over MoE layers: mean normalised entropy of the loads, mean share of
+    tokens without an expert, and the smallest load of any expert over its
+    fair share; empty without MoE."""
+    layers = [layer for layer in layers if 'load' in layer]
+    return {} if not layers else dict(
+        entropy=mean(layer['entropy'] for layer in layers),
+        unrouted=mean(layer['unrouted'] for layer in layers),
+        smallest_load=min(min(layer['load']) * len(layer['load'])
+                          for layer in layers))

@@ -1,0 +1,85 @@
+"""Tables of experiments, as Markdown."""
+from collections.abc import Iterable, Mapping, Sequence
+
+from _results import Runs
+
+DENSE = 'non-moe'
+
+
+def pipelines(runs: Mapping[str, Runs]) -> str:
+    """The four pipelines of RMoE (2204.09636): score and whole cost."""
+    base = runs[DENSE]
+    rows = []
+    for name, each in runs.items():
+        rows.append([
+            name, upstream(each), *score(each),
+            '' if name == DENSE else gain(each, base),
+            f'{each.cost("flops") / 1e12:.0f}',
+            *(f'{each.cost("flops") / runs[other].cost("flops"):.3f}'
+              if other in runs else '' for other in (DENSE, 'moe')),
+            f'{each.cost("seconds") / 60:.0f}'])
+    return markdown(
+        ('pipeline', 'upstream top-1', 'seeds', 'mean', 'over non-moe',
+         'operations, 10^12', 'over non-moe', 'over moe', 'minutes'), rows)
+
+
+def variants(runs: Mapping[str, Runs]) -> str:
+    """One change at a time, over the first of them."""
+    base = next(iter(runs.values()))
+    rows = []
+    for each in runs.values():
+        loads = each.routing()
+        rows.append([
+            each.name, *score(each), '' if each is base else gain(each, base),
+            f'{each.cost("flops", True) / base.cost("flops", True):.3f}',
+            f'{each.cost("seconds", True) / base.cost("seconds", True):.2f}',
+            f'{loads["smallest_load"]:.2f}' if loads else ''])
+    return markdown(
+        ('variant', 'seeds', 'mean', f'over {base.name}', 'operations',
+         'seconds', 'smallest load / fair share'), rows)
+
+
+def routers(runs: Mapping[str, Runs]) -> str:
+    """Routers at equal compute: upstream and downstream."""
+    base = next(iter(runs.values()))
+    rows = []
+    for each in runs.values():
+        loads = each.routing()
+        rows.append([
+            each.name, upstream(each), *score(each),
+            '' if each is base else gain(each, base),
+            f'{each.cost("flops", True) / base.cost("flops", True):.3f}',
+            *([f'{loads["entropy"]:.3f}', f'{loads["smallest_load"]:.2f}',
+               f'{100 * loads["unrouted"]:.0f} %'] if loads else 3 * [''])])
+    return markdown(
+        ('router', 'upstream top-1', 'seeds', 'mean', f'over {base.name}',
+         'operations', 'load entropy', 'smallest load / fair share',
+         'tokens without expert'), rows)
+
+
+def score(runs: Runs) -> list[str]:
+    """All seeds in order, and their mean."""
+    return [', '.join(f'{score:.1f}' for score in runs.scores().values()),
+            f'{runs.mean():.2f}']
+
+
+def gain(runs: Runs, base: Runs) -> str:
+    """Paired by seed, with its standard error."""
+    mean, error = runs.gain(base)
+    return f'{mean:+.2f}' + ('' if error is None else f' ± {error:.2f}')
+
+
+def upstream(runs: Runs) -> str:
+    """Accuracy of the last classifier, its mean over seeds."""
+    found = [[step['scores']['accuracy/top1']
+              for step in record['steps'].values()
+              if 'accuracy/top1' in step.get('scores', {})]
+             for record in runs.records.values()]
+    if not all(found):
+        return ''
+    return f'{sum(each[-1] for each in found) / len(found):.1f}'
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (
+        head, ['---'] * len(head), *rows))

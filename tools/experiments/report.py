@@ -1,0 +1,87 @@
+"""Write the tables of docs/results.md, and draw its pictures, from records.
+
+    python tools/experiments/report.py
+
+Each table replaces what stands between its two markers in the file, such as
+``<!-- ablation: begin -->`` and ``<!-- ablation: end -->``. A table without
+records is left as it is.
+"""
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOOLS))
+
+import _figures
+import _tables
+from _config import run
+from _results import Runs, read
+from mmengine.config import Config
+
+ROOT = TOOLS.parent
+Table = Callable[[Mapping[str, Runs]], str]
+Draw = Callable[[Mapping[str, Runs], Path], None]
+
+# By plan: its table, and what is drawn of it.
+REPORTS: dict[str, tuple[Table, Draw]] = {
+    'rmoe-swin': (_tables.pipelines, _figures.curves),
+    'rmoe-cvt': (_tables.pipelines, _figures.curves),
+    'rmoe-bccd': (_tables.pipelines, _figures.curves),
+    'ablation': (_tables.variants, _figures.dots),
+    'routers': (_tables.routers, _figures.dots),
+    'vmoe': (_tables.capacities, _figures.capacities),
+    'specialisation': (_tables.specialisation, _figures.specialisation),
+}
+
+
+def main() -> None:
+    args = parse_args()
+    text = args.out.read_text()
+    for name, (table, draw) in REPORTS.items():
+        runs = read(args.records / name, pipelines_of(name))
+        if not runs:
+            print(f'{name}: no records')
+            continue
+        text = put(text, name, table(runs), args.out)
+        picture = args.out.parent / 'figures' / f'{name}.png'
+        picture.parent.mkdir(exist_ok=True)
+        draw(runs, picture)
+        print(f'{name}: {len(runs)} pipelines')
+    args.out.write_text(text)
+    print(f'wrote {args.out}')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--records', type=Path, default=ROOT / 'docs/records')
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs/results.md')
+    return parser.parse_args()
+
+
+def pipelines_of(name: str) -> list[str]:
+    """Of a plan, in the order the tables have them."""
+    return list(Config.fromfile(
+        ROOT / 'configs/experiments' / f'{name}.py').pipelines)
+
+
+def put(text: str, name: str, table: str, path: Path) -> str:
+    """Replace what stands between the markers of a table.
+
+    Raises:
+        ValueError: unless there is one pair of them, in this order.
+    """
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    if text.count(begin) != 1 or text.count(end) != 1 or (
+            text.index(begin) > text.index(end)):
+        raise ValueError(f'{path} must have the lines {begin!r} and {end!r}, '
+                         'once and in this order; the table goes between them')
+    return (text[:text.index(begin)] + f'{begin}\n{table}\n' +
+            text[text.index(end):])
+
+
+if __name__ == '__main__':
+    run(main)
