@@ -8,6 +8,9 @@ from torch import nn
 
 from rmoe.moe import Routing, SoftRouting, moe_layers
 
+# Of feature maps; 14, DINOv2's, only where no other one fits.
+STRIDES = (1, 2, 4, 8, 16, 32, 64, 14)
+
 
 @contextmanager
 def record_routing(model: nn.Module
@@ -48,15 +51,30 @@ def expert_map(routing: Routing | SoftRouting,
     Raises:
         ValueError: if the tokens are no feature map of that image.
     """
+    leading, height, width, _ = token_map(routing.num_tokens, image_hw)
     experts = routing.strongest_expert().cpu().numpy()
-    return experts.reshape(_map_size(routing.num_tokens, image_hw))
+    return experts[leading:].reshape(height, width)
 
 
-def _map_size(num_tokens: int, image_hw: tuple[int, int]) -> tuple[int, int]:
-    height, width = image_hw
-    while height * width > num_tokens:
-        height, width = -(-height // 2), -(-width // 2)
-    if height * width != num_tokens:
-        raise ValueError(f'{num_tokens} tokens are no feature map of one '
-                         f'{image_hw[0]}x{image_hw[1]} image')
-    return height, width
+def token_map(num_tokens: int, image_hw: tuple[int, int]
+              ) -> tuple[int, int, int, int]:
+    """Where the tokens of one image lie.
+
+    Args:
+        num_tokens: T.
+        image_hw: size of the image the backbone got, padding included.
+
+    Returns:
+        Class tokens before those of the map (0 or 1), the map's height and
+        width in tokens, and its stride in pixels.
+
+    Raises:
+        ValueError: if the tokens are no feature map of that image.
+    """
+    for stride in STRIDES:
+        height, width = (-(-side // stride) for side in image_hw)
+        leading = num_tokens - height * width
+        if leading in (0, 1):
+            return leading, height, width, stride
+    raise ValueError(f'{num_tokens} tokens are no feature map of one '
+                     f'{image_hw[0]}x{image_hw[1]} image')

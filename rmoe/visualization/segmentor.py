@@ -43,9 +43,9 @@ def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
     truth = sample.get('gt_sem_seg')
     draw_routing(
         image,
-        {_short(name): expert_map(routings[0], image_hw)
+        {short_name(name): expert_map(routings[0], image_hw)
          for name, routings in records.items()},
-        {_short(name): (loads[name] if loads else load_shares(routings))
+        {short_name(name): (loads[name] if loads else load_shares(routings))
          for name, routings in records.items()},
         path,
         segmentation=_fit(sample.pred_sem_seg.data, image.shape),
@@ -59,7 +59,7 @@ def _fit(labels: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     return labels[0, 0].long().cpu().numpy()
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """'backbone.stages.2.blocks.1.ffn' as 'stage 2 block 1'."""
     parts = name.split('.')
     words = [f'{word[:-1]} {number}' for word, number in zip(parts, parts[1:])
