@@ -63,6 +63,31 @@ def read(folder: Path, order: Sequence[str]) -> dict[str, Runs]:
             for name in order if name in found}
 
 
+def sweeps(runs: Runs) -> list[list[dict[str, Any]]]:
+    """Rows of capacity_sweep.py, by seed."""
+    return [record['analyses']['capacity_sweep']['rows']
+            for record in runs.records.values()
+            if 'capacity_sweep' in record.get('analyses', {})]
+
+
+def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of a sweep with scores and costs averaged over seeds."""
+    averaged = []
+    for rows in zip(*each, strict=True):
+        averaged.append({
+            key: mean(row[key] for row in rows)
+            if isinstance(value, float) and key != 'capacity' else value
+            for key, value in rows[0].items()})
+    return averaged
+
+
+def specialised(runs: Runs) -> list[dict[str, Any]]:
+    """What specialisation.py found, by seed."""
+    return [record['analyses']['specialisation']
+            for record in runs.records.values()
+            if 'specialisation' in record.get('analyses', {})]
+
+
 def summarise(layers: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Over MoE layers: mean normalised entropy of the loads, mean share of
     tokens without an expert, and the smallest load of any expert over its

@@ -1,7 +1,7 @@
 """Tables of experiments, as Markdown."""
 from collections.abc import Iterable, Mapping, Sequence
 
-from _results import Runs
+from _results import Runs, mean_rows, specialised, sweeps
 
 DENSE = 'non-moe'
 
@@ -83,3 +83,53 @@ def upstream(runs: Runs) -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (
         head, ['---'] * len(head), *rows))
+
+
+def capacities(runs: Mapping[str, Runs]) -> str:
+    """Score and operations at each capacity; the dense model first."""
+    rows = []
+    if DENSE in runs:
+        rows.append([DENSE, '', '', '', f'{runs[DENSE].mean():.2f}'])
+    for name, each in runs.items():
+        swept = sweeps(each)
+        if not swept:
+            continue
+        found = mean_rows(swept)
+        dense = found[0]['dense_gflops']
+        rows.append([name, 'all kept', f'{found[0]["gflops"] / dense:.3f}',
+                     '0 %', f'{found[0]["score"]:.2f}', ''])
+        by_order = {(row['order'], row['capacity']): row for row in found}
+        for (order, capacity), row in by_order.items():
+            if order != 'batch prioritised':
+                continue
+            first = by_order['first come', capacity]
+            rows.append([
+                name, f'{capacity:g}', f'{row["gflops"] / dense:.3f}',
+                f'{100 * row["skipped"]:.0f} %', f'{first["score"]:.2f}',
+                f'{row["score"]:.2f}'])
+    return markdown(
+        ('model', 'capacity', 'operations over dense', 'tokens skipped',
+         'first come', 'batch prioritised'),
+        [row + [''] * (6 - len(row)) for row in rows])
+
+
+def specialisation(runs: Mapping[str, Runs]) -> str:
+    """Bits by layer, means over seeds, what is expected by chance beside."""
+    rows = []
+    for name, each in runs.items():
+        found = [one['layers'] for one in specialised(each)]
+        for layer in found[0] if found else ():
+            of_layer = [one[layer] for one in found]
+            rows.append([name, layer, *(
+                f'{average(of_layer, about, "bits"):.2f} / '
+                f'{average(of_layer, about, "chance"):.2f}'
+                for about in ('class', 'place', 'class | place')),
+                f'{100 * average(of_layer, "class", "share_of_target"):.0f} %'
+            ])
+    return markdown(
+        ('model', 'layer', 'class', 'place', 'class, place known',
+         'of what there is to know about the class'), rows)
+
+
+def average(layers: Sequence[Mapping], about: str, what: str) -> float:
+    return sum(layer[about][what] for layer in layers) / len(layers)

@@ -24,25 +24,26 @@ ROOT = TOOLS.parent
 Table = Callable[[Mapping[str, Runs]], str]
 Draw = Callable[[Mapping[str, Runs], Path], None]
 
-# By plan: its table, and what is drawn of it.
-REPORTS: dict[str, tuple[Table, Draw]] = {
-    'rmoe-swin': (_tables.pipelines, _figures.curves),
-    'rmoe-cvt': (_tables.pipelines, _figures.curves),
-    'rmoe-bccd': (_tables.pipelines, _figures.curves),
-    'ablation': (_tables.variants, _figures.dots),
-    'routers': (_tables.routers, _figures.dots),
-    'vmoe': (_tables.capacities, _figures.capacities),
-    'specialisation': (_tables.specialisation, _figures.specialisation),
+# By the name of its markers and picture: plan, table, picture.
+REPORTS: dict[str, tuple[str, Table, Draw]] = {
+    'rmoe-swin': ('rmoe-swin', _tables.pipelines, _figures.curves),
+    'rmoe-cvt': ('rmoe-cvt', _tables.pipelines, _figures.curves),
+    'rmoe-bccd': ('rmoe-bccd', _tables.pipelines, _figures.curves),
+    'ablation': ('ablation', _tables.variants, _figures.dots),
+    'routers': ('routers', _tables.routers, _figures.dots),
+    'vmoe': ('vmoe', _tables.capacities, _figures.capacities),
+    'specialisation': (
+        'vmoe', _tables.specialisation, _figures.specialisation),
 }
 
 
 def main() -> None:
     args = parse_args()
     text = args.out.read_text()
-    for name, (table, draw) in REPORTS.items():
-        runs = read(args.records / name, pipelines_of(name))
+    for name, (plan, table, draw) in REPORTS.items():
+        runs = read(args.records / plan, pipelines_of(plan))
         if not runs:
-            print(f'{name}: no records')
+            print(f'{name}: no records of {plan}')
             continue
         text = put(text, name, table(runs), args.out)
         picture = args.out.parent / 'figures' / f'{name}.png'

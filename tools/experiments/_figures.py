@@ -1,0 +1,115 @@
+"""Pictures of experiments, drawn from their records."""
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+
+from _results import Runs, mean_rows, specialised, sweeps
+from matplotlib.figure import Figure
+
+# Matplotlib's first colours differ for colour-blind eyes as well.
+COLOURS = [f'C{i}' for i in range(10)]
+
+
+def curves(runs: Mapping[str, Runs], path: Path) -> None:
+    """Downstream loss by iteration, and the scores it came to."""
+    figure = Figure((9, 3.6), dpi=110, layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for (name, each), colour in zip(runs.items(), COLOURS):
+        iterations, losses = mean_loss(each)
+        left.plot(iterations, losses, color=colour, label=name)
+    left.set(xlabel='iteration', ylabel='training loss, mean over seeds',
+             yscale='log')
+    left.grid(alpha=0.3, which='both')
+    left.legend(fontsize=8)
+    _dots(right, runs)
+    figure.savefig(path)
+
+
+def dots(runs: Mapping[str, Runs], path: Path) -> None:
+    """The score of every seed, and the means."""
+    figure = Figure((7, 1.2 + 0.26 * len(runs)), dpi=110,
+                    layout='constrained')
+    _dots(figure.add_subplot(), runs)
+    figure.savefig(path)
+
+
+def _dots(axes, runs: Mapping[str, Runs]) -> None:
+    for row, each in enumerate(runs.values()):
+        scores = list(each.scores().values())
+        axes.plot(scores, [row] * len(scores), 'o', color='C0', alpha=0.5,
+                  markersize=5)
+        axes.plot([each.mean()], [row], '|', color='black', markersize=14,
+                  markeredgewidth=2)
+    axes.axvline(next(iter(runs.values())).mean(), color='grey',
+                 linestyle=':')
+    axes.set(yticks=range(len(runs)), yticklabels=list(runs),
+             xlabel=score_name(runs))
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis='x')
+
+
+def score_name(runs: Mapping[str, Runs]) -> str:
+    record = next(iter(next(iter(runs.values())).records.values()))
+    return f'{next(iter(record["scores"]))}; | is the mean'
+
+
+def mean_loss(runs: Runs) -> tuple[list[int], list[float]]:
+    """Of the last step, over seeds, at iterations all of them have."""
+    each = [dict(runs.last_step(seed)['curve']['loss'])
+            for seed in runs.records]
+    steps = sorted(set.intersection(*map(set, each)))
+    return steps, [mean(loss[step] for loss in each) for step in steps]
+
+
+def capacities(runs: Mapping[str, Runs], path: Path) -> None:
+    """Score against the operations of the backbone, at every capacity."""
+    swept = {name: each for name, each in runs.items() if sweeps(each)}
+    figure = Figure((4.2 * len(swept), 4), dpi=110, layout='constrained')
+    for axes, (name, each) in zip(
+            figure.subplots(1, len(swept), sharey=True, squeeze=False)[0],
+            swept.items()):
+        rows = mean_rows(sweeps(each))
+        for order, colour in (('first come', 'C0'),
+                              ('batch prioritised', 'C1')):
+            chosen = [row for row in rows if row['order'] == order]
+            axes.plot([row['gflops'] for row in chosen],
+                      [row['score'] for row in chosen], 'o-', color=colour,
+                      markersize=4, label=order)
+            for row in chosen:
+                axes.annotate(f'{row["capacity"]:g}',
+                              (row['gflops'], row['score']), fontsize=7,
+                              xytext=(3, -9), textcoords='offset points')
+        axes.axhline(rows[0]['score'], color='grey', linestyle=':',
+                     label='nothing dropped')
+        axes.axvline(rows[0]['dense_gflops'], color='black', linestyle='--',
+                     linewidth=1, label='dense backbone, operations')
+        if 'non-moe' in runs:
+            axes.plot([rows[0]['dense_gflops']], [runs['non-moe'].mean()],
+                      '*', color='black', markersize=12, label='dense model')
+        axes.set(title=name, xlabel='GFLOPs of the backbone, one image')
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel('mIoU, mean over seeds')
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path)
+
+
+def specialisation(runs: Mapping[str, Runs], path: Path) -> None:
+    """P(expert | class) in every MoE layer of a model, its first seed."""
+    each = next(each for each in runs.values() if specialised(each))
+    found = specialised(each)[0]
+    layers, classes = found['layers'], found['classes']
+    figure = Figure((2.6 * len(layers) + 1, 3.4), dpi=110,
+                    layout='constrained')
+    for axes, (name, layer) in zip(
+            figure.subplots(1, len(layers), sharey=True, squeeze=False)[0],
+            layers.items()):
+        shares = [[count / max(sum(row), 1e-12) for count in row]
+                  for row in layer['counts_LE']]
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap='viridis',
+                            aspect='auto')
+        axes.set(title=f'{name}, {layer["class"]["bits"]:.2f} bit',
+                 xlabel='expert', yticks=range(len(classes)),
+                 yticklabels=classes)
+        axes.title.set_fontsize(9)
+    figure.colorbar(image, ax=figure.axes, label='share of the class')
+    figure.savefig(path)
