@@ -2,7 +2,6 @@
 import json
 
 import capacity_sweep
-import compare_routers
 import pytest
 import test as test_tool  # tools/test.py
 import train
@@ -119,57 +118,3 @@ def test_the_smallest_capacity_is_one_that_holds():
     assert capacity_sweep.smallest_capacity(rows, 'bpr') == .5
     rows[5]['score'] = float('nan')
     assert capacity_sweep.smallest_capacity(rows, 'bpr') is None
-
-
-def test_compare_routers_writes_its_table(work, configs, dense_checkpoint,
-                                          monkeypatch):
-    out = work / 'results.md'
-    out.write_text(f'before\n{compare_routers.BEGIN}\nold\n'
-                   f'{compare_routers.END}\nafter\n')
-    # in this process: starting Python nine times is no part of the test
-    monkeypatch.setattr(
-        compare_routers, 'train', lambda config, folder: command(
-            train, config, '--work-dir', folder))
-    data = options(work, 'unused', 'custom_hooks.2.interval=2')[3:]
-    arguments = (
-        configs['moe'], dense_checkpoint, '--work-dir', work / 'compare',
-        '--out', out, '--only', 'dense, continued', 'Soft MoE',
-        'bias-balanced token choice', '--cfg-options', *data)
-    command(compare_routers, *arguments)
-    text = out.read_text()
-    assert text.startswith('before\n') and text.endswith('after\n')
-    assert 'old' not in text
-    lines = [line.split(' | ') for line in text.splitlines()
-             if line.startswith('| ') and '---' not in line]
-    assert [line[0] for line in lines] == [
-        '| router', '| dense, continued', '| Soft MoE',
-        '| bias-balanced token choice']
-    assert all(0 <= float(line[1]) <= 100 for line in lines[1:])
-    # finished runs are read, not repeated, and keep their rows
-    again = []
-    monkeypatch.setattr(
-        compare_routers, 'train', lambda config, folder: again.append(
-            folder.name))
-    command(compare_routers, *arguments[:6], '--only', 'Soft MoE',
-            '--cfg-options', *data)
-    assert out.read_text() == text and not again
-    # unless they would be others now
-    command(compare_routers, *arguments[:6], '--only', 'Soft MoE',
-            '--cfg-options', *data, 'randomness.seed=7')
-    assert again == ['Soft-MoE']
-
-
-def test_compare_routers_wants_its_markers(work, configs, dense_checkpoint):
-    out = work / 'empty.md'
-    out.write_text('nothing here')
-    with pytest.raises(SystemExit, match='must exist and have the lines'):
-        command(compare_routers, configs['moe'], dense_checkpoint, '--out',
-                out)
-
-
-def test_every_published_router_is_compared():
-    types = [router['type'] for router in compare_routers.ROUTERS.values()]
-    assert set(types) == {
-        'TokenChoiceRouter', 'SinkhornTokenChoiceRouter',
-        'ExpertChoiceRouter', 'SinkhornExpertChoiceRouter',
-        'SparseExpertChoiceRouter', 'SoftRouter', 'BiasBalancedRouter'}

@@ -1,0 +1,261 @@
+"""tools/experiments: plans, runs with seeds, records and the report."""
+import json
+from pathlib import Path
+
+import _record
+import _results
+import _steps
+import _tables
+import pytest
+import report
+import run as experiment
+import specialisation
+import train
+import upcycle
+from commands import command
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+PLANS = sorted((Path(__file__).parents[2] / 'configs/experiments').glob(
+    '*.py'))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Train in this process; the work dirs of what was trained."""
+    folders = []
+
+    def here(config, folder, *flags, gpus, label):
+        folders.append('/'.join(folder.parts[-2:]))
+        command(train, config, '--work-dir', folder, *flags)
+
+    monkeypatch.setattr(_steps, 'train', here)
+    monkeypatch.setattr(experiment, 'start_tool', lambda tool, log, *args: (
+        command({'upcycle': upcycle, 'specialisation': specialisation}[
+            Path(tool).stem], *args)))
+    return folders
+
+
+@pytest.fixture(scope='module')
+def plan(work, configs):
+    """One dense run for all seeds; from it, dense, MoE and noisy MoE."""
+    short = {
+        'train_cfg': dict(max_iters=2, val_interval=2),
+        'param_scheduler': [], 'train_dataloader.batch_size': 2,
+        'model.data_preprocessor.size': (64, 64),
+        'default_hooks.logger.interval': 1,
+        'default_hooks.checkpoint.interval': 1,
+        **{f'{split}_dataloader.dataset.data_root': str(work / 'scenes')
+           for split in ('train', 'val', 'test')}}
+    joint = {**short, 'custom_hooks': [
+        dict(type='rmoe.MoELossHook'), dict(type='rmoe.CostHook'),
+        dict(type='rmoe.RoutingStatsHook', interval=1)]}
+    dense = {**short, 'custom_hooks': [dict(type='rmoe.CostHook')]}
+    path = work / 'plan.py'
+    Config(dict(
+        steps={name: str(configs['moe' if 'moe' in name else 'dense'])
+               for name in ('first', 'dense', 'moe', 'noisy-moe')},
+        pipelines={'non-moe': ['first', 'dense'], 'moe': ['first', 'moe'],
+                   'noisy': ['first', 'noisy-moe']},
+        options={'first': dense, 'dense': dense, 'moe': joint,
+                 'noisy-moe': joint},
+        once=['first'],
+        upcycle={'noisy-moe': ['--noise', '.1', '--size', '64']},
+        analyse={'moe': ['specialisation']})).dump(path)
+    return path
+
+
+def test_an_experiment(work, plan, trained, monkeypatch, capsys):
+    arguments = (plan, '--seeds', 3, 4, '--only', 'moe', '--work-dir',
+                 work / 'runs', '--records', work / 'records')
+    command(experiment, *arguments)
+    assert trained == ['once/first', 'seed3/first+moe', 'seed4/first+moe']
+    records = {path.stem: json.loads(path.read_text())
+               for path in (work / 'records/plan').glob('*.json')}
+    assert set(records) == {'moe-seed3', 'moe-seed4'}
+    one = records['moe-seed4']
+    assert one['steps']['first']['seed'] == 3  # shared by all seeds
+    assert one['steps']['moe']['seed'] == 4
+    assert one['scores'] == one['steps']['moe']['scores']
+    curve = one['steps']['moe']['curve']
+    assert [step for step, _ in curve['loss']] == [1, 2]
+    assert [entry[:2] for entry in curve['score']] == [[2, 'mIoU']]
+    assert one['steps']['moe']['cost']['samples'] == 4
+    assert one['steps']['moe']['commit']
+    layers = one['steps']['moe']['routing']
+    assert len(layers) == 3
+    for layer in layers.values():
+        assert len(layer['load']) == 8
+        assert sum(layer['load']) == pytest.approx(1, abs=1e-3)
+    measured = one['analyses']['specialisation']
+    assert measured['images'] == 3 and len(measured['layers']) == 3
+    runs = work / 'runs/plan'
+    assert 'seed=4' in (runs / 'seed4/first+moe/step.py').read_text()
+    # a second time nothing is trained, and records come out the same
+    again = (work / 'records/plan/moe-seed4.json').read_text()
+    trained.clear()
+    monkeypatch.setattr(experiment, 'start_tool', None)
+    command(experiment, *arguments)
+    assert not trained
+    assert (work / 'records/plan/moe-seed4.json').read_text() == again
+
+
+def test_what_fails_does_not_stop_the_others(work, plan, trained,
+                                             monkeypatch, capsys):
+    run = _steps.train
+
+    def fail(config, folder, *flags, gpus, label):
+        if folder.name == 'first+dense':
+            raise ValueError('train.py failed (no memory)')
+        run(config, folder, *flags, gpus=gpus, label=label)
+
+    monkeypatch.setattr(_steps, 'train', fail)
+    with pytest.raises(SystemExit, match='1 of 2 failed; non-moe, seed 0'):
+        command(experiment, plan, '--seeds', 0, '--only', 'non-moe', 'noisy',
+                '--work-dir', work / 'failing', '--records',
+                work / 'failing')
+    assert [path.name for path in (work / 'failing/plan').glob('*.json')] == [
+        'noisy-seed0.json']
+    assert 'upcycled.pth' in (
+        work / 'failing/plan/seed0/first+noisy-moe/step.py').read_text()
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--only', 'rmoe-x'], 'rmoe-x: .* has the pipelines moe, noisy, non-moe'),
+    (['--jobs', 0], r'--jobs=0 must be at least 1'),
+])
+def test_wrong_flags(work, plan, trained, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        command(experiment, plan, *flags, '--work-dir', work / 'wrong')
+    assert not trained
+
+
+@pytest.mark.parametrize('path', PLANS, ids=lambda path: path.stem)
+def test_every_plan_builds(path):
+    """Each step exists, takes its options, and has its own settings."""
+    plan = Config.fromfile(path)
+    used = {step for chain in plan.pipelines.values() for step in chain}
+    assert used == set(plan.steps)
+    assert set(plan.options) <= used
+    assert set(plan.get('upcycle', ())) <= used
+    assert set(plan.get('once', ())) <= used
+    assert set(plan.get('analyse', ())) <= set(plan.pipelines)
+    texts, backbones = set(), {}
+    for step in used:
+        cfg = Config.fromfile(path.parent / plan.steps[step])
+        cfg.merge_from_dict(dict(plan.options.get(step, {})))
+        cfg.model.backbone.init_cfg = None
+        backbones[str(cfg.model.backbone)] = cfg.model.backbone
+        texts.add(cfg.pretty_text + str(plan.get('upcycle', {}).get(step)))
+    assert len(texts) == len(used)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        for backbone in backbones.values():
+            MODELS.build(backbone)
+    assert path.stem in {plan for plan, _, _ in report.REPORTS.values()}
+
+
+def write_log(folder, run, lines):
+    path = folder / run / 'vis_data/scalars.json'
+    path.parent.mkdir(parents=True)
+    path.write_text('\n'.join(map(json.dumps, lines)))
+
+
+def test_the_curve_of_a_resumed_run(tmp_path):
+    write_log(tmp_path, '2_first', [
+        dict(loss=4., iter=10), dict(loss=3., iter=20),
+        dict(mIoU=11., step=20), dict(loss=2., iter=30)])
+    write_log(tmp_path, '3_resumed', [
+        dict(loss=2.5, iter=30), dict(loss=1., iter=40),
+        dict(mIoU=22., step=40)])
+    assert _record.curve(tmp_path) == dict(
+        loss=[[10, 4.], [20, 3.], [30, 2.5], [40, 1.]],
+        score=[[20, 'mIoU', 11.], [40, 'mIoU', 22.]])
+
+
+def test_loads_of_the_last_window(tmp_path):
+    write_log(tmp_path, '1', [
+        {'moe/a/load_0': .9, 'moe/a/load_1': .1, 'moe/a/entropy': .5},
+        {'moe/a/load_0': .75, 'moe/a/load_1': .25, 'moe/a/entropy': .8,
+         'moe/a/unrouted': .125, 'moe/a/dropped': 0.}])
+    layers = _record.routing(tmp_path)
+    assert layers == dict(a=dict(load=[.75, .25], entropy=.8, unrouted=.125))
+    layers['b'] = dict(load=[.5, .5], entropy=1., unrouted=0.)
+    assert _results.summarise(layers.values()) == dict(
+        entropy=.9, unrouted=.0625, smallest_load=.5)
+    assert _results.summarise([]) == {}
+
+
+def test_records_have_a_line_for_each_list():
+    record = dict(a=[[1, 2.5], [3, 4]], b=['x'], c=dict(d=[]))
+    text = _record.to_text(record)
+    assert json.loads(text) == record
+    assert '[1, 2.5]' in text and '["x"]' in text
+
+
+def make(name, scores, flops=2e12, upstream=20.):
+    """Records of a pipeline of two steps."""
+    return _results.Runs(name, {seed: dict(
+        pipeline=name, seed=seed, scores=dict(mIoU=score), analyses={},
+        steps=dict(
+            first=dict(scores={'accuracy/top1': upstream}, routing={},
+                       cost=dict(flops=1e12, seconds=60)),
+            last=dict(scores=dict(mIoU=score), routing={},
+                      curve=dict(loss=[[50, 2.], [100, 1.]], score=[]),
+                      cost=dict(flops=flops, seconds=120))))
+        for seed, score in scores.items()})
+
+
+def test_gains_are_paired_by_seed():
+    dense, moe = make('dense', {0: 10., 1: 20.}), make('moe', {0: 11., 1: 22.})
+    assert moe.gain(dense) == (1.5, pytest.approx(.5))
+    assert make('moe', {1: 23., 5: 0.}).gain(dense) == (3., None)
+    with pytest.raises(ValueError, match='share no seed'):
+        make('moe', {7: 1.}).gain(dense)
+
+
+def test_the_table_of_pipelines():
+    runs = {each.name: each for each in (
+        make('non-moe', {0: 30., 1: 32.}),
+        make('moe', {0: 33., 1: 33.}, flops=4e12))}
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]]
+            for line in _tables.pipelines(runs).splitlines()]
+    assert rows[2] == ['non-moe', '20.0', '30.0, 32.0', '31.00', '', '3',
+                       '1.000', '0.600', '3']
+    assert rows[3] == ['moe', '20.0', '33.0, 33.0', '33.00', '+2.00 ± 1.00',
+                       '5', '1.667', '1.000', '3']
+
+
+def test_the_report(work, tmp_path, capsys):
+    records = tmp_path / 'records/rmoe-swin'
+    records.mkdir(parents=True)
+    for name, score in (('non-moe', 30.), ('rmoe-d', 31.)):
+        for seed, record in make(name, {0: score, 1: score}).records.items():
+            (records / f'{name}-seed{seed}.json').write_text(
+                json.dumps(record))
+    out = tmp_path / 'results.md'
+    out.write_text('before\n<!-- rmoe-swin: begin -->\nold\n'
+                   '<!-- rmoe-swin: end -->\nafter\n')
+    command(report, '--records', records.parent, '--out', out)
+    text = out.read_text()
+    assert text.startswith('before\n') and text.endswith('after\n')
+    assert 'old' not in text and '| rmoe-d | 20.0 | 31.0, 31.0 |' in text
+    assert (tmp_path / 'figures/rmoe-swin.png').stat().st_size > 5000
+    assert 'ablation: no records' in capsys.readouterr().out
+    out.write_text('no markers')
+    with pytest.raises(SystemExit, match=r'must have the lines .*rmoe-swin'):
+        command(report, '--records', records.parent, '--out', out)
+    assert out.read_text() == 'no markers'
+
+
+def test_the_table_of_capacities():
+    runs = make('k2', {0: 50., 1: 50.})
+    for seed, low in ((0, 40.), (1, 42.)):
+        runs.records[seed]['analyses']['capacity_sweep'] = dict(rows=[
+            dict(order='reference', capacity=None, score=50., gflops=4.,
+                 skipped=0., dense_gflops=2.),
+            dict(order='first come', capacity=.5, score=low, gflops=2.,
+                 skipped=.5),
+            dict(order='batch prioritised', capacity=.5, score=low + 4,
+                 gflops=2., skipped=.25)])
+    last = _tables.capacities({'k2': runs}).splitlines()[-1]
+    assert last == '| k2 | 0.5 | 1.000 | 25 % | 41.00 | 45.00 |'
