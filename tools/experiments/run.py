@@ -6,7 +6,7 @@
 A plan is a family of pipelines (see tools/pipeline.py) with some of
 
     options   what to override in each step
-    once      steps that all seeds share; they have the first seed
+    once      steps that all seeds share; they have seed 0
     upcycle   steps whose checkpoint tools/upcycle.py converts with these
               flags, instead of the load
     analyse   tools of tools/analysis_tools that look at what a pipeline ends
@@ -39,9 +39,11 @@ from _training import start_tool
 from mmengine.config import Config, DictAction
 from pipeline import DENSE, read_family
 
+CAPACITIES = '.1 .25 .5 .75 1 1.25 2'
 # Flags that make a tool leave TOOL.json, and its picture, in a folder.
 ANALYSES: dict[str, Callable[[Path], list[str]]] = {
-    'capacity_sweep': lambda folder: ['--work-dir', str(folder)],
+    'capacity_sweep': lambda folder: [
+        '--work-dir', str(folder), '--capacities', *CAPACITIES.split()],
     'specialisation': lambda folder: [
         '--json', str(folder / 'specialisation.json'),
         '--out', str(folder / 'specialisation.png')],
@@ -64,7 +66,8 @@ def main() -> None:
         max(1, (os.cpu_count() or 1) // args.jobs)))
     trainer = Trainer(args, plan)
     failed = []
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         jobs = [(name, seed, pool.submit(trainer.follow, name, seed))
                 for seed in args.seeds for name in names]
         for name, seed, job in jobs:
@@ -73,6 +76,8 @@ def main() -> None:
             except (ValueError, OSError) as error:  # the others go on
                 failed.append(f'{name}, seed {seed}: {error}')
                 print(failed[-1], flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C stops what waits, too
     if failed:
         raise ValueError(f'{len(failed)} of {len(jobs)} failed; ' +
                          '; '.join(failed))
@@ -122,7 +127,7 @@ class Trainer:
                 once = step in self.plan.get('once', ())
                 steps[step] = self._step(
                     step, start, '+'.join(chain),
-                    self.args.seeds[0] if once else seed, once)
+                    0 if once else seed, once)
             start = steps[step]['checkpoint']
         last = list(steps.values())[-1]
         analyses = {tool: analyse(tool, last['folder'], last['checkpoint'])
