@@ -1,42 +1,36 @@
-# What helps RMoE-D, or hurts it: one change at a time to experts that train
-# with everything else from the first iteration ('joint'), on the model and
-# schedule of rmoe-swin.py, whose dense checkpoint all start from (--dense).
-pipelines = {
-    name: ['dense-upstream', name]
-    for name in (
-        'joint', 'core-joint', 'residual-joint', 'balance-0', 'balance-0.001',
-        'bias-balanced', 'no-router-noise', 'noise-0.01', 'noise-0.1',
-        'align-none', 'no-core', 'residual-lr-0.3', 'residual-lr-3',
-        'router-lr-0.1', 'e2', 'e4', 'e16', 'k2', 'rank-4', 'rank-16',
-        'last-blocks', 'all-blocks', 'gradient-chosen')
-}
+# What helps RMoE-D, or hurts it: ViT-Ti with ImageNet-21k weights, upcycled
+# straight to CamVid. 'joint' trains everything from the first iteration; all
+# others but 'non-moe' and 'staged' are 'joint' with one change. What comes of
+# three of them is then evaluated at many capacities (V-MoE, 2106.05974).
+names = ('non-moe', 'joint', 'staged', 'core-joint', 'residual-joint',
+         'balance-0', 'balance-0.001', 'balance-0.1', 'bias-balanced',
+         'no-router-noise', 'noise-0.01', 'noise-0.1', 'align-none', 'no-core',
+         'residual-lr-0.3', 'residual-lr-3', 'router-lr-0.1', 'e2', 'e4', 'e16',
+         'k2', 'k2-bpr-0.5', 'rank-4', 'rank-16', 'last-blocks', 'all-blocks',
+         'gradient-chosen')
+pipelines = {name: [name] for name in names}
 steps = {
-    name: '../swin_moe/swin-xtiny-patch4-window4-moe-e8k1_upernet_1xb4-1k_camvid-256x256.py'
-    for name in pipelines
+    name: '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_upernet_1xb4-1k_camvid-256x256.py'
+    for name in names
 }
-steps['dense-upstream'] = '../swin_moe/swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py'
+steps['non-moe'] = '../vit_moe/vit-tiny-patch16-in21k-pre_upernet_1xb4-1k_camvid-256x256.py'
+bf16 = {'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper'}
 moe = 'model.backbone.moe.'
 losses = [
     dict(type='rmoe.MoELossHook'),
     dict(type='rmoe.RoutingStatsHook', interval=100)
 ]
-joint = {
-    'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper',
-    'custom_hooks': losses
-}
+joint = {**bf16, 'custom_hooks': losses}
 
 
-def staged(name, *roles):
-    """A fifth of the run for these roles, then all."""
+def staged(*stages):
+    """These stages, then all trains."""
     return dict(
         joint,
         custom_hooks=[
             dict(
                 type='rmoe.ResidualMoEHook',
-                stages=[
-                    dict(name=name, roles=roles, end=0.2),
-                    dict(name='joint', roles='all')
-                ]), *losses
+                stages=[*stages, dict(name='joint', roles='all')]), *losses
         ])
 
 
@@ -45,11 +39,19 @@ def router(**settings):
 
 
 options = {
+    'non-moe': bf16,
     'joint': joint,
-    'core-joint': staged('core', 'core', 'head'),
-    'residual-joint': staged('residual', 'residual', 'router', 'head'),
+    'staged': staged(
+        dict(name='core', roles=('core', 'head'), end=0.2),
+        dict(
+            name='residual', roles=('residual', 'router', 'head'), end=0.4)),
+    'core-joint': staged(
+        dict(name='core', roles=('core', 'head'), end=0.2)),
+    'residual-joint': staged(
+        dict(name='residual', roles=('residual', 'router', 'head'), end=0.2)),
     'balance-0': router(loss_weights={}),
     'balance-0.001': router(loss_weights=dict(importance=0.0005, load=0.0005)),
+    'balance-0.1': router(loss_weights=dict(importance=0.05, load=0.05)),
     'bias-balanced': {
         **joint, moe + 'router': dict(type='BiasBalancedRouter'),
         'custom_hooks': [*losses, dict(type='rmoe.BalanceBiasHook')]
@@ -75,18 +77,26 @@ options = {
     'e4': {**joint, moe + 'num_experts': 4},
     'e16': {**joint, moe + 'num_experts': 16},
     'k2': router(top_k=2),
+    # Trained as it is to be used: half of the choices find room.
+    'k2-bpr-0.5': {
+        **router(top_k=2, capacity_factor=0.5, priority='bpr'),
+        moe + 'unrouted': 'zero'
+    },
     'rank-4': {**joint, moe + 'rank': 4},
     'rank-16': {**joint, moe + 'rank': 16},
-    'last-blocks': {**joint, moe + 'layers': ((), (), (4, 5), (0, 1))},
-    'all-blocks': {
-        **joint, moe + 'layers': ((0, 1), (0, 1), (0, 1, 2, 3, 4, 5), (0, 1))
-    },
-    # What tools/analysis_tools/select_layers.py --batches 16 chose for the
-    # dense model of rmoe-swin.py, seed 0, after its CamVid run.
-    'gradient-chosen': {**joint, moe + 'layers': ((0, 1), (0, ), (0, ), ())},
+    'last-blocks': {**joint, moe + 'layers': (9, 10, 11)},
+    'all-blocks': {**joint, moe + 'layers': tuple(range(12))},
+    # What tools/analysis_tools/select_layers.py --batches 16 chose for
+    # 'non-moe', seed 0.
+    'gradient-chosen': {**joint, moe + 'layers': (0, 1, 2)},
 }
 # Residuals as noise, of this deviation over the core's weights.
 upcycle = {
     'noise-0.01': ['--noise', '0.01'],
     'noise-0.1': ['--noise', '0.1']
+}
+analyse = {
+    'joint': ['capacity_sweep', 'specialisation'],
+    'k2': ['capacity_sweep'],
+    'k2-bpr-0.5': ['capacity_sweep']
 }

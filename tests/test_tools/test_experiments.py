@@ -219,10 +219,10 @@ def test_the_table_of_pipelines():
         make('moe', {0: 33., 1: 33.}, flops=4e12))}
     rows = [[cell.strip() for cell in line.split('|')[1:-1]]
             for line in _tables.pipelines(runs).splitlines()]
-    assert rows[2] == ['non-moe', '20.0', '30.0, 32.0', '31.00', '', '3',
-                       '1.000', '0.600', '3']
+    assert rows[2] == ['non-moe', '20.0', '30.0, 32.0', '31.00', '',
+                       '1.000', '3', '1.000', '0.600', '3']
     assert rows[3] == ['moe', '20.0', '33.0, 33.0', '33.00', '+2.00 ± 1.00',
-                       '5', '1.667', '1.000', '3']
+                       '1.000', '5', '1.667', '1.000', '3']
 
 
 def test_the_report(work, tmp_path, capsys):

@@ -43,6 +43,17 @@ class Runs:
                 record['steps'].values())[-1 if last_only else 0:])
             for record in self.records.values())
 
+    def loss(self) -> float:
+        """Training loss of the last step over its last quarter, mean over
+        seeds: batches of one seed are the same in all pipelines."""
+        each = []
+        for seed in self.records:
+            losses = self.last_step(seed)['curve']['loss']
+            last = losses[-1][0]
+            each.append(mean(loss for step, loss in losses
+                             if step > 0.75 * last))
+        return mean(each)
+
     def last_step(self, seed: int) -> dict[str, Any]:
         return list(self.records[seed]['steps'].values())[-1]
 

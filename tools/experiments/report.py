@@ -31,9 +31,9 @@ REPORTS: dict[str, tuple[str, Table, Draw]] = {
     'rmoe-bccd': ('rmoe-bccd', _tables.pipelines, _figures.curves),
     'ablation': ('ablation', _tables.variants, _figures.dots),
     'routers': ('routers', _tables.routers, _figures.dots),
-    'vmoe': ('vmoe', _tables.capacities, _figures.capacities),
+    'vmoe': ('ablation', _tables.capacities, _figures.capacities),
     'specialisation': (
-        'vmoe', _tables.specialisation, _figures.specialisation),
+        'ablation', _tables.specialisation, _figures.specialisation),
 }
 
 

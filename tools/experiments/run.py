@@ -156,9 +156,10 @@ class Trainer:
         return dict(result, folder=folder, config=path.name, options=options,
                     seed=seed)
 
-    def _upcycle(self, cfg: Config, start: str, seed: int, folder: Path,
-                 flags: list[str]) -> str:
+    def _upcycle(self, cfg: Config, start: str | None, seed: int,
+                 folder: Path, flags: list[str]) -> str:
         """Convert the checkpoint with flags, instead of as it loads."""
+        start = start or cfg.model.backbone.init_cfg.checkpoint
         out = folder / 'upcycled.pth'
         if not out.exists():
             folder.mkdir(parents=True, exist_ok=True)
