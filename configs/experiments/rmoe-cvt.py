@@ -3,12 +3,20 @@
 _base_ = '../pipelines/cvt-xtiny_camvid-256x256.py'
 once = ['dense-upstream', 'moe-upstream', 'rmoe-i-upstream']
 bf16 = {'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper'}
+# Half of the configs' iterations: a new head that learns five times as fast
+# makes up for it.
+short = {
+    **bf16, 'optim_wrapper.paramwise_cfg.roles.head': dict(lr_mult=5.0),
+    'param_scheduler.1.end': 500,
+    'train_cfg.max_iters': 500,
+    'train_cfg.val_interval': 500
+}
 options = {
     'dense-upstream': bf16,
     'moe-upstream': bf16,
     'rmoe-i-upstream': bf16,
-    'dense-downstream': bf16,
-    'moe-downstream': bf16,
-    'rmoe-d-downstream': bf16,
-    'rmoe-i-downstream': bf16,
+    'dense-downstream': short,
+    'moe-downstream': short,
+    'rmoe-d-downstream': short,
+    'rmoe-i-downstream': short,
 }
