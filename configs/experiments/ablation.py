@@ -1,7 +1,7 @@
 # What helps RMoE-D, or hurts it: ViT-Ti with ImageNet-21k weights, upcycled
 # straight to CamVid, for half of the configs' 1,000 iterations. 'joint' trains
 # everything from the first iteration; all others but 'non-moe' and 'staged' are
-# 'joint' with one change. What comes of three of them is then evaluated at many
+# 'joint' with one change. What comes of two of them is then evaluated at many
 # capacities (V-MoE, 2106.05974).
 names = ('non-moe', 'joint', 'staged', 'core-joint', 'residual-joint',
          'balance-0', 'balance-0.001', 'bias-balanced', 'no-router-noise',
@@ -97,7 +97,7 @@ options = {
 # Residuals as noise, of this deviation over the core's weights.
 upcycle = {'noise-0.01': ['--noise', '0.01']}
 analyse = {
-    'joint': ['capacity_sweep', 'specialisation'],
+    'joint': ['specialisation'],
     'k2': ['capacity_sweep'],
     'k2-bpr-0.5': ['capacity_sweep']
 }
