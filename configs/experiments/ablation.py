@@ -1,5 +1,5 @@
 # What helps RMoE-D, or hurts it: ViT-Ti with ImageNet-21k weights, upcycled
-# straight to CamVid, for half of the configs' 1,000 iterations. 'joint' trains
+# straight to CamVid, 600 of the configs' 1,000 iterations. 'joint' trains
 # everything from the first iteration; all others but 'non-moe' and 'staged' are
 # 'joint' with one change. What comes of two of them is then evaluated at many
 # capacities (V-MoE, 2106.05974).
@@ -11,15 +11,15 @@ names = ('non-moe', 'joint', 'staged', 'core-joint', 'residual-joint',
          'gradient-chosen')
 pipelines = {name: [name] for name in names}
 steps = {
-    name: '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_upernet_1xb4-1k_camvid-256x256.py'
+    name: '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
     for name in names
 }
-steps['non-moe'] = '../vit_moe/vit-tiny-patch16-in21k-pre_upernet_1xb4-1k_camvid-256x256.py'
+steps['non-moe'] = '../vit_moe/vit-tiny-patch16-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 short = {
     'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper',
-    'param_scheduler.1.end': 500,
-    'train_cfg.max_iters': 500,
-    'train_cfg.val_interval': 500
+    'param_scheduler.1.end': 600,
+    'train_cfg.max_iters': 600,
+    'train_cfg.val_interval': 600
 }
 moe = 'model.backbone.moe.'
 losses = [

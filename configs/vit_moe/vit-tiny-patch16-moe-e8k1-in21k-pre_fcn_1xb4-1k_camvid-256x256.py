@@ -1,5 +1,5 @@
 _base_ = [
-    './vit-tiny-patch16-in21k-pre_upernet_1xb4-1k_camvid-256x256.py',
+    './vit-tiny-patch16-in21k-pre_fcn_1xb4-1k_camvid-256x256.py',
     '../_base_/schedules/rmoe_d.py'
 ]
 # Alternate FFNs of the last half, as in V-MoE.
