@@ -8,7 +8,8 @@ names = ('non-moe', 'joint', 'staged', 'core-joint', 'residual-joint',
          'noise-0.01', 'align-none', 'no-core', 'residual-lr-0.3',
          'residual-lr-3', 'router-lr-0.1', 'e2', 'e4', 'e16', 'k2',
          'k2-bpr-0.5', 'rank-4', 'rank-16', 'last-blocks', 'all-blocks',
-         'gradient-chosen')
+         'gradient-chosen', 'sinkhorn-token-choice', 'softmax-expert-choice',
+         'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')
 pipelines = {name: [name] for name in names}
 steps = {
     name: '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
@@ -93,6 +94,17 @@ options = {
     # What tools/analysis_tools/select_layers.py --batches 16 chose for
     # 'non-moe', seed 0.
     'gradient-chosen': {**joint, moe + 'layers': (0, 1, 2)},
+    # The other routers of 2401.15969.
+    **{
+        name: {**joint, moe + 'router': dict(type=f'{kind}Router')}
+        for name, kind in {
+            'sinkhorn-token-choice': 'SinkhornTokenChoice',
+            'softmax-expert-choice': 'ExpertChoice',
+            'sinkhorn-expert-choice': 'SinkhornExpertChoice',
+            'sparse-expert-choice': 'SparseExpertChoice',
+            'soft-moe': 'Soft'
+        }.items()
+    }
 }
 # Residuals as noise, of this deviation over the core's weights.
 upcycle = {'noise-0.01': ['--noise', '0.01']}

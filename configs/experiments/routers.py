@@ -1,6 +1,6 @@
-# The routers of 2401.15969 at equal compute: one epoch upstream from one dense
-# checkpoint (that of rmoe-swin.py, --dense), then CamVid. The dense model goes
-# on for as long.
+# The routers of 2401.15969 at equal compute, upstream: from one dense checkpoint
+# (that of rmoe-swin.py, --dense) one more epoch of Tiny-ImageNet-100. The dense
+# model goes on for as long.
 routers = {
     'softmax-token-choice': dict(type='TokenChoiceRouter'),
     'sinkhorn-token-choice': dict(type='SinkhornTokenChoiceRouter'),
@@ -9,32 +9,24 @@ routers = {
     'sparse-expert-choice': dict(type='SparseExpertChoiceRouter'),
     'soft-moe': dict(type='SoftRouter'),
 }
-pipelines = {
-    name: ['dense-upstream', f'{name}-upstream', f'{name}-downstream']
-    for name in ('dense-continued', *routers)
-}
-upstream = '../swin_moe/swin-xtiny-patch4-window4-moe-e8k1_1xb64-1e-intermediate_tiny-imagenet-100-64x64.py'
-downstream = '../swin_moe/swin-xtiny-patch4-window4-moe-e8k1_upernet_1xb4-1k-rmoe-i_camvid-256x256.py'
+names = ('dense-continued', *routers)
+pipelines = {name: ['dense-upstream', name] for name in names}
 steps = {
-    f'{name}-{level}': path
-    for name in ('dense-continued', *routers)
-    for level, path in (('upstream', upstream), ('downstream', downstream))
+    name: '../swin_moe/swin-xtiny-patch4-window4-moe-e8k1_1xb64-1e-intermediate_tiny-imagenet-100-64x64.py'
+    for name in names
 }
+steps['dense-upstream'] = '../swin_moe/swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py'
 bf16 = {'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper'}
-dense = {**bf16, 'model.backbone.moe': None, 'custom_hooks': []}
 joint = {
     **bf16, 'custom_hooks': [
         dict(type='rmoe.MoELossHook'),
         dict(type='rmoe.RoutingStatsHook', interval=100)
     ]
 }
-steps['dense-upstream'] = '../swin_moe/swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py'
 options = {
-    'dense-continued-upstream': dense,
-    'dense-continued-downstream': dense,
+    'dense-continued': {**bf16, 'model.backbone.moe': None, 'custom_hooks': []},
     **{
-        f'{name}-{level}': {**joint, 'model.backbone.moe.router': router}
+        name: {**joint, 'model.backbone.moe.router': router}
         for name, router in routers.items()
-        for level in ('upstream', 'downstream')
     }
 }

@@ -225,6 +225,20 @@ def test_the_table_of_pipelines():
                        '1.000', '5', '1.667', '1.000', '3']
 
 
+def test_the_tables_of_variants_and_routers():
+    dense, moe = make('non-moe', {0: 30.}), make('moe', {0: 33.}, flops=4e12)
+    moe.records[0]['steps']['last']['routing'] = {
+        'layer': dict(load=[.25, .75], entropy=.8, unrouted=.1),
+        'other': dict(load=[.5, .5], entropy=1., unrouted=0.)}
+    runs = {'non-moe': dense, 'moe': moe}
+    assert _tables.variants(runs).splitlines()[2:] == [
+        '| non-moe | 30.0 | 30.00 |  | 1.000 | 1.000 |  |',
+        '| moe | 33.0 | 33.00 | +3.00 | 1.000 | 2.000 | 0.50 |']
+    assert _tables.routers(runs).splitlines()[2:] == [
+        '| non-moe | 30.0 | 30.00 |  | 1.000 |  |  |  |',
+        '| moe | 33.0 | 33.00 | +3.00 | 2.000 | 0.900 | 0.50 | 5 % |']
+
+
 def test_the_report(work, tmp_path, capsys):
     records = tmp_path / 'records/rmoe-swin'
     records.mkdir(parents=True)
@@ -241,6 +255,16 @@ def test_the_report(work, tmp_path, capsys):
     assert 'old' not in text and '| rmoe-d | 20.0 | 31.0, 31.0 |' in text
     assert (tmp_path / 'figures/rmoe-swin.png').stat().st_size > 5000
     assert 'ablation: no records' in capsys.readouterr().out
+    (records.parent / 'ablation').mkdir()
+    for name in ('non-moe', 'joint'):
+        (records.parent / f'ablation/{name}-seed0.json').write_text(
+            json.dumps(make(name, {0: 30.}).records[0]))
+    out.write_text(text + ''.join(
+        f'<!-- {name}: begin --><!-- {name}: end -->'
+        for name in ('ablation', 'routers-downstream')))
+    command(report, '--records', records.parent, '--out', out)
+    assert 'vmoe: no records of ablation' in capsys.readouterr().out
+    assert out.read_text().count('| joint | 30.0 | 30.00 | +0.00 |') == 2
     out.write_text('no markers')
     with pytest.raises(SystemExit, match=r'must have the lines .*rmoe-swin'):
         command(report, '--records', records.parent, '--out', out)

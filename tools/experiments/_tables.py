@@ -34,28 +34,27 @@ def variants(runs: Mapping[str, Runs]) -> str:
             each.name, *score(each), '' if each is base else gain(each, base),
             f'{each.loss():.3f}',
             f'{each.cost("flops", True) / base.cost("flops", True):.3f}',
-            f'{each.cost("seconds", True) / base.cost("seconds", True):.2f}',
             f'{loads["smallest_load"]:.2f}' if loads else ''])
     return markdown(
         ('variant', 'seeds', 'mean', f'over {base.name}', 'training loss',
-         'operations', 'seconds', 'smallest load / fair share'), rows)
+         'operations', 'smallest load / fair share'), rows)
 
 
 def routers(runs: Mapping[str, Runs]) -> str:
-    """Routers at equal compute: upstream and downstream."""
+    """Routers at equal compute."""
     base = next(iter(runs.values()))
     rows = []
     for each in runs.values():
         loads = each.routing()
         rows.append([
-            each.name, upstream(each), *score(each),
+            each.name, *score(each),
             '' if each is base else gain(each, base),
             f'{each.cost("flops", True) / base.cost("flops", True):.3f}',
             *([f'{loads["entropy"]:.3f}', f'{loads["smallest_load"]:.2f}',
                f'{100 * loads["unrouted"]:.0f} %'] if loads else 3 * [''])])
     return markdown(
-        ('router', 'upstream top-1', 'seeds', 'mean', f'over {base.name}',
-         'operations', 'load entropy', 'smallest load / fair share',
+        ('router', 'seeds', 'mean', f'over {base.name}', 'operations',
+         'load entropy', 'smallest load / fair share',
          'tokens without expert'), rows)
 
 

@@ -8,8 +8,9 @@ records is left as it is.
 """
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
@@ -24,31 +25,54 @@ ROOT = TOOLS.parent
 Table = Callable[[Mapping[str, Runs]], str]
 Draw = Callable[[Mapping[str, Runs], Path], None]
 
-# By the name of its markers and picture: plan, table, picture.
-REPORTS: dict[str, tuple[str, Table, Draw]] = {
-    'rmoe-swin': ('rmoe-swin', _tables.pipelines, _figures.curves),
-    'rmoe-cvt': ('rmoe-cvt', _tables.pipelines, _figures.curves),
-    'rmoe-bccd': ('rmoe-bccd', _tables.pipelines, _figures.curves),
-    'ablation': ('ablation', _tables.variants, _figures.dots),
-    'routers': ('routers', _tables.routers, _figures.dots),
-    'vmoe': ('ablation', _tables.capacities, _figures.capacities),
-    'specialisation': (
-        'ablation', _tables.specialisation, _figures.specialisation),
+
+class Report(NamedTuple):
+    """A table and a picture of a plan's records.
+
+    Attributes:
+        pipelines: which of the plan; all if not given.
+        analysis: that one of them must have.
+    """
+    plan: str
+    table: Table
+    draw: Draw
+    pipelines: Sequence[str] | None = None
+    analysis: str | None = None
+
+
+# By the name of its markers and of its picture.
+REPORTS = {
+    'rmoe-swin': Report('rmoe-swin', _tables.pipelines, _figures.curves),
+    'rmoe-cvt': Report('rmoe-cvt', _tables.pipelines, _figures.curves),
+    'rmoe-bccd': Report('rmoe-bccd', _tables.pipelines, _figures.curves),
+    'ablation': Report('ablation', _tables.variants, _figures.dots),
+    'routers': Report('routers', _tables.routers, _figures.dots),
+    'routers-downstream': Report(
+        'ablation', _tables.routers, _figures.dots,
+        ('non-moe', 'joint', 'sinkhorn-token-choice', 'softmax-expert-choice',
+         'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')),
+    'vmoe': Report('ablation', _tables.capacities, _figures.capacities,
+                   analysis='capacity_sweep'),
+    'specialisation': Report(
+        'ablation', _tables.specialisation, _figures.specialisation,
+        analysis='specialisation'),
 }
 
 
 def main() -> None:
     args = parse_args()
     text = args.out.read_text()
-    for name, (plan, table, draw) in REPORTS.items():
-        runs = read(args.records / plan, pipelines_of(plan))
-        if not runs:
-            print(f'{name}: no records of {plan}')
+    for name, each in REPORTS.items():
+        runs = read(args.records / each.plan,
+                    each.pipelines or pipelines_of(each.plan))
+        if not any(each.analysis in (None, *record['analyses'])
+                   for run in runs.values() for record in run.records.values()):
+            print(f'{name}: no records of {each.plan}')
             continue
-        text = put(text, name, table(runs), args.out)
+        text = put(text, name, each.table(runs), args.out)
         picture = args.out.parent / 'figures' / f'{name}.png'
         picture.parent.mkdir(exist_ok=True)
-        draw(runs, picture)
+        each.draw(runs, picture)
         print(f'{name}: {len(runs)} pipelines')
     args.out.write_text(text)
     print(f'wrote {args.out}')
