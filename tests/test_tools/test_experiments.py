@@ -89,6 +89,7 @@ def test_an_experiment(work, plan, trained, monkeypatch, capsys):
         assert sum(layer['load']) == pytest.approx(1, abs=1e-3)
     measured = one['analyses']['specialisation']
     assert measured['images'] == 3 and len(measured['layers']) == 3
+    assert not {'config', 'checkpoint'} & set(measured)  # someone's paths
     runs = work / 'runs/plan'
     assert 'seed=4' in (runs / 'seed4/first+moe/step.py').read_text()
     # a second time nothing is trained, and records come out the same
@@ -193,12 +194,14 @@ def test_records_have_a_line_for_each_list():
 
 
 def make(name, scores, flops=2e12, upstream=20.):
-    """Records of a pipeline of two steps."""
+    """Records of a pipeline of three steps."""
     return _results.Runs(name, {seed: dict(
         pipeline=name, seed=seed, scores=dict(mIoU=score), analyses={},
         steps=dict(
-            first=dict(scores={'accuracy/top1': upstream}, routing={},
-                       cost=dict(flops=1e12, seconds=60)),
+            first=dict(scores={'accuracy/top1': 10.}, routing={},
+                       cost=dict(flops=5e11, seconds=30)),
+            second=dict(scores={'accuracy/top1': upstream}, routing={},
+                        cost=dict(flops=5e11, seconds=30)),
             last=dict(scores=dict(mIoU=score), routing={},
                       curve=dict(loss=[[50, 2.], [100, 1.]], score=[]),
                       cost=dict(flops=flops, seconds=120))))
@@ -256,7 +259,7 @@ def test_the_report(work, tmp_path, capsys):
     assert (tmp_path / 'figures/rmoe-swin.png').stat().st_size > 5000
     assert 'ablation: no records' in capsys.readouterr().out
     (records.parent / 'ablation').mkdir()
-    for name in ('non-moe', 'joint'):
+    for name in ('non-moe', 'joint', 'staged'):
         (records.parent / f'ablation/{name}-seed0.json').write_text(
             json.dumps(make(name, {0: 30.}).records[0]))
     out.write_text(text + ''.join(
@@ -265,10 +268,12 @@ def test_the_report(work, tmp_path, capsys):
     command(report, '--records', records.parent, '--out', out)
     assert 'vmoe: no records of ablation' in capsys.readouterr().out
     assert out.read_text().count('| joint | 30.0 | 30.00 | +0.00 |') == 2
-    out.write_text('no markers')
-    with pytest.raises(SystemExit, match=r'must have the lines .*rmoe-swin'):
-        command(report, '--records', records.parent, '--out', out)
-    assert out.read_text() == 'no markers'
+    assert out.read_text().count('| staged |') == 1
+    for text in ('no markers', '<!-- rmoe-swin: end -->'):
+        out.write_text(text)
+        with pytest.raises(SystemExit, match='must have the lines .*-swin'):
+            command(report, '--records', records.parent, '--out', out)
+        assert out.read_text() == text
 
 
 def test_the_table_of_capacities():

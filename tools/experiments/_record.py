@@ -76,9 +76,8 @@ def curve(folder: Path) -> dict[str, list]:
             loss[last] = round(line['loss'], 4)
         elif scores(line):
             score[last] = next(iter(scores(line).items()))
-    return dict(
-        loss=[[step, loss[step]] for step in sorted(loss)],
-        score=[[step, *score[step]] for step in sorted(score)])
+    return dict(loss=[[step, value] for step, value in loss.items()],
+                score=[[step, *value] for step, value in score.items()])
 
 
 def routing(folder: Path) -> dict[str, dict[str, Any]]:

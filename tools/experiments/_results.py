@@ -87,7 +87,7 @@ def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     for rows in zip(*each, strict=True):
         averaged.append({
             key: mean(row[key] for row in rows)
-            if isinstance(value, float) and key != 'capacity' else value
+            if isinstance(value, float) else value
             for key, value in rows[0].items()})
     return averaged
 
