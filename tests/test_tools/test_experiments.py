@@ -271,7 +271,7 @@ def test_the_report(work, tmp_path, capsys):
     assert out.read_text().count('| staged |') == 1
     for text in ('no markers', '<!-- rmoe-swin: end -->'):
         out.write_text(text)
-        with pytest.raises(SystemExit, match='must have the lines .*-swin'):
+        with pytest.raises(SystemExit, match=r'must have the lines .*-swin'):
             command(report, '--records', records.parent, '--out', out)
         assert out.read_text() == text
 
