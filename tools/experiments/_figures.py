@@ -19,6 +19,9 @@ def curves(runs: Mapping[str, Runs], path: Path) -> None:
         left.plot(iterations, losses, color=colour, label=name)
     left.set(xlabel='iteration', ylabel='training loss, mean over seeds',
              yscale='log')
+    for kind in (left.yaxis.set_major_formatter,
+                 left.yaxis.set_minor_formatter):
+        kind('{x:g}')
     left.grid(alpha=0.3, which='both')
     left.legend(fontsize=8)
     _dots(right, runs)

@@ -65,7 +65,7 @@ def main() -> None:
     for name, each in REPORTS.items():
         runs = read(args.records / each.plan,
                     each.pipelines or pipelines_of(each.plan))
-        if not any(each.analysis in (None, *record['analyses'])
+        if not any(each.analysis in (None, *record.get('analyses', ()))
                    for run in runs.values() for record in run.records.values()):
             print(f'{name}: no records of {each.plan}')
             continue
