@@ -58,18 +58,17 @@ def test_a_good_config(work, configs, capsys, upcycled, tmp_path,
     assert '3 MoE layers' in out
     assert 'auxiliary losses: importance, load' in out
     assert 'moe.pth: fits\n' in out
-    # 600 iterations, stages end at 0.2 and 0.4
+    # 600 iterations, the first stage ends at 0.2
     assert 'stage core: 120 iterations, 0 to 119' in out
-    assert 'stage residual: 120 iterations, 120 to 239' in out
-    assert 'stage joint: 360 iterations, 240 to 599' in out
+    assert 'stage joint: 480 iterations, 120 to 599' in out
     trains = re.findall(r'^    (core|residual|router|head) .* (yes|no)$', out,
                         re.M)
     assert [word for _, word in trains] == [
-        'yes', 'no', 'no', 'yes', 'no', 'yes', 'yes', 'yes', *['yes'] * 4]
+        'yes', 'no', 'no', 'yes', *['yes'] * 4]
     # Gradients and two moments of AdamW, four bytes each
     joint = out[out.index('stage joint'):]
     assert 'weights 37.6 MB, optimizer 75.1 MB, gradients 37.6 MB' in joint
-    core = out[out.index('stage core'):out.index('stage residual')]
+    core = out[out.index('stage core'):out.index('stage joint')]
     assert 'optimizer 24.6 MB, gradients 12.3 MB' in core
     # Nothing is left behind.
     assert list(tmp_path.iterdir()) == []
@@ -132,8 +131,8 @@ BROKEN = {
     'no bias hook': (
         ['model.backbone.moe.router.type=BiasBalancedRouter'],
         r'without dict\(type=.rmoe\.BalanceBiasHook'),
-    'stages': (['custom_hooks.0.stages.0.end=0.7'],
-               r"stage 'residual' ends at iteration 240, not after 420"),
+    'stages': (['custom_hooks.0.stages.1.end=0.1'],
+               r"stage 'joint' ends at iteration 60, not after 120"),
     'MoE blocks': (['model.backbone.moe.layers=((),(),(9,),())'],
                    r'moe\.layers\[2\] names block 9'),
     'hooks without experts': (['model.backbone.moe=None'],

@@ -25,7 +25,7 @@ from rmoe.registry import MODELS
 CONFIG = (Path(__file__).parents[3] / 'configs/swin_moe' /
           'swin-tiny-patch4-window7-moe-e8k1-in1k-pre_upernet_8xb2-160k_'
           'ade20k-512x512.py')
-# As in configs/_base_/schedules/rmoe_d.py.
+# By the roles that train; configs have some of them.
 STAGES = {'core': ('core', 'head'),
           'residual': ('residual', 'router', 'head'), 'joint': ROLES}
 
