@@ -3,10 +3,10 @@
 # everything from the first iteration; all others but 'non-moe' and 'staged' are
 # 'joint' with one change. What comes of two of them is then evaluated at many
 # capacities (V-MoE, 2106.05974).
-names = ('non-moe', 'joint', 'staged', 'core-joint', 'residual-joint',
-         'balance-0', 'balance-0.001', 'bias-balanced', 'no-router-noise',
-         'noise-0.01', 'align-none', 'no-core', 'residual-lr-0.3',
-         'residual-lr-3', 'router-lr-0.1', 'e2', 'e4', 'e16', 'k2',
+names = ('non-moe', 'core-joint', 'core-half-joint', 'joint', 'staged',
+         'residual-joint', 'balance-0', 'balance-0.001', 'bias-balanced',
+         'no-router-noise', 'noise-0.01', 'align-none', 'no-core',
+         'residual-lr-0.3', 'residual-lr-3', 'router-lr-0.1', 'e2', 'e4', 'e16', 'k2',
          'k2-bpr-0.5', 'rank-4', 'rank-16', 'last-blocks', 'all-blocks',
          'gradient-chosen', 'sinkhorn-token-choice', 'softmax-expert-choice',
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')
@@ -54,6 +54,8 @@ options = {
             name='residual', roles=('residual', 'router', 'head'), end=0.4)),
     'core-joint': staged(
         dict(name='core', roles=('core', 'head'), end=0.2)),
+    'core-half-joint': staged(
+        dict(name='core', roles=('core', 'head'), end=0.5)),
     'residual-joint': staged(
         dict(name='residual', roles=('residual', 'router', 'head'), end=0.2)),
     'balance-0': router(loss_weights={}),
