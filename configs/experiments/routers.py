@@ -7,7 +7,8 @@ routers = {
     'softmax-expert-choice': dict(type='ExpertChoiceRouter'),
     'sinkhorn-expert-choice': dict(type='SinkhornExpertChoiceRouter'),
     'sparse-expert-choice': dict(type='SparseExpertChoiceRouter'),
-    'soft-moe': dict(type='SoftRouter'),
+    # As many slots as an image has tokens in the third stage.
+    'soft-moe': dict(type='SoftRouter', slots_per_expert=2),
 }
 names = ('dense-continued', *routers)
 pipelines = {name: ['dense-upstream', name] for name in names}
