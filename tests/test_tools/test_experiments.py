@@ -216,6 +216,15 @@ def test_gains_are_paired_by_seed():
         make('moe', {7: 1.}).gain(dense)
 
 
+def test_losses_are_those_of_the_last_quarter_and_of_common_seeds():
+    dense, moe = make('dense', {0: 1., 1: 1.}), make('moe', {1: 1., 2: 1.})
+    assert dense.loss() == {0: 1., 1: 1.}
+    for runs, seed, last in ((dense, 0, 9.), (dense, 1, 2.), (moe, 1, 3.)):
+        runs.last_step(seed)['curve']['loss'] = [[75, 7.], [80, last],
+                                                 [100, last]]
+    assert moe.loss_over(dense) == 1.5
+
+
 def test_the_table_of_pipelines():
     runs = {each.name: each for each in (
         make('non-moe', {0: 30., 1: 32.}),

@@ -43,16 +43,23 @@ class Runs:
                 record['steps'].values())[-1 if last_only else 0:])
             for record in self.records.values())
 
-    def loss(self) -> float:
-        """Training loss of the last step over its last quarter, mean over
-        seeds: batches of one seed are the same in all pipelines."""
-        each = []
+    def loss(self) -> dict[int, float]:
+        """Training loss of the last step over its last quarter, by seed."""
+        found = {}
         for seed in self.records:
             losses = self.last_step(seed)['curve']['loss']
             last = losses[-1][0]
-            each.append(mean(loss for step, loss in losses
-                             if step > 0.75 * last))
-        return mean(each)
+            found[seed] = mean(loss for step, loss in losses
+                               if step > 0.75 * last)
+        return found
+
+    def loss_over(self, base: 'Runs') -> float:
+        """Ratio of means over the seeds both have: their batches are the
+        same."""
+        mine, theirs = self.loss(), base.loss()
+        both = mine.keys() & theirs.keys()
+        return (sum(mine[seed] for seed in both) /
+                sum(theirs[seed] for seed in both))
 
     def last_step(self, seed: int) -> dict[str, Any]:
         return list(self.records[seed]['steps'].values())[-1]

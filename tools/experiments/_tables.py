@@ -13,15 +13,16 @@ def pipelines(runs: Mapping[str, Runs]) -> str:
     for name, each in runs.items():
         rows.append([
             name, upstream(each), *score(each),
-            '' if name == DENSE else gain(each, base), f'{each.loss():.3f}',
+            '' if name == DENSE else gain(each, base),
+            f'{each.loss_over(base):.3f}',
             f'{each.cost("flops") / 1e12:.0f}',
             *(f'{each.cost("flops") / runs[other].cost("flops"):.3f}'
               if other in runs else '' for other in (DENSE, 'moe')),
             f'{each.cost("seconds") / 60:.0f}'])
     return markdown(
         ('pipeline', 'upstream top-1', 'seeds', 'mean', 'over non-moe',
-         'training loss', 'operations, 10^12', 'over non-moe', 'over moe',
-         'minutes'), rows)
+         'training loss / non-moe', 'operations, 10^12', 'over non-moe',
+         'over moe', 'minutes'), rows)
 
 
 def variants(runs: Mapping[str, Runs]) -> str:
@@ -32,12 +33,13 @@ def variants(runs: Mapping[str, Runs]) -> str:
         loads = each.routing()
         rows.append([
             each.name, *score(each), '' if each is base else gain(each, base),
-            f'{each.loss():.3f}',
+            f'{each.loss_over(base):.3f}',
             f'{each.cost("flops", True) / base.cost("flops", True):.3f}',
             f'{loads["smallest_load"]:.2f}' if loads else ''])
     return markdown(
-        ('variant', 'seeds', 'mean', f'over {base.name}', 'training loss',
-         'operations', 'smallest load / fair share'), rows)
+        ('variant', 'seeds', 'mean', f'over {base.name}',
+         f'training loss / {base.name}', 'operations',
+         'smallest load / fair share'), rows)
 
 
 def routers(runs: Mapping[str, Runs]) -> str:
