@@ -295,5 +295,7 @@ def test_the_table_of_capacities():
                  skipped=.5),
             dict(order='batch prioritised', capacity=.5, score=low + 4,
                  gflops=2., skipped=.25)])
-    last = _tables.capacities({'k2': runs}).splitlines()[-1]
-    assert last == '| k2 | 0.5 | 1.000 | 25 % | 41.00 | 45.00 |'
+    dense = make('non-moe', {0: 51., 1: 52., 2: 90.})
+    lines = _tables.capacities({'non-moe': dense, 'k2': runs}).splitlines()
+    assert lines[2] == '| non-moe, same seeds |  | 1.000 |  | 51.50 |  |'
+    assert lines[-1] == '| k2 | 0.5 | 1.000 | 25 % | 41.00 | 45.00 |'

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from _results import Runs, mean_rows, specialised, sweeps
+from _results import Runs, mean_rows, specialised, sweeps, swept_seeds
 from matplotlib.figure import Figure
 
 # Matplotlib's first colours differ for colour-blind eyes as well.
@@ -11,7 +11,7 @@ COLOURS = [f'C{i}' for i in range(10)]
 
 
 def curves(runs: Mapping[str, Runs], path: Path) -> None:
-    """Downstream loss by iteration, and the scores it came to."""
+    """Downstream loss by iteration, and what it came to."""
     figure = Figure((9, 3.6), dpi=110, layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for (name, each), colour in zip(runs.items(), COLOURS):
@@ -29,7 +29,7 @@ def curves(runs: Mapping[str, Runs], path: Path) -> None:
 
 
 def dots(runs: Mapping[str, Runs], path: Path) -> None:
-    """The score of every seed, and the means."""
+    """What every seed gained over the first pipeline, and the means."""
     figure = Figure((7, 1.2 + 0.26 * len(runs)), dpi=110,
                     layout='constrained')
     _dots(figure.add_subplot(), runs)
@@ -37,23 +37,20 @@ def dots(runs: Mapping[str, Runs], path: Path) -> None:
 
 
 def _dots(axes, runs: Mapping[str, Runs]) -> None:
+    base = next(iter(runs.values()))
     for row, each in enumerate(runs.values()):
-        scores = list(each.scores().values())
-        axes.plot(scores, [row] * len(scores), 'o', color='C0', alpha=0.5,
-                  markersize=5)
-        axes.plot([each.mean()], [row], '|', color='black', markersize=14,
-                  markeredgewidth=2)
-    axes.axvline(next(iter(runs.values())).mean(), color='grey',
-                 linestyle=':')
+        gains = each.gains(base)
+        axes.scatter(list(gains.values()), [row] * len(gains),
+                     c=[COLOURS[seed % 10] for seed in gains], alpha=0.6, s=25)
+        axes.plot([mean(gains.values())], [row], '|', color='black',
+                  markersize=14, markeredgewidth=2)
+    axes.axvline(0, color='grey', linestyle=':')
+    record = base.records[next(iter(base.records))]
     axes.set(yticks=range(len(runs)), yticklabels=list(runs),
-             xlabel=score_name(runs))
+             xlabel=f'{next(iter(record["scores"]))} over {base.name}\n'
+             'a colour for each seed; | is the mean')
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis='x')
-
-
-def score_name(runs: Mapping[str, Runs]) -> str:
-    record = next(iter(next(iter(runs.values())).records.values()))
-    return f'{next(iter(record["scores"]))}; | is the mean'
 
 
 def mean_loss(runs: Runs) -> tuple[list[int], list[float]]:
@@ -87,8 +84,9 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
         axes.axvline(rows[0]['dense_gflops'], color='black', linestyle='--',
                      linewidth=1, label='dense backbone, operations')
         if 'non-moe' in runs:
-            axes.plot([rows[0]['dense_gflops']], [runs['non-moe'].mean()],
-                      '*', color='black', markersize=12, label='dense model')
+            dense = runs['non-moe'].mean(swept_seeds(each))
+            axes.plot([rows[0]['dense_gflops']], [dense], '*', color='black',
+                      markersize=12, label='dense model')
         axes.set(title=name, xlabel='GFLOPs of the backbone, one image')
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel('mIoU, mean over seeds')

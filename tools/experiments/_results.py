@@ -23,18 +23,30 @@ class Runs:
         return {seed: next(iter(record['scores'].values()))
                 for seed, record in self.records.items()}
 
-    def mean(self) -> float:
-        return mean(self.scores().values())
+    def mean(self, seeds: Iterable[int] | None = None) -> float:
+        """Of the scores of these seeds, or of all."""
+        scores = self.scores()
+        return mean(scores[seed] for seed in (
+            scores if seeds is None else seeds))
 
-    def gain(self, base: 'Runs') -> tuple[float, float | None]:
-        """Mean difference to another pipeline over the seeds both have, and
-        its standard error, None for fewer than two."""
+    def gains(self, base: 'Runs') -> dict[int, float]:
+        """Differences to another pipeline, for the seeds both have.
+
+        Raises:
+            ValueError: if they share none.
+        """
         mine, theirs = self.scores(), base.scores()
-        both = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        both = {seed: mine[seed] - theirs[seed]
+                for seed in mine if seed in theirs}
         if not both:
             raise ValueError(f'{self.name} and {base.name} share no seed')
-        return mean(both), (
-            stdev(both) / len(both) ** .5 if len(both) > 1 else None)
+        return both
+
+    def gain(self, base: 'Runs') -> tuple[float, float | None]:
+        """Mean of the gains, and its standard error, None for one seed."""
+        gains = list(self.gains(base).values())
+        return mean(gains), (
+            stdev(gains) / len(gains) ** .5 if len(gains) > 1 else None)
 
     def cost(self, what: str, last_only: bool = False) -> float:
         """Mean over seeds of a cost, summed over the steps or of the last."""
@@ -81,11 +93,15 @@ def read(folder: Path, order: Sequence[str]) -> dict[str, Runs]:
             for name in order if name in found}
 
 
+def swept_seeds(runs: Runs) -> list[int]:
+    return [seed for seed, record in runs.records.items()
+            if 'capacity_sweep' in record.get('analyses', {})]
+
+
 def sweeps(runs: Runs) -> list[list[dict[str, Any]]]:
     """Rows of capacity_sweep.py, by seed."""
-    return [record['analyses']['capacity_sweep']['rows']
-            for record in runs.records.values()
-            if 'capacity_sweep' in record.get('analyses', {})]
+    return [runs.records[seed]['analyses']['capacity_sweep']['rows']
+            for seed in swept_seeds(runs)]
 
 
 def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
