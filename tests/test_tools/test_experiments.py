@@ -216,6 +216,13 @@ def test_gains_are_paired_by_seed():
         make('moe', {7: 1.}).gain(dense)
 
 
+def test_average_precision_is_in_percent():
+    runs = make('x', {0: 50.})
+    assert runs.scores() == {0: 50.}
+    runs.records[0]['scores'] = {'coco/bbox_mAP': .5}
+    assert runs.scores() == {0: 50.}
+
+
 def test_losses_are_those_of_the_last_quarter_and_of_common_seeds():
     dense, moe = make('dense', {0: 1., 1: 1.}), make('moe', {1: 1., 2: 1.})
     assert dense.loss() == {0: 1., 1: 1.}

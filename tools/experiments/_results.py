@@ -19,9 +19,13 @@ class Runs:
     records: dict[int, dict[str, Any]]
 
     def scores(self) -> dict[int, float]:
-        """The main score, by seed."""
-        return {seed: next(iter(record['scores'].values()))
-                for seed, record in self.records.items()}
+        """The main score by seed, in percent: COCO's evaluator counts to 1,
+        all others to 100."""
+        found = {}
+        for seed, record in self.records.items():
+            name, score = next(iter(record['scores'].items()))
+            found[seed] = 100 * score if name.startswith('coco/') else score
+        return found
 
     def mean(self, seeds: Iterable[int] | None = None) -> float:
         """Of the scores of these seeds, or of all."""
