@@ -69,8 +69,8 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
             figure.subplots(1, len(swept), sharey=True, squeeze=False)[0],
             swept.items()):
         rows = mean_rows(sweeps(each))
-        for order, colour in (('first come', 'C0'),
-                              ('batch prioritised', 'C1')):
+        for order, colour, above in (('first come', 'C0', -9),
+                                     ('batch prioritised', 'C1', 4)):
             chosen = [row for row in rows if row['order'] == order]
             axes.plot([row['gflops'] for row in chosen],
                       [row['score'] for row in chosen], 'o-', color=colour,
@@ -78,7 +78,7 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
             for row in chosen:
                 axes.annotate(f'{row["capacity"]:g}',
                               (row['gflops'], row['score']), fontsize=7,
-                              xytext=(3, -9), textcoords='offset points')
+                              xytext=(3, above), textcoords='offset points')
         axes.axhline(rows[0]['score'], color='grey', linestyle=':',
                      label='nothing dropped')
         axes.axvline(rows[0]['dense_gflops'], color='black', linestyle='--',
