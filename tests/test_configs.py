@@ -276,8 +276,9 @@ def test_name_tells_the_pretraining(path):
 def test_name_tells_the_heads(path):
     cfg, name = load(path), path.stem
     if kind_of(cfg) == 'seg':
-        assert '_upernet_' in name
-        assert cfg.model.decode_head.type == 'UPerHead'
+        heads = dict(upernet='UPerHead', fcn='FCNHead')
+        assert cfg.model.decode_head.type == heads[
+            re.search('_(upernet|fcn)_', name)[1]]
     elif kind_of(cfg) == 'det':
         assert cfg.model.type == DETECTORS[name.split('_')[0]]
         neck = re.search('_(fpn|sfp)_', name)

@@ -110,7 +110,9 @@ def shrink(cfg: Config) -> Config:
         widths = [16] * len(widths)
     if kind_of(cfg) == 'seg':
         cfg.model.data_preprocessor.size = (SIDE, SIDE)
-        cfg.model.decode_head.in_channels = widths
+        cfg.model.decode_head.in_channels = (
+            widths if cfg.model.decode_head.type == 'UPerHead'
+            else widths[-1])
         if cfg.model.get('auxiliary_head'):
             cfg.model.auxiliary_head.in_channels = widths[
                 cfg.model.auxiliary_head.in_index]
