@@ -38,19 +38,22 @@ def dots(runs: Mapping[str, Runs], path: Path) -> None:
 
 def _dots(axes, runs: Mapping[str, Runs]) -> None:
     base = next(iter(runs.values()))
-    for row, each in enumerate(runs.values()):
-        gains = each.gains(base)
-        axes.scatter(list(gains.values()), [row] * len(gains),
-                     c=[COLOURS[seed % 10] for seed in gains], alpha=0.6, s=25)
-        axes.plot([mean(gains.values())], [row], '|', color='black',
-                  markersize=14, markeredgewidth=2)
+    gains = [each.gains(base) for each in runs.values()]
+    for seed in base.records:
+        shown = [(one[seed], row) for row, one in enumerate(gains)
+                 if seed in one]
+        axes.scatter(*zip(*shown), color=COLOURS[seed % 10], alpha=0.6, s=25,
+                     label=f'seed {seed}')
+    axes.plot([mean(one.values()) for one in gains], range(len(gains)), '|',
+              color='black', markersize=14, markeredgewidth=2, label='mean')
     axes.axvline(0, color='grey', linestyle=':')
     record = base.records[next(iter(base.records))]
     axes.set(yticks=range(len(runs)), yticklabels=list(runs),
-             xlabel=f'{next(iter(record["scores"]))} over {base.name}\n'
-             'a colour for each seed; | is the mean')
+             xlabel=f'{next(iter(record["scores"]))} over {base.name}')
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis='x')
+    axes.figure.legend(*axes.get_legend_handles_labels(), ncols=4, fontsize=8,
+                       loc='outside lower right')
 
 
 def mean_loss(runs: Runs) -> tuple[list[int], list[float]]:
