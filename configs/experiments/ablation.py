@@ -6,8 +6,8 @@
 names = ('non-moe', 'core-joint', 'core-half-joint', 'joint', 'staged',
          'residual-joint', 'balance-0', 'balance-0.001', 'bias-balanced',
          'no-router-noise', 'noise-0.01', 'align-none', 'no-core',
-         'residual-lr-0.3', 'residual-lr-3', 'router-lr-0.1', 'e2', 'e4', 'e16', 'k2',
-         'k2-bpr-0.5', 'rank-4', 'rank-16', 'last-blocks', 'all-blocks',
+         'residual-lr-0.3', 'residual-lr-3', 'router-lr-0.1', 'e1', 'e2', 'e4',
+         'e16', 'k2', 'k2-bpr-0.5', 'rank-4', 'rank-16', 'last-blocks', 'all-blocks',
          'gradient-chosen', 'sinkhorn-token-choice', 'softmax-expert-choice',
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')
 pipelines = {name: [name] for name in names}
@@ -80,6 +80,9 @@ options = {
         **joint,
         'optim_wrapper.paramwise_cfg.roles.router.lr_mult': 0.1
     },
+    # Nothing to choose, but core and residual both move: what this gains is not
+    # the experts'.
+    'e1': {**joint, moe + 'num_experts': 1},
     'e2': {**joint, moe + 'num_experts': 2},
     'e4': {**joint, moe + 'num_experts': 4},
     'e16': {**joint, moe + 'num_experts': 16},
