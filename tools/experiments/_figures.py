@@ -49,8 +49,8 @@ def _dots(axes, runs: Mapping[str, Runs]) -> None:
     axes.axvline(0, color='grey', linestyle=':')
     record = base.records[next(iter(base.records))]
     axes.set(yticks=range(len(runs)), yticklabels=list(runs),
+             ylim=(len(runs) - 0.4, -0.6),
              xlabel=f'{next(iter(record["scores"]))} over {base.name}')
-    axes.invert_yaxis()
     axes.grid(alpha=0.3, axis='x')
     axes.figure.legend(*axes.get_legend_handles_labels(), ncols=4, fontsize=8,
                        loc='outside lower right')
@@ -72,16 +72,21 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
             figure.subplots(1, len(swept), sharey=True, squeeze=False)[0],
             swept.items()):
         rows = mean_rows(sweeps(each))
-        for order, colour, above in (('first come', 'C0', -9),
-                                     ('batch prioritised', 'C1', 4)):
+        for order, colour in (('first come', 'C0'),
+                              ('batch prioritised', 'C1')):
             chosen = [row for row in rows if row['order'] == order]
             axes.plot([row['gflops'] for row in chosen],
                       [row['score'] for row in chosen], 'o-', color=colour,
                       markersize=4, label=order)
-            for row in chosen:
-                axes.annotate(f'{row["capacity"]:g}',
-                              (row['gflops'], row['score']), fontsize=7,
-                              xytext=(3, above), textcoords='offset points')
+        labelled = 0.0
+        for row in rows:
+            # Above a capacity where nothing is dropped all points are one.
+            if row['order'] == 'first come' and (
+                    row['gflops'] > 1.01 * labelled):
+                labelled = row['gflops']
+                axes.annotate(f'{row["capacity"]:g}', (labelled, row['score']),
+                              fontsize=7, xytext=(4, -9),
+                              textcoords='offset points')
         axes.axhline(rows[0]['score'], color='grey', linestyle=':',
                      label='nothing dropped')
         axes.axvline(rows[0]['dense_gflops'], color='black', linestyle='--',
