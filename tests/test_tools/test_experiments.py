@@ -166,7 +166,8 @@ def test_the_curve_of_a_resumed_run(tmp_path):
         dict(loss=4., iter=10), dict(loss=3., iter=20),
         dict(mIoU=11., step=20), dict(loss=2., iter=30)])
     write_log(tmp_path, '3_resumed', [
-        dict(loss=2.5, iter=30), dict(loss=1., iter=40),
+        dict(loss=2.5, iter=30),
+        dict(loss=1.75, loss_moe_load=.5, loss_moe_importance=.25, iter=40),
         dict(mIoU=22., step=40)])
     assert _record.curve(tmp_path) == dict(
         loss=[[10, 4.], [20, 3.], [30, 2.5], [40, 1.]],

@@ -66,14 +66,17 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
 
 def curve(folder: Path) -> dict[str, list]:
     """Loss and scores of all runs in a work dir, by iteration; of what a
-    stopped run did again, the second time."""
+    stopped run did again, the second time. The loss is that of the task: a
+    dense model has no ``loss_moe_*`` to compare with."""
     loss: dict[int, float] = {}
     score: dict[int, list] = {}
     last = 0
     for line in _lines(folder):
         if 'loss' in line:
             last = line['iter']
-            loss[last] = round(line['loss'], 4)
+            loss[last] = round(line['loss'] - sum(
+                value for key, value in line.items()
+                if key.startswith('loss_moe_')), 4)
         elif scores(line):
             score[last] = next(iter(scores(line).items()))
     return dict(loss=[[step, value] for step, value in loss.items()],
