@@ -3,8 +3,8 @@
 # everything from the first iteration; all others but 'non-moe' and 'staged' are
 # 'joint' with one change. What comes of two of them is then evaluated at many
 # capacities (V-MoE, 2106.05974).
-names = ('non-moe', 'core-joint', 'core-half-joint', 'joint', 'staged',
-         'residual-joint', 'balance-0', 'balance-0.001', 'bias-balanced',
+names = ('non-moe', 'core-joint', 'core-joint-e4', 'core-half-joint', 'joint',
+         'staged', 'residual-joint', 'balance-0', 'balance-0.001', 'bias-balanced',
          'no-router-noise', 'noise-0.01', 'align-none', 'no-core',
          'residual-lr-0.3', 'residual-lr-3', 'router-lr-0.1', 'e1', 'e2', 'e4',
          'e16', 'k2', 'k2-bpr-0.5', 'rank-4', 'rank-16', 'last-blocks', 'all-blocks',
@@ -54,6 +54,11 @@ options = {
             name='residual', roles=('residual', 'router', 'head'), end=0.4)),
     'core-joint': staged(
         dict(name='core', roles=('core', 'head'), end=0.2)),
+    # The two that won.
+    'core-joint-e4': {
+        **staged(dict(name='core', roles=('core', 'head'), end=0.2)),
+        moe + 'num_experts': 4
+    },
     'core-half-joint': staged(
         dict(name='core', roles=('core', 'head'), end=0.5)),
     'residual-joint': staged(
