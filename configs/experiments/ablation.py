@@ -1,8 +1,8 @@
 # What helps RMoE-D, or hurts it: ViT-Ti with ImageNet-21k weights, upcycled
 # straight to CamVid, 600 of the configs' 1,000 iterations. 'joint' trains
-# everything from the first iteration; all others but 'non-moe' and 'staged' are
-# 'joint' with one change. What comes of two of them is then evaluated at many
-# capacities (V-MoE, 2106.05974).
+# everything from the first iteration; the others are 'joint' with one change,
+# 'staged', 'core-joint-e4' and 'k2-bpr-0.5' with more. What comes of the K = 2
+# is then evaluated at many capacities (V-MoE, 2106.05974).
 names = ('non-moe', 'core-joint', 'core-joint-e4', 'core-half-joint', 'joint',
          'staged', 'residual-joint', 'balance-0', 'balance-0.001', 'bias-balanced',
          'no-router-noise', 'noise-0.01', 'align-none', 'no-core',
@@ -41,6 +41,9 @@ def staged(*stages):
         ])
 
 
+core_joint = staged(dict(name='core', roles=('core', 'head'), end=0.2))
+
+
 def router(**settings):
     return {**joint, moe + 'router': dict(type='TokenChoiceRouter', **settings)}
 
@@ -52,13 +55,9 @@ options = {
         dict(name='core', roles=('core', 'head'), end=0.2),
         dict(
             name='residual', roles=('residual', 'router', 'head'), end=0.4)),
-    'core-joint': staged(
-        dict(name='core', roles=('core', 'head'), end=0.2)),
-    # The two that won.
-    'core-joint-e4': {
-        **staged(dict(name='core', roles=('core', 'head'), end=0.2)),
-        moe + 'num_experts': 4
-    },
+    'core-joint': core_joint,
+    # Two that are ahead each by itself.
+    'core-joint-e4': {**core_joint, moe + 'num_experts': 4},
     'core-half-joint': staged(
         dict(name='core', roles=('core', 'head'), end=0.5)),
     'residual-joint': staged(

@@ -1,7 +1,8 @@
 # RMoE-D: a dense checkpoint, upcycled and fine-tuned on the downstream task.
 # A new head and the warm-up meet a dense model, at its cost; then everything
 # trains. The paper does not say who trains when: of the orders compared in
-# docs/results.md this one has the highest mean, by less than its noise.
+# docs/results.md this one has the highest mean, by less than its noise (eight
+# experts; four did better without a core stage).
 custom_hooks = [
     dict(
         type='rmoe.ResidualMoEHook',
