@@ -1,56 +1,85 @@
-"""The few lines a current PyTorch needs to run mmengine 0.10."""
-from pathlib import Path
+"""What versions of torch differ in; nothing else in rmoe asks for a version.
+
+Each row of the table is a feature: the torch it came with, where torch has
+it, and what stands in before. Features that nothing can stand in for are
+asked for by :func:`require`.
+"""
+import re
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-from mmengine.dist import barrier, is_main_process
-from mmengine.runner import checkpoint as mmengine_checkpoint
-from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import flop_counter
 
-from rmoe.upcycling.formats import read_checkpoint
+OLDEST_TORCH = '2.1'
 
 
-def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
-    """mmengine's loader of local files, by way of our safe reader.
+def release(version: str) -> tuple[int, ...]:
+    """(2, 14) of '2.14.1+cu130'."""
+    return tuple(map(int, re.findall(r'\d+', version)[:2]))
 
-    torch >= 2.6 refuses what mmengine 0.10 pickles into a checkpoint beside
-    its tensors. The reader takes the tensors and plain values and leaves the
-    rest out; it also reads .safetensors and says what is wrong with a broken
-    file.
+
+def has_torch(version: str) -> bool:
+    """Is this torch of that version or newer?"""
+    return release(torch.__version__) >= release(version)
+
+
+def require(feature: str, version: str) -> None:
+    """Refuse what this torch is too old for.
+
+    Raises:
+        ValueError: that names the feature, the version it needs and this one.
     """
-    # A resumed optimizer keeps these tensors, and training may write to the
-    # file: they must not be views of it.
-    return read_checkpoint(filename, map_location, mapped=False)
+    if not has_torch(version):
+        raise ValueError(f'{feature} needs torch >= {version}, this is torch '
+                         f'{torch.__version__}')
 
 
-def load_from_http(filename: str, map_location: Any = None
-                   ) -> dict[str, Any]:
-    """mmengine's loader of URLs, which would execute what it downloads.
-
-    Files are kept where torch.hub keeps them, so what was downloaded before
-    is found again.
-    """
-    path = Path(torch.hub.get_dir(), 'checkpoints',
-                Path(urlparse(filename).path).name)
-    if is_main_process():
-        _download(filename, path)
-    barrier()
-    # On another machine than the first rank's.
-    _download(filename, path)
-    return load_from_local(str(path), map_location)
+def _is_autocast_enabled(device: str) -> bool:
+    return (torch.is_autocast_cpu_enabled() if device == 'cpu'
+            else torch.is_autocast_enabled())
 
 
-def _download(url: str, path: Path) -> None:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
+def _get_autocast_dtype(device: str) -> torch.dtype:
+    return (torch.get_autocast_cpu_dtype() if device == 'cpu'
+            else torch.get_autocast_gpu_dtype())
 
 
-def apply() -> None:
-    """Make mmengine's load_from, resume and init_cfg read safely."""
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http,
-                                     force=True)
-    # What the loaders of torchvision:// and open-mmlab:// call.
-    mmengine_checkpoint.load_from_http = load_from_http
+def _register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
+    def register(formula: Callable[..., int]) -> Callable[..., int]:
+        flop_counter.flop_mapping[operator] = formula
+        return formula
+
+    return register
+
+
+def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
+    return new() if has_torch(version) else old
+
+
+is_compiling: Callable[[], bool] = _since(
+    '2.3', lambda: torch.compiler.is_compiling, torch._utils.is_compiling)
+
+is_autocast_enabled: Callable[[str], bool] = _since(
+    '2.4', lambda: torch.is_autocast_enabled, _is_autocast_enabled)
+
+get_autocast_dtype: Callable[[str], torch.dtype] = _since(
+    '2.4', lambda: torch.get_autocast_dtype, _get_autocast_dtype)
+
+register_flop_formula: Callable[[Any], Callable[[Callable], Callable]] = (
+    _since('2.2', lambda: flop_counter.register_flop_formula,
+           _register_flop_formula))
+
+# Attention on the CPU: forward and backward operators that torch's counter of
+# operations does not know. Before, the CPU ran those that it knows.
+cpu_attention: tuple[Any, ...] = _since(
+    '2.2', lambda: (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward),
+    ())
+
+# One kernel for the products of all experts; None: a loop over experts.
+grouped_mm: Callable[..., Tensor] | None = _since(
+    '2.10', lambda: F.grouped_mm, None)

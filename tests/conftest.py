@@ -2,6 +2,11 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+import rmoe
+
+# Before mmcv is imported, which may have no operators of its own.
+assert rmoe.__version__
+
 
 @pytest.fixture(autouse=True)
 def _seed():

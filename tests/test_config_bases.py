@@ -16,7 +16,7 @@ from PIL import Image
 from pretrained import ROOT as DATA
 from zoo import LEAVES, ROOT, SIDE, load, parts, scope, shrink
 
-from rmoe import compat
+from rmoe import safe_loading
 
 
 def installed(package, name):
@@ -206,7 +206,7 @@ def test_checkpoint_of_a_cvt_leaf(tmp_path, monkeypatch):
                         lambda repo, name: file)
     monkeypatch.setattr(CheckpointLoader, '_schemes',
                         dict(CheckpointLoader._schemes))
-    compat.apply()
+    safe_loading.install()
     cfg = leaf('cvt-13-moe-e8k1-in1k-pre_upernet_8xb2-160k_ade20k-512x512')
     cfg.model.backbone.bn_cfg = None
     backbone = MODELS.build(cfg.model.backbone)

@@ -5,7 +5,7 @@ from _config import add_common_arguments, load_config, run
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.engine.data_check import check_data
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     check_data(cfg, ('test', ))
     if args.tta:
         use_tta(cfg)
-    compat.apply()
+    safe_loading.install()
     Runner.from_cfg(cfg).test()
 
 

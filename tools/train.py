@@ -9,7 +9,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.engine.data_check import check_data
 from rmoe.registry import type_name
 
@@ -49,7 +49,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     check_data(cfg, ('train', 'val'))
-    compat.apply()
+    safe_loading.install()
     if not torch.cuda.is_available():
         keep_freed_memory()
     runner = (RUNNERS.build(cfg) if 'runner_type' in cfg

@@ -1,5 +1,4 @@
 """MoE backbones; importing them registers them."""
-from rmoe import compat
 from rmoe.backbones.activations import QuickGELU
 from rmoe.backbones.cvt_moe import CvTMoE
 from rmoe.backbones.feature_pyramid import SimpleFeaturePyramid
@@ -7,8 +6,6 @@ from rmoe.backbones.presets import PRESETS, preset
 from rmoe.backbones.swin_moe import SwinMoE
 from rmoe.backbones.upcycled import upcycled_backbone
 from rmoe.backbones.vit_moe import ViTMoE
-
-compat.apply()
 
 __all__ = ['PRESETS', 'CvTMoE', 'QuickGELU', 'SimpleFeaturePyramid', 'SwinMoE',
            'ViTMoE', 'preset', 'upcycled_backbone']

@@ -3,13 +3,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
-import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from rmoe import compat, safe_loading
 from rmoe.backbones.padding import ValidArea
 from rmoe.moe import MoELayer
 from rmoe.upcycling import check_loading
@@ -35,6 +35,11 @@ class MoEBackbone(BaseModule):
         for module in self.frozen_modules():
             module.eval()
             module.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Load what ``init_cfg`` names; files are read, not executed."""
+        with safe_loading.installed():
+            super().init_weights()
 
     def valid_area_of(self, images: Tensor) -> ValidArea | None:
         """What is known of the padding of (B, C, height, width) images."""
@@ -102,7 +107,7 @@ def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,
         *args: Any) -> Tensor:
     """``function(x, *args)``, a method of a module, recomputed in backward
     if ``with_cp``; in a traced model it is torch.compile that decides."""
-    if with_cp and x.requires_grad and not torch.compiler.is_compiling():
+    if with_cp and x.requires_grad and not compat.is_compiling():
         module = function.__self__  # type: ignore[attr-defined]
         # Reentrant checkpointing would drop the gradient of auxiliary
         # losses without a word.

@@ -6,6 +6,8 @@ from mmcv.cnn.bricks.drop import build_dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rmoe import compat
+
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows, with a relative position bias.
@@ -79,7 +81,7 @@ class WindowAttention(nn.Module):
             dropout_p=self.attn_drop_rate if self.training else 0.,
             scale=self.scale)
         x = x.transpose(1, 2)
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             # torch.onnx's own attention lays out memory in another order
             # than the one it traced a view of (pytorch issue 136543).
             x = x.clone(memory_format=torch.contiguous_format)

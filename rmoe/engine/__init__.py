@@ -1,5 +1,4 @@
 """Hooks and optimizer settings; importing them registers them."""
-from rmoe import compat
 from rmoe.engine.amp import BFloat16OptimWrapper
 from rmoe.engine.balance_bias_hook import BalanceBiasHook
 from rmoe.engine.checkpoint_hook import CheckpointHook
@@ -9,8 +8,6 @@ from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.routing_stats_hook import RoutingStatsHook
-
-compat.apply()
 
 __all__ = [
     'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',

@@ -1,10 +1,10 @@
 """Mixed precision without a loss scaler, on any device."""
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmcv.ops.nms import NMSop
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
@@ -46,15 +46,20 @@ def _in_float32(neck: nn.Module, inputs: tuple, maps: Any) -> tuple:
 
 @contextmanager
 def float32_nms() -> Iterator[None]:
-    """mmcv's NMS refuses bfloat16 scores on the CPU."""
-    forward = NMSop.forward
+    """mmcv's compiled NMS refuses bfloat16 scores on the CPU."""
+    nms = sys.modules.get('mmcv.ops.nms')
+    if nms is None:  # no detector
+        yield
+        return
+    operator = nms.NMSop
+    forward = operator.forward
 
     def in_float32(ctx: Any, boxes: Tensor, scores: Tensor, *args: Any
                    ) -> Tensor:
         return forward(ctx, boxes.float(), scores.float(), *args)
 
-    NMSop.forward = staticmethod(in_float32)
+    operator.forward = staticmethod(in_float32)
     try:
         yield
     finally:
-        NMSop.forward = staticmethod(forward)
+        operator.forward = staticmethod(forward)

@@ -13,6 +13,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
+from rmoe import safe_loading
 from rmoe.engine.head_check import unfilled
 from rmoe.moe import moe_layers
 from rmoe.registry import HOOKS
@@ -33,13 +34,14 @@ register_backend(ATOMIC_BACKEND, AtomicLocalBackend)
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's CheckpointHook, with its arguments, and four differences.
+    """mmengine's CheckpointHook, with its arguments, and five differences.
 
     Files are written under a temporary name and renamed, and old ones are
     removed after the new one is safe: a full disk or a kill leaves the
     previous checkpoint whole. What mmengine pickles beside the tensors (its
     log buffers) is saved as tensors and built again after loading, so that
     torch >= 2.6 can resume; the file loads anywhere under weights_only=True.
+    Files are read, not executed (:mod:`rmoe.safe_loading`).
     The random state is saved, so that router noise and stochastic depth go on
     after a resume as if nothing had happened.
     What a checkpoint cannot fill is no secret of the log: a backbone under
@@ -51,6 +53,10 @@ class CheckpointHook(MMEngineCheckpointHook):
     _rng_state: dict[str, torch.Tensor] | None = None
     _all_rng_states: list[dict[str, torch.Tensor]] | None = None
     _unfilled = ''
+
+    def before_run(self, runner: Runner) -> None:
+        # Before anything is loaded.
+        safe_loading.install()
 
     def before_train(self, runner: Runner) -> None:
         if self.backend_args is None and '://' not in str(

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from rmoe import compat
 from rmoe.moe import moe_layers
 from rmoe.moe.products import unpadded
 from rmoe.registry import HOOKS
@@ -25,15 +26,11 @@ from rmoe.upcycling import write_atomically
 
 # The attention kernel of the CPU, which torch's counter does not know. To
 # force another kernel while counting would change what is trained.
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_ATTENTION_BACKWARD = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
-ATTENTION: dict[Any, Callable[..., int]] = {
-    CPU_ATTENTION: lambda query, key, value, *_, **__:
+ATTENTION: dict[Any, Callable[..., int]] = dict(zip(compat.cpu_attention, (
+    lambda query, key, value, *_, **__:
         sdpa_flop_count(query, key, value),
-    CPU_ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__:
-        sdpa_backward_flop_count(grad, query, key, value)
-}
+    lambda grad, query, key, value, *_, **__:
+        sdpa_backward_flop_count(grad, query, key, value))))
 
 
 @HOOKS.register_module()

@@ -131,7 +131,7 @@ def _take_counts(layers: dict[str, MoELayer]) -> dict[str, list[Tensor]]:
                for name, layer in layers.items()}
     flat = torch.cat([part for parts in buffers.values() for part in parts])
     all_reduce(flat)
-    pieces = iter(flat.cpu().split(
+    pieces = iter(flat.cpu().double().split(
         [len(part) for parts in buffers.values() for part in parts]))
     counts = {name: [next(pieces) for _ in parts]
               for name, parts in buffers.items()}

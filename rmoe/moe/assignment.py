@@ -6,6 +6,7 @@ lower token index, on every device; torch.topk promises no order.
 import torch
 from torch import Tensor
 
+from rmoe import compat
 from rmoe.moe import static_rows
 from rmoe.moe.rows import Rows
 
@@ -28,7 +29,7 @@ def choose_experts(scores_TE: Tensor, k: int,
     """
     num_experts = scores_TE.shape[1]
     expert_ids_TK = top_k(scores_TE, k)
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return static_rows.choose_experts(
             expert_ids_TK, num_experts, valid_T, capacity_G, most,
             _priorities(scores_TE, expert_ids_TK, priority))
@@ -72,7 +73,7 @@ def choose_tokens(scores_GSE: Tensor, capacity_G: Tensor,
             takes them all.
         most: a bound of ``capacity_G``, for tracing; None means S.
     """
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return static_rows.choose_tokens(scores_GSE, capacity_G, allowed_GSE,
                                          most or scores_GSE.shape[1])
     groups, tokens, num_experts = scores_GSE.shape

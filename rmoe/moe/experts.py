@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from rmoe import compat
 from rmoe.moe.grouped import (
     GROUPED_MM_MULTIPLE,
     GroupedFFN,
@@ -145,8 +145,8 @@ class Experts(nn.Module):
         """
         assert (core is None) == (not self.core)
         device = rows_ND.device.type
-        if torch.is_autocast_enabled(device):
-            rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
+        if compat.is_autocast_enabled(device):
+            rows_ND = rows_ND.to(compat.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             if self._fits_grouped_mm(rows_ND):
                 hidden_NH = grouped_mm(rows_ND, counts_E,
@@ -172,7 +172,7 @@ class Experts(nn.Module):
     def _fits_grouped_mm(self, rows_ND: Tensor) -> bool:
         """One kernel for all experts, on GPUs that have it for these rows."""
         return (rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16 and
-                hasattr(F, 'grouped_mm') and
+                compat.grouped_mm is not None and
                 not any(width % GROUPED_MM_MULTIPLE
                         for width in self.widths) and
                 torch.cuda.get_device_capability(rows_ND.device) >= (8, 0))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from rmoe import compat
 from rmoe.moe.products import linear, pad_rows
 
 
@@ -264,7 +264,8 @@ def grouped_mm(rows_NI: Tensor, counts_E: Tensor, weight_EOI: Tensor,
         weight_EOI: folded, like the bias; cast to the type of the rows.
         bias_EO: None for none.
     """
-    out_NO = F.grouped_mm(rows_NI, weight_EOI.to(rows_NI.dtype).mT,
+    assert compat.grouped_mm is not None
+    out_NO = compat.grouped_mm(rows_NI, weight_EOI.to(rows_NI.dtype).mT,
                           offs=counts_E.cumsum(0, dtype=torch.int32))
     if bias_EO is None:
         return out_NO

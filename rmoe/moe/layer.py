@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rmoe import compat
 from rmoe.moe.buffers import ExactBuffers
 from rmoe.moe.experts import Core, Experts
 from rmoe.moe.mixing import (
@@ -59,11 +60,11 @@ class MoELayer(ExactBuffers):
         name: where the layer stands, for messages.
         losses: auxiliary losses of the forward passes since
             ``collect_losses(True)``, or None while nobody collects.
-        demand_E: (E,) float64 tokens that asked for each expert in training,
+        demand_E: (E,) int64 tokens that asked for each expert in training,
             since they were last zeroed; for a soft router the sum of its
-            combine weights.
-        kept_E: (E,) float64 tokens that each expert kept.
-        token_counts: (2,) float64 valid tokens, and those no expert kept.
+            combine weights, of each pass in whole tokens.
+        kept_E: (E,) int64 tokens that each expert kept.
+        token_counts: (2,) int64 valid tokens, and those no expert kept.
 
     Raises:
         ValueError: for an unknown option or a contradictory pair.
@@ -110,7 +111,7 @@ class MoELayer(ExactBuffers):
         for name, size in (('demand_E', num_experts), ('kept_E', num_experts),
                            ('token_counts', 2)):
             self.register_buffer(
-                name, torch.zeros(size, dtype=torch.float64),
+                name, torch.zeros(size, dtype=torch.int64),
                 persistent=False)
 
     @property
@@ -157,7 +158,7 @@ class MoELayer(ExactBuffers):
         if self.training:
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled() and (
-                not torch.compiler.is_compiling()):
+                not compat.is_compiling()):
             y_TD = checkpoint(self._apply_experts, x_TD, routing, middle,
                               use_reentrant=False)
         else:
@@ -174,8 +175,8 @@ class MoELayer(ExactBuffers):
 
     def _record(self, routing: Routing | SoftRouting,
                 valid_T: Tensor | None) -> None:
-        self.demand_E += routing.demand_E
-        self.kept_E += routing.load_E
+        self.demand_E += _whole(routing.demand_E)
+        self.kept_E += _whole(routing.load_E)
         lost_T = routing.kept_per_token() == 0
         if valid_T is not None:
             lost_T &= valid_T
@@ -186,12 +187,18 @@ class MoELayer(ExactBuffers):
             return
         if self.losses is not None:
             self.losses.append(routing.losses)
-        elif not torch.compiler.is_compiling():  # a trace cannot warn
+        elif not compat.is_compiling():  # a trace cannot warn
             warnings.warn(
                 'a MoE layer produced auxiliary losses that nobody collects: '
                 "add dict(type='rmoe.MoELossHook') to custom_hooks, or set "
                 'loss_weights={} in the router to train without them',
                 stacklevel=2)
+
+
+def _whole(tokens_E: Tensor) -> Tensor:
+    """int64: a soft router's are sums of weights."""
+    return (tokens_E.round().long() if tokens_E.is_floating_point()
+            else tokens_E)
 
 
 def _check_align(align: str | None, soft: bool, core: bool) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rmoe import compat
 from rmoe.moe import static
 from rmoe.moe.dispatch import Combine, Dispatch, rows_of_tokens
 from rmoe.moe.experts import Core, Experts
@@ -102,7 +103,7 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
     rows_EGCD = slots_GND.unflatten(
         1, (experts.num_experts, -1)).transpose(0, 1)
     rows_ND = rows_EGCD.flatten(0, 2)
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         out_ND = static.apply_experts(rows_EGCD.flatten(1, 2), None, experts,
                                       core).flatten(0, 1)
     else:

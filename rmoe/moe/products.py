@@ -6,7 +6,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+
+from rmoe import compat
 
 _PADDING = ContextVar('padding', default=True)
 
@@ -70,7 +71,7 @@ _HAS_ONEDNN = (torch.backends.mkldnn.is_available() and
                '_linear_pointwise' in dir(torch.ops.mkldnn))
 
 if _HAS_ONEDNN:
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    @compat.register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
         """So that torch's counter, which does not know it, counts it."""
         return 2 * x_shape[0] * x_shape[1] * weight_shape[0]

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rmoe import compat
 from rmoe.moe.assignment import top_k
 from rmoe.moe.experts import Core, Experts
 from rmoe.moe.routing import StaticRouting
@@ -158,8 +159,8 @@ def apply_experts(x_JBD: Tensor, expert_J: Tensor | None, experts: Experts,
         middle: applied to the (J, b, H) hidden blocks before the activation.
     """
     device = x_JBD.device.type
-    if torch.is_autocast_enabled(device):
-        x_JBD = x_JBD.to(torch.get_autocast_dtype(device))
+    if compat.is_autocast_enabled(device):
+        x_JBD = x_JBD.to(compat.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         hidden_JBH = _linear(x_JBD, expert_J, experts, core, 'fc1')
         if middle is not None:

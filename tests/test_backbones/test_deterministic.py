@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from rmoe import compat
 from rmoe.registry import MODELS
 
 SWIN = dict(type='rmoe.SwinMoE', embed_dims=8, depths=(1, 2),
@@ -29,7 +30,7 @@ def deterministic():
 
 def train(router: dict, static: bool, monkeypatch) -> torch.Tensor:
     """All parameters after three steps."""
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: static)
+    monkeypatch.setattr(compat, 'is_compiling', lambda: static)
     torch.manual_seed(0)
     model = MODELS.build(dict(
         SWIN, moe=dict(layers=((), (0, 1)), num_experts=4, router=router)))

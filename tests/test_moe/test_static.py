@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routers import ROUTERS, B, D, E, S, build_layer, images, route
 
+from rmoe import compat
 from rmoe.moe import MoEFFN, assignment, static
 
 STATIC = {name: router for name, router in ROUTERS.items()
@@ -31,7 +32,7 @@ STATIC['expert choice, batch'] = dict(
 def tracing(monkeypatch):
     """Switch the static path on and off without a tracer."""
     def switch(on: bool) -> None:
-        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: on)
+        monkeypatch.setattr(compat, 'is_compiling', lambda: on)
     return switch
 
 

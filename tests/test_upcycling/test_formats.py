@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from rmoe.compat import load_from_local
+from rmoe.safe_loading import load_from_local
 from rmoe.upcycling import formats
 from rmoe.upcycling.formats import (
     read_checkpoint,

@@ -24,7 +24,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.engine.data_check import check_data
 from rmoe.moe import MoEFFN, TokenChoiceRouter, moe_layers
 from rmoe.moe.complexity import complexity
@@ -49,7 +49,7 @@ def main() -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.log_level = 'WARNING'  # a table of classes per evaluation is noise
     check_data(cfg, ('test', ))
-    compat.apply()
+    safe_loading.install()
     runner = Runner.from_cfg(cfg)
     rows = sweep(runner, sorted(args.capacities), args.unrouted, args.metric)
     print(table(rows))

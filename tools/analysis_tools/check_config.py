@@ -52,7 +52,7 @@ from mmengine.runner import Runner
 from torch import nn
 from train import set_precision
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.engine.coco_file import read_coco
 from rmoe.engine.data_check import MAX_IMAGES, check_roots, examine_split
 from rmoe.engine.image_check import evenly_spaced
@@ -106,7 +106,7 @@ def main() -> None:
     if args.iters < 1:
         parser.error(f'--iters {args.iters} must be at least 1')
     warnings.filterwarnings('ignore')
-    compat.apply()
+    safe_loading.install()
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)

@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.backbones.base import MoEBackbone
 from rmoe.engine.data_check import check_data
 from rmoe.engine.head_check import unfilled
@@ -79,7 +79,7 @@ class Score:
 
 def main() -> None:
     args = parse_args()
-    compat.apply()
+    safe_loading.install()
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)

@@ -29,7 +29,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, init_default_scope
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.moe import moe_layers
 from rmoe.visualization.recording import record_routing, token_map
 from rmoe.visualization.segmentor import short_name
@@ -48,7 +48,7 @@ def main() -> None:
         raise ValueError(f'--images {args.images} must be positive, or 0 for '
                          'all')
     from mmseg.apis import init_model
-    compat.apply()
+    safe_loading.install()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if 'decode_head' not in cfg.model:

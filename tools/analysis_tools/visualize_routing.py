@@ -15,7 +15,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.moe import moe_layers
 from rmoe.visualization.recording import load_shares, record_routing
 from rmoe.visualization.segmentor import draw_segmentor
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from mmseg.apis import init_model
-    compat.apply()
+    safe_loading.install()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     device = 'cuda:0' if torch.cuda.is_available() else 'cpu'

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _config import run
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.visualization.recording import record_routing
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -69,7 +69,7 @@ def main() -> None:
 
 def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     """The module to export, with its weights, in evaluation mode."""
-    compat.apply()
+    safe_loading.install()
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     load_checkpoint(model, checkpoint, 'cpu', strict=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmoe import compat
 from rmoe.moe.routing import (
     Routing,
     SoftRouting,
@@ -152,7 +153,7 @@ def finite(values_TN: Tensor) -> Tensor:
     Raises:
         NotFiniteError: for nan or inf, or values as large as that.
     """
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return values_TN
     # One number tells: a sum of finite values overflows only for values that
     # are as good as infinite.
@@ -190,7 +191,7 @@ def group_capacity(rule: Callable[[Any], Any], num_tokens: int,
     """
     if valid_T is None:
         slots_G = [rule(num_tokens // num_groups)] * num_groups
-    elif torch.compiler.is_compiling():
+    elif compat.is_compiling():
         return rule(valid_T.view(num_groups, -1).sum(1).double()).long()
     else:
         slots_G = [rule(tokens) for tokens in

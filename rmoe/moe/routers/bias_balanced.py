@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rmoe import compat
 from rmoe.moe import assignment
 from rmoe.moe.buffers import ExactBuffers
 from rmoe.moe.routers.base import ScoredRouter, check_top_k
@@ -98,7 +99,7 @@ class BiasBalancedRouter(ExactBuffers, ScoredRouter):
 
     def _count(self, load_E: Tensor) -> None:
         self.recent_load_E += load_E
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             return  # a number that changes would be compiled anew each time
         self._waiting += 1
         if self._waiting == PATIENCE:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rmoe import compat
 from rmoe.moe import assignment, transport
 from rmoe.moe.routers.base import ScoredRouter, group_capacity
 from rmoe.moe.routers.token_choice import (
@@ -227,7 +228,7 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 capacity_G: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             raise ValueError(
                 'a SparseExpertChoiceRouter cannot be compiled or exported: '
                 'how long its solver runs depends on the tokens. Use '

@@ -8,7 +8,7 @@ import torch
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from rmoe import compat
+from rmoe import safe_loading
 from rmoe.backbones import ViTMoE
 
 URL = 'https://example.org/models/weights.pth'
@@ -25,7 +25,7 @@ class Malicious:
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """What the URL serves, and the downloads there were."""
-    compat.apply()
+    safe_loading.install()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     downloads = []

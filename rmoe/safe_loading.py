@@ -1,0 +1,78 @@
+"""mmengine's loaders of checkpoints, reading files instead of running them.
+
+Nothing changes on import. ``rmoe.CheckpointHook`` and the tools install the
+loaders for their process, MoE backbones use them for their own ``init_cfg``.
+A program of its own that loads files by mmengine's functions, such as mmseg's
+``init_model``, calls :func:`install` first.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from rmoe.upcycling.formats import read_checkpoint
+
+
+def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
+    """mmengine's loader of local files, by way of our safe reader.
+
+    torch >= 2.6 refuses what mmengine 0.10 pickles into a checkpoint beside
+    its tensors. The reader takes the tensors and plain values and leaves the
+    rest out; it also reads .safetensors and says what is wrong with a broken
+    file.
+    """
+    # A resumed optimizer keeps these tensors, and training may write to the
+    # file: they must not be views of it.
+    return read_checkpoint(filename, map_location, mapped=False)
+
+
+def load_from_http(filename: str, map_location: Any = None
+                   ) -> dict[str, Any]:
+    """mmengine's loader of URLs, which would execute what it downloads.
+
+    Files are kept where torch.hub keeps them, so what was downloaded before
+    is found again.
+    """
+    path = Path(torch.hub.get_dir(), 'checkpoints',
+                Path(urlparse(filename).path).name)
+    if is_main_process():
+        _download(filename, path)
+    barrier()
+    # On another machine than the first rank's.
+    _download(filename, path)
+    return load_from_local(str(path), map_location)
+
+
+def _download(url: str, path: Path) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+
+
+def install() -> None:
+    """Make mmengine's load_from, resume and init_cfg read safely, in this
+    process, from now on."""
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http,
+                                     force=True)
+    # What the loaders of torchvision:// and open-mmlab:// call.
+    mmengine_checkpoint.load_from_http = load_from_http
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """The loaders for as long as the context lasts."""
+    schemes = dict(CheckpointLoader._schemes)
+    http = mmengine_checkpoint.load_from_http
+    install()
+    try:
+        yield
+    finally:
+        CheckpointLoader._schemes = schemes
+        mmengine_checkpoint.load_from_http = http
