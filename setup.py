@@ -39,12 +39,12 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['rmoe', 'rmoe.*']),
     cmdclass={'build_py': BuildWithConfigs},
-    install_requires=['torch>=2.4', 'numpy', 'safetensors', 'matplotlib',
-                      'msgpack'],
+    # Neither torch nor OpenMMLab: pip would replace what an environment has.
+    # Importing rmoe, and tools/doctor.py, say what is missing.
+    install_requires=['numpy', 'safetensors', 'matplotlib', 'msgpack'],
     extras_require={
-        'openmmlab': ['mmcv>=2.0.0rc4,<2.2.0', *requirements('openmmlab')],
-        'classification': ['torchvision'],
+        'openmmlab': [*requirements('mmcv'), *requirements('openmmlab')],
         'deploy': ['onnx', 'onnxruntime', 'onnxscript'],
-        'dev': requirements('dev'),
+        'dev': [*requirements('test'), *requirements('dev')],
     },
 )

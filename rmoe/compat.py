@@ -6,10 +6,11 @@ asked for by :func:`require`.
 """
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import flop_counter
 
@@ -37,6 +38,14 @@ def require(feature: str, version: str) -> None:
                          f'{torch.__version__}')
 
 
+if not has_torch(OLDEST_TORCH):
+    # mmengine hides an ImportError: it would say that rmoe has no registry.
+    raise RuntimeError(
+        f'rmoe needs torch >= {OLDEST_TORCH}, this is torch '
+        f"{torch.__version__}: python -m pip install 'torch>=2.1' "
+        'torchvision; tools/doctor.py says what else does not fit')
+
+
 def _is_autocast_enabled(device: str) -> bool:
     return (torch.is_autocast_cpu_enabled() if device == 'cpu'
             else torch.is_autocast_enabled())
@@ -55,9 +64,24 @@ def _register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
     return register
 
 
+def _register_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
+def _plain_attention() -> AbstractContextManager:
+    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+
+
+def _plain_attention_of_backends() -> AbstractContextManager:
+    return torch.backends.cuda.sdp_kernel(
+        enable_flash=False, enable_math=True, enable_mem_efficient=False)
+
+
 def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
     return new() if has_torch(version) else old
 
+
+# feature: since, what torch has, what stands in before
 
 is_compiling: Callable[[], bool] = _since(
     '2.3', lambda: torch.compiler.is_compiling, torch._utils.is_compiling)
@@ -71,6 +95,15 @@ get_autocast_dtype: Callable[[str], torch.dtype] = _since(
 register_flop_formula: Callable[[Any], Callable[[Callable], Callable]] = (
     _since('2.2', lambda: flop_counter.register_flop_formula,
            _register_flop_formula))
+
+# (module, hook), hook(module, state_dict, prefix, ...)
+register_load_hook: Callable[[nn.Module, Callable[..., None]], Any] = _since(
+    '2.5', lambda: nn.Module.register_load_state_dict_pre_hook,
+    _register_load_hook)
+
+# A context in which attention is plain matrix products.
+plain_attention: Callable[[], AbstractContextManager] = _since(
+    '2.3', lambda: _plain_attention, _plain_attention_of_backends)
 
 # Attention on the CPU: forward and backward operators that torch's counter of
 # operations does not know. Before, the CPU ran those that it knows.

@@ -3,9 +3,17 @@ import torch
 from mmengine.registry import DefaultScope
 
 import rmoe
+from rmoe import compat
 
 # Before mmcv is imported, which may have no operators of its own.
 assert rmoe.__version__
+
+
+def pytest_runtest_setup(item):
+    """Leave out what this torch is too old for: pytest.mark.torch('2.9')."""
+    for mark in item.iter_markers('torch'):
+        if not compat.has_torch(mark.args[0]):
+            pytest.skip(f'needs torch >= {mark.args[0]}')
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ ALLOWED = {
     'version': set(), '__init__': {'version', 'mmcv_ops'},
     'registry': set(), 'compat': set(), 'mmcv_ops': {'mmcv_ops'},
     'moe': {'moe', 'registry', 'compat'},
-    'upcycling': {'upcycling', 'moe'},
+    'upcycling': {'upcycling', 'moe', 'compat'},
     'safe_loading': {'upcycling'},
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat',
                   'safe_loading'},

@@ -1,12 +1,19 @@
-"""Build the project's own environment in ``.venv``: used by ``make``.
+"""Build the project's own environments: used by ``make``.
 
-Runs on a bare Python 3.11 (standard library only). pip's own configuration
-(mirrors, proxies, certificates) is respected because nothing here names an
-index. mmcv publishes no wheel for a current PyTorch, so it is compiled once,
-with its ops, and kept in a user cache keyed by torch, Python and accelerator.
+Runs on a bare Python 3.10 to 3.13 (standard library only) and compiles
+nothing. pip's own configuration (mirrors, proxies, certificates) is respected
+because nothing here names an index.
 
-    python3.11 tools/bootstrap.py        # a second run returns at once
+    python3 tools/bootstrap.py           # .venv: what make demo needs
+    python3 tools/bootstrap.py test      # ... and what make test needs
+    python3 tools/bootstrap.py oldest    # .venv-oldest: the oldest libraries
+    python3 tools/bootstrap.py fork      # .venv-fork: the maintained fork
+    python3 tools/bootstrap.py full      # .venv, and mmcv compiled beside it
+
+A second run returns at once. ``full`` builds mmcv with its own operators once,
+with a C++ compiler and in 10 to 26 minutes, and keeps it in a user cache.
 """
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -19,158 +26,244 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / '.venv'
-PYTHON = VENV / 'bin' / 'python'
-LOG = ROOT / '.venv' / 'bootstrap.log'
 REQUIREMENTS = ROOT / 'requirements'
 MMCV_VERSION = '2.1.0'
 # torch 2.14's headers are C++20; mmcv's setup.py asks for C++17. The last
 # -std on a command line wins.
 COMPILER_WRAPPER = '#!/bin/sh\nexec {compiler} "$@" -std=c++20\n'
+FULL_MMCV = 'mmcv-full'  # in .venv; in front on PYTHONPATH it replaces lite
 
 
-def main() -> None:
-    if sys.version_info[:2] != (3, 11):
-        fail(f'Python 3.11 is needed, this is {sys.version.split()[0]}.',
-             'run: make PYTHON=/path/to/python3.11 ...')
-    stamp, ready = VENV / 'rmoe-ready', fingerprint()
-    if stamp.exists() and stamp.read_text() == ready:
-        return
-    with locked(ROOT / '.venv.lock'):
-        if stamp.exists() and stamp.read_text() == ready:
+@dataclass(frozen=True)
+class Environment:
+    """What to install where.
+
+    Attributes:
+        folder: of the virtual environment.
+        steps: files of requirements/ that are installed together, in order.
+        pythons: commands that may make it, the best first.
+        constraints: a file of requirements/ that every step is held to.
+    """
+    folder: str
+    steps: tuple[tuple[str, ...], ...]
+    pythons: tuple[str, ...] = ()
+    constraints: str = 'build.txt'
+
+
+NEWEST = ('torch.txt',), ('mmcv.txt', 'openmmlab.txt', 'run.txt')
+ENVIRONMENTS = {
+    'run': Environment('.venv', NEWEST),
+    'test': Environment('.venv', (*NEWEST, ('test.txt', 'dev.txt'))),
+    'oldest': Environment(
+        '.venv-oldest', (('torch-oldest.txt',),
+                         ('mmcv.txt', 'openmmlab.txt', 'run.txt',
+                          'test.txt')),
+        ('python3.10', 'python3.11'), 'oldest.txt'),
+    'fork': Environment(
+        '.venv-fork', (('torch.txt',), ('fork.txt', 'run.txt', 'test.txt'))),
+}
+
+
+class Setup:
+    """Makes one environment."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.venv = ROOT / environment.folder
+        self.python = self.venv / 'bin' / 'python'
+        self.log = self.venv / 'bootstrap.log'
+
+    def run(self) -> None:
+        if self.is_ready():
             return
+        with locked(ROOT / f'{self.environment.folder}.lock'):
+            if not self.is_ready():
+                self.make()
+
+    def is_ready(self) -> bool:
+        """A larger environment in the same folder serves as well."""
+        ready = {fingerprint(other) for other in ENVIRONMENTS.values()
+                 if other.folder == self.environment.folder and
+                 set(other.steps) >= set(self.environment.steps)}
+        stamp = self.venv / 'rmoe-ready'
+        return stamp.exists() and stamp.read_text() in ready
+
+    def make(self) -> None:
         started = time.time()
-        if not working(PYTHON):
-            shutil.rmtree(VENV, ignore_errors=True)
-            step('creating .venv')
-            run([sys.executable, '-m', 'venv', str(VENV)])
-        step('installing build tools')
-        pip('install', '-r', REQUIREMENTS / 'build.txt')
-        step('installing torch (large download on the first run)')
-        pip('install', '-r', REQUIREMENTS / 'torch.txt')
-        pip('install', mmcv_wheel())
-        step('installing mmengine, mmdet, mmsegmentation and test tools')
-        pip('install', '-r', REQUIREMENTS / 'openmmlab.txt',
-            '-r', REQUIREMENTS / 'dev.txt')
-        step('installing rmoe (editable)')
-        pip('install', '--no-build-isolation', '-e', ROOT)
-        use_headless_opencv_if_needed()
-        stamp.write_text(ready)
-        step(f'ready in {time.time() - started:.0f} s')
+        if not working(self.python):
+            shutil.rmtree(self.venv, ignore_errors=True)
+            maker = self.maker()
+            say(f'creating {self.environment.folder}')
+            self.command([maker, '-m', 'venv', self.venv])
+        self.pip('build tools', '-r', REQUIREMENTS / 'build.txt')
+        for files in self.environment.steps:
+            what = ', '.join(name.removesuffix('.txt') for name in files)
+            self.pip(what, *(part for name in files
+                             for part in ('-r', REQUIREMENTS / name)))
+        self.pip('rmoe (editable)', '--no-build-isolation', '-e', ROOT)
+        self.use_headless_opencv_if_needed()
+        (self.venv / 'rmoe-ready').write_text(fingerprint(self.environment))
+        say(f'{self.environment.folder} is ready, after '
+            f'{time.time() - started:.0f} s')
+
+    def maker(self) -> str:
+        """The Python that makes the environment: this one, unless others
+        are asked for."""
+        if not self.environment.pythons:
+            return sys.executable
+        for name in self.environment.pythons:
+            # A version manager's command may be there and not work.
+            if shutil.which(name) and subprocess.run(
+                    [name, '-c', ''], capture_output=True).returncode == 0:
+                return name
+        raise fail(f'{self.environment.folder} needs one of '
+                   f'{", ".join(self.environment.pythons)}, and none runs.',
+                   'install one of them and run this again')
+
+    def pip(self, what: str, *args: object) -> None:
+        began = time.time()
+        # Every step is held to the constraints: torch alone would pull a
+        # setuptools without pkg_resources.
+        self.command(
+            [self.python, '-m', 'pip', '--disable-pip-version-check',
+             'install', '-c', REQUIREMENTS / self.environment.constraints,
+             *args], f'installing {what}:')
+        say(f'installed {what} in {time.time() - began:.0f} s')
+
+    def use_headless_opencv_if_needed(self) -> None:
+        """opencv-python needs libGL, which a server often lacks."""
+        if subprocess.run([self.python, '-c', 'import cv2'],
+                          capture_output=True).returncode:
+            version = subprocess.check_output(
+                [self.python, '-c', 'from importlib.metadata import version '
+                 'as v;print(v("opencv-python"))'], text=True).strip()
+            self.pip('headless OpenCV files, for want of libGL',
+                     '--force-reinstall', '--no-deps',
+                     f'opencv-python-headless=={version}')
+
+    def compile_mmcv(self) -> None:
+        """Put mmcv with its operators into a folder of the environment."""
+        target = self.venv / FULL_MMCV
+        if target.exists():
+            return
+        with locked(ROOT / f'{self.environment.folder}.lock'):
+            wheel = self.mmcv_wheel()
+            scratch = target.with_name(f'{FULL_MMCV}.new')
+            self.pip('compiled mmcv', '--no-deps', '--upgrade', '--target',
+                     scratch, wheel)
+            scratch.replace(target)
+
+    def mmcv_wheel(self) -> Path:
+        """The cached wheel for this torch and Python; built if missing."""
+        key = subprocess.check_output([self.python, '-c', (
+            'import torch, sys, platform;'
+            'print(f"torch{torch.__version__}-cp{sys.version_info[0]}'
+            '{sys.version_info[1]}-{platform.machine()}-"'
+            '+ ("cuda" if torch.cuda.is_available() else "cpu"))')],
+            text=True).strip()
+        cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
+        folder = cache / 'rmoe' / 'mmcv' / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / 'lock'):
+            found = sorted(folder.glob(f'mmcv-{MMCV_VERSION}-*.whl'))
+            return found[0] if found else self.build_mmcv(folder)
+
+    def build_mmcv(self, folder: Path) -> Path:
+        compiler = os.environ.get('CXX') or shutil.which(
+            'g++') or shutil.which('clang++')
+        if not compiler:
+            raise fail('MMCV=full needs a C++ compiler and none was found.',
+                       'leave MMCV=full out, or install g++, e.g. on Debian '
+                       'or Ubuntu: apt-get install build-essential')
+        self.pip('what mmcv builds with', 'ninja', 'psutil')
+        # Build beside the cache entry, then rename: an interrupted build
+        # leaves nothing that looks finished.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            wrapper = Path(scratch) / 'c++20'
+            wrapper.write_text(COMPILER_WRAPPER.format(compiler=compiler))
+            wrapper.chmod(0o755)
+            env = dict(
+                os.environ, CXX=str(wrapper), MMCV_WITH_OPS='1',
+                MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count())),
+                PATH=f'{self.venv / "bin"}:{os.environ["PATH"]}')
+            say(f'building mmcv {MMCV_VERSION} with its operators: once, 10 '
+                'to 26 minutes on two cores')
+            self.command(
+                [self.python, '-m', 'pip', 'wheel', '-v', '--no-deps',
+                 '--no-build-isolation', '--no-cache-dir', '--no-binary',
+                 'mmcv', f'mmcv=={MMCV_VERSION}', '-w', scratch],
+                'building mmcv:', env)
+            wheel = next(Path(scratch).glob('mmcv-*.whl'))
+            return wheel.replace(folder / wheel.name)
+
+    def command(self, command: list, label: str = '',
+                env: dict | None = None) -> None:
+        """Run quietly into the log; show one moving line; show the log's end
+        on failure."""
+        begin, doing, done = time.time(), [''], threading.Event()
+
+        def show() -> None:
+            tty = sys.stdout.isatty()
+            while not done.wait(1 if tty else 30):
+                line = f'  {label} {doing[0]} {time.time() - begin:.0f} s'
+                print(f'\r{line:<79}' if tty else line,
+                      end='' if tty else '\n', flush=True)
+
+        self.log.parent.mkdir(exist_ok=True)
+        threading.Thread(target=show, daemon=True).start()
+        with open(self.log, 'a') as log, subprocess.Popen(
+                [str(part) for part in command], env=env, cwd=ROOT,
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                errors='replace') as process:
+            tail: list[str] = []
+            for line in process.stdout or ():
+                log.write(line)
+                tail = [*tail[-30:], line]
+                doing[0] = progress(line) or doing[0]
+        done.set()
+        if sys.stdout.isatty():
+            print('\r' + ' ' * 79 + '\r', end='')
+        if process.returncode:
+            print(''.join(tail))
+            raise fail(
+                f'this command failed: {" ".join(map(str, command))}',
+                'is the package registry there? (pip respects its own '
+                'configuration of index, proxy and certificates)\n[setup] '
+                f'nothing is half done: the same command goes on where this '
+                f'one stopped. The whole output is in {self.log}')
 
 
-def fingerprint() -> str:
+def progress(line: str) -> str:
+    """What a line of pip's or of a build says of how far it is."""
+    if at := re.search(r'\[(\d+)/(\d+)\]', line):
+        return f'compiled {at[1]} of {at[2]} files,'
+    if at := re.search(r'Downloading (\S+?)-\d\S* \((.+?)\)', line):
+        return f'downloading {at[1]} ({at[2]}),'
+    if 'Installing collected packages' in line:
+        return 'unpacking,'
+    return ''
+
+
+def fingerprint(environment: Environment) -> str:
     """Changes whenever what this script would install changes."""
-    files = sorted(REQUIREMENTS.glob('*.txt')) + [ROOT / 'setup.py', __file__]
-    digest = hashlib.sha256(str(ROOT).encode())
+    files = [ROOT / 'setup.py', Path(__file__), *(
+        REQUIREMENTS / name for name in (
+            'build.txt', environment.constraints,
+            *(name for step in environment.steps for name in step)))]
+    digest = hashlib.sha256(f'{ROOT}{environment}'.encode())
     for file in files:
-        digest.update(Path(file).read_bytes())
+        digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def mmcv_wheel() -> Path:
-    """The cached mmcv wheel for this torch and Python; built if missing."""
-    key = subprocess.check_output([PYTHON, '-c', (
-        'import torch, sys, platform;'
-        'print(f"torch{torch.__version__}-cp{sys.version_info[0]}'
-        '{sys.version_info[1]}-{platform.machine()}-"'
-        '+ ("cuda" if torch.cuda.is_available() else "cpu"))')],
-        text=True).strip()
-    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
-    folder = cache / 'rmoe' / 'mmcv' / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / 'lock'):
-        found = sorted(folder.glob(f'mmcv-{MMCV_VERSION}-*.whl'))
-        return found[0] if found else build_mmcv(folder)
-
-
-def build_mmcv(folder: Path) -> Path:
-    compiler = os.environ.get('CXX') or shutil.which('g++') or shutil.which(
-        'clang++')
-    if not compiler:
-        fail('a C++ compiler is needed to build mmcv and none was found.',
-             'install g++, e.g. on Debian or Ubuntu: '
-             'apt-get install build-essential')
-    # Build beside the cache entry, then rename: an interrupted build leaves
-    # nothing that looks finished.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        wrapper = Path(scratch) / 'c++20'
-        wrapper.write_text(COMPILER_WRAPPER.format(compiler=compiler))
-        wrapper.chmod(0o755)
-        env = dict(os.environ, CXX=str(wrapper), MMCV_WITH_OPS='1',
-                   MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count())),
-                   PATH=f'{VENV / "bin"}:{os.environ["PATH"]}')
-        command = [PYTHON, '-m', 'pip', 'wheel', '-v', '--no-deps',
-                   '--no-build-isolation', '--no-cache-dir',
-                   '--no-binary', 'mmcv', f'mmcv=={MMCV_VERSION}',
-                   '-w', scratch]
-        step(f'building mmcv {MMCV_VERSION} with its ops: once, 9 to 15 '
-             'minutes on two cores')
-        run(command, env=env, progress=True)
-        wheel = next(Path(scratch).glob('mmcv-*.whl'))
-        return wheel.replace(folder / wheel.name)
-
-
-def use_headless_opencv_if_needed() -> None:
-    """opencv-python needs libGL, which a server often lacks."""
-    if subprocess.run([PYTHON, '-c', 'import cv2'],
-                      capture_output=True).returncode:
-        version = subprocess.check_output(
-            [PYTHON, '-c', 'from importlib.metadata import version as v;'
-             'print(v("opencv-python"))'], text=True).strip()
-        step('no libGL here: installing the headless OpenCV files')
-        pip('install', '--force-reinstall', '--no-deps',
-            f'opencv-python-headless=={version}')
 
 
 def working(python: Path) -> bool:
     return python.exists() and subprocess.run(
         [python, '-m', 'pip', '--version'], capture_output=True
     ).returncode == 0
-
-
-def pip(action: str, *args: object) -> None:
-    # Every step is held to build.txt: torch alone would pull a setuptools
-    # without pkg_resources.
-    run([PYTHON, '-m', 'pip', '--disable-pip-version-check', action,
-         '-c', REQUIREMENTS / 'build.txt', *args])
-
-
-def run(command: list, env: dict | None = None,
-        progress: bool = False) -> None:
-    """Run quietly into the log; show one moving line; show the log's end on
-    failure."""
-    begin, counter, done = time.time(), [''], threading.Event()
-
-    def show() -> None:
-        tty = sys.stdout.isatty()
-        while not done.wait(1 if tty else 30):
-            line = f'  {counter[0]} {time.time() - begin:.0f} s elapsed'
-            print(f'\r{line:<60}' if tty else line, end='' if tty else '\n',
-                  flush=True)
-
-    LOG.parent.mkdir(exist_ok=True)
-    threading.Thread(target=show, daemon=True).start()
-    with open(LOG, 'a') as log, subprocess.Popen(
-            [str(part) for part in command], env=env, cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            errors='replace') as process:
-        tail: list[str] = []
-        for line in process.stdout or ():
-            log.write(line)
-            tail = [*tail[-30:], line]
-            if progress and (at := re.search(r'\[(\d+)/(\d+)\]', line)):
-                counter[0] = f'compiled {at[1]} of {at[2]} files,'
-    done.set()
-    if sys.stdout.isatty():
-        print('\r' + ' ' * 60 + '\r', end='')
-    if process.returncode:
-        print(''.join(tail))
-        fail(f'this command failed: {" ".join(map(str, command))}',
-             f'the whole output is in {LOG}')
 
 
 @contextlib.contextmanager
@@ -181,12 +274,29 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def step(text: str) -> None:
+def say(text: str) -> None:
     print(f'[setup] {text}', flush=True)
 
 
-def fail(problem: str, remedy: str) -> None:
-    sys.exit(f'[setup] {problem}\n[setup] {remedy}')
+def fail(problem: str, remedy: str) -> SystemExit:
+    return SystemExit(f'[setup] {problem}\n[setup] {remedy}')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='?', default='run',
+                        choices=[*ENVIRONMENTS, 'full'])
+    what = parser.parse_args().what
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        raise fail(f'Python 3.10 to 3.13 is needed, this is '
+                   f'{sys.version.split()[0]}.',
+                   'run: make PYTHON=/path/to/python3.11 ...')
+    setup = Setup(ENVIRONMENTS['test' if what == 'full' else what])
+    setup.run()
+    if what == 'full':
+        setup.compile_mmcv()
 
 
 if __name__ == '__main__':

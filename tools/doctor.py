@@ -10,9 +10,8 @@ import os
 import platform
 import re
 import shlex
-import shutil
-import subprocess
 import sys
+import sysconfig
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MMCV_VERSION = '2.1.0'
+OLDEST_TORCH = (2, 1)
+FIRST_TORCH_FOR_NUMPY_2 = (2, 3)
 FORK = {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv',
         'mmdet': 'onedl-mmdetection', 'mmseg': 'onedl-mmsegmentation'}
 SHOWN = ('torch', 'torchvision', 'timm', 'numpy', *FORK, 'rmoe', 'setuptools')
@@ -35,9 +35,9 @@ class Facts:
     owners: Mapping[str, tuple[str, ...]]
     modules: frozenset[str]
     errors: Mapping[str, str]
-    compiler: str
-    compiler_version: str
-    standards: frozenset[str]
+    stand_in: str  # the Python file that is mmcv._ext
+    stand_in_of_rmoe: bool
+    read_only: bool  # where pip would install
     gpu: str
     executable: str
 
@@ -61,15 +61,25 @@ class Finding:
 
 def examine(facts: Facts) -> list[Finding]:
     """Judge the facts; every rule of the doctor is called from here."""
-    return [Finding('python', facts.versions['python']),
-            *(package_finding(facts, package) for package in SHOWN),
-            compiler_finding(facts), required_finding(facts),
-            mmcv_version_finding(facts), ops_finding(facts),
-            undeclared_finding(facts, 'pkg_resources', 'mmengine',
-                               "'setuptools<81'"),
-            undeclared_finding(facts, 'ftfy', 'mmseg', 'ftfy'),
-            undeclared_finding(facts, 'regex', 'mmseg', 'regex'),
-            Finding('GPU', facts.gpu or 'none (the CPU works too)')]
+    findings = [
+        Finding('python', facts.versions['python']),
+        *(package_finding(facts, package) for package in SHOWN),
+        required_finding(facts), torch_finding(facts),
+        torchvision_finding(facts), numpy_finding(facts),
+        mmcv_version_finding(facts), ops_finding(facts),
+        undeclared_finding(facts, 'pkg_resources', 'mmengine',
+                           "'setuptools<81'"),
+        undeclared_finding(facts, 'ftfy', 'mmseg', 'ftfy'),
+        undeclared_finding(facts, 'regex', 'mmseg', 'regex'),
+        Finding('GPU', facts.gpu or 'none (the CPU works too)')]
+    # Only who has to install something has to write there.
+    if facts.read_only and not all(row.ok for row in findings):
+        findings.insert(0, Finding('site-packages', 'read-only', (
+            'pip cannot write where this Python keeps its packages'), (
+            f'{shlex.quote(facts.executable)} -m venv --system-site-packages '
+            '.venv-own  # sees what is installed',
+            '.venv-own/bin/python tools/doctor.py  # and go on with that')))
+    return findings
 
 
 def package_finding(facts: Facts, package: str) -> Finding:
@@ -108,16 +118,41 @@ def required_finding(facts: Facts) -> Finding:
                        *install_missing(facts, missing)))
 
 
-def compiler_finding(facts: Facts) -> Finding:
-    standard = cpp_standard(facts)
-    value = f'{facts.compiler_version or "none"} (torch needs {standard})'
-    if not needs_build(facts) or standard in facts.standards:
-        return Finding('compiler', value)
-    lack = f'{facts.compiler} is none' if facts.compiler else 'none was found'
-    return Finding('compiler', value, (
-        f'a compiler for {standard} is needed to build mmcv and {lack}'), (
-        'sudo apt-get install g++-12  # on Debian or Ubuntu',
-        'export CXX=g++-12'))
+def torch_finding(facts: Facts) -> Finding:
+    version = facts.versions.get('torch', '')
+    if not version or release(version) >= OLDEST_TORCH:
+        return Finding('torch >= 2.1', 'yes' if version else 'not checked')
+    return Finding('torch >= 2.1', 'no', (
+        f'rmoe needs torch >= 2.1, this is {version}'), (
+        f"{facts.pip} install 'torch>=2.1' torchvision",))
+
+
+def torchvision_finding(facts: Facts) -> Finding:
+    """Its operators must be of this torch: rmoe uses some of them."""
+    name = 'torchvision ops'
+    if {'torch', 'torchvision'} - facts.modules or 'torch' in facts.errors:
+        return Finding(name, 'not checked')
+    error = facts.errors.get('torchvision', '')
+    if not error:
+        return Finding(name, 'they import')
+    # torch 2.N belongs to torchvision 0.(N + 15).
+    minor = release(facts.versions['torch'])[1] + 15
+    return Finding(name, 'missing', (
+        f'torchvision does not fit torch {facts.versions["torch"]}: {error}'),
+        (f"{facts.pip} install --force-reinstall --no-deps "
+         f"'torchvision==0.{minor}.*'",))
+
+
+def numpy_finding(facts: Facts) -> Finding:
+    numpy, torch = (facts.versions.get(name, '')
+                    for name in ('numpy', 'torch'))
+    old = bool(torch) and release(torch) < FIRST_TORCH_FOR_NUMPY_2
+    if not (old and numpy and release(numpy) >= (2, 0)):
+        return Finding('numpy fits torch', 'yes' if numpy else 'not checked')
+    return Finding('numpy fits torch', 'no', (
+        f'torch {torch} was compiled for numpy 1 and cannot use numpy '
+        f'{numpy}'), (
+        f"{facts.pip} install 'numpy<2' 'opencv-python<4.12'",))
 
 
 def mmcv_version_finding(facts: Facts) -> Finding:
@@ -136,20 +171,27 @@ def ops_finding(facts: Facts) -> Finding:
             'torch' in facts.errors):
         return Finding('mmcv ops', 'not checked')
     error = facts.errors.get('mmcv._ext', '')
+    if facts.stand_in and not facts.stand_in_of_rmoe:
+        return Finding('mmcv ops', "another library's", (
+            f"{facts.stand_in} stands in for mmcv's operators and is not of "
+            'rmoe: what it serves, and how, is unknown'), (
+            f'rm {shlex.quote(facts.stand_in)}',
+            f'{shlex.quote(facts.executable)} -m rmoe.mmcv_ops status'))
+    if facts.stand_in:
+        return Finding('mmcv ops', f"rmoe's, for every program "
+                       f'({facts.stand_in})')
     if not error:
         return Finding('mmcv ops', 'compiled, and they import')
-    if not needs_build(facts):
+    if 'libGL' in error:
         return Finding('mmcv ops', 'not checked', (
             f'OpenCV does not import: {error}'), (
             f'{facts.pip} install --force-reinstall --no-deps '
             'opencv-python-headless',))
-    if "'mmcv._ext'" not in error:
-        problem = f"mmcv's compiled ops do not import: {error}"
-    elif 'mmcv-lite' in facts.owners.get('mmcv', ()):
-        problem = 'mmcv-lite is installed: it is mmcv without compiled ops'
-    else:
-        problem = 'mmcv was installed without its compiled ops'
-    return Finding('mmcv ops', 'missing', problem, replace(facts, 'mmcv'))
+    if "'mmcv._ext'" in error:
+        return Finding('mmcv ops', "rmoe's, where rmoe is imported before "
+                       'mmseg and mmdet')
+    return Finding('mmcv ops', 'broken', (
+        f"mmcv's compiled ops do not import: {error}"), replace(facts, 'mmcv'))
 
 
 def undeclared_finding(facts: Facts, module: str, package: str,
@@ -165,39 +207,30 @@ def undeclared_finding(facts: Facts, module: str, package: str,
 
 
 def install_missing(facts: Facts, missing: set[str]) -> tuple[str, ...]:
-    fork = [FORK[name] for name in FORK if name in missing - {'mmcv'}]
-    rest = ['-e', '.', *fork] if uses_fork(facts) else ["-e '.[openmmlab]'"]
+    wanted = [distribution(facts, name) for name in FORK if name in missing]
     torch = [f'{facts.pip} install torch torchvision']
     return (*(torch if missing & {'torch', 'torchvision'} else ()),
-            *(build_mmcv(facts) if 'mmcv' in missing else ()),
-            f'{facts.pip} install {" ".join(rest)}')
+            f'{facts.pip} install -e . {" ".join(wanted)}'.rstrip())
 
 
 def replace(facts: Facts, package: str) -> tuple[str, ...]:
     """Commands that leave one sound copy of an OpenMMLab package."""
     found = ' '.join(facts.owners.get(package, (package,)))
-    wanted = FORK[package] if uses_fork(facts) else (
-        '-r requirements/openmmlab.txt')
-    install = [f'{facts.pip} install {wanted}']
     return (f'{facts.pip} uninstall -y {found}',
-            *(build_mmcv(facts) if package == 'mmcv' else install))
+            f'{facts.pip} install {distribution(facts, package)}')
 
 
-def build_mmcv(facts: Facts) -> tuple[str, ...]:
-    """Commands that build mmcv with its ops for the torch that is here."""
-    name, pin = (FORK['mmcv'], '') if uses_fork(facts) else (
-        'mmcv', f'=={MMCV_VERSION}')
-    # torch looks for ninja on the path, where this Python's may not be.
-    path = shlex.quote(str(Path(facts.executable).parent))
-    # mmcv's setup.py asks for C++17; the last -std on a line wins.
-    return (f"{facts.pip} install 'setuptools<81' wheel ninja psutil",
-            'mkdir -p build && printf \'#!/bin/sh\\nexec %s "$@" '
-            f"-std={cpp_standard(facts)}\\n' "
-            f'"${{CXX:-{facts.compiler or "g++"}}}" > build/cxx '
-            '&& chmod +x build/cxx',
-            f'PATH={path}:"$PATH" CXX="$PWD/build/cxx" MMCV_WITH_OPS=1 '
-            f'{facts.pip} install --no-build-isolation --no-cache-dir '
-            f'--no-binary {name} {name}{pin}')
+def distribution(facts: Facts, package: str) -> str:
+    """What pip installs a package by; mmcv without a compiler."""
+    if uses_fork(facts):
+        return FORK[package]
+    names = {'mmengine': 'mmengine', 'mmcv': 'mmcv-lite', 'mmdet': 'mmdet',
+             'mmseg': 'mmsegmentation'}
+    for name in ('mmcv.txt', 'openmmlab.txt'):
+        for line in (ROOT / 'requirements' / name).read_text().split():
+            if line.startswith(f'{names[package]}=='):
+                return line
+    raise AssertionError(package)
 
 
 def is_fork(distribution: str) -> bool:
@@ -210,17 +243,6 @@ def uses_fork(facts: Facts) -> bool:
     deciding = found['mmdet'] + found['mmseg'] or (
         found['mmengine'] + found['mmcv'])
     return bool(deciding) and all(map(is_fork, deciding))
-
-
-def needs_build(facts: Facts) -> bool:
-    """No ops, and not because OpenCV fails for want of a system library."""
-    return 'libGL' not in facts.errors.get('mmcv._ext', 'libGL')
-
-
-def cpp_standard(facts: Facts) -> str:
-    """The C++ that torch's headers need; a torch to come will be new."""
-    old = release(facts.versions.get('torch', '')) or (2, 14)
-    return 'c++17' if old < (2, 14) else 'c++20'
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -237,19 +259,18 @@ def gather() -> Facts:
     owners = {name: tuple(sorted({
         re.sub(r'[-_.]+', '-', owner).lower() for owner in installed[name]}))
         for name in LOOKED_FOR if name in installed}
-    compiler = os.environ.get('CXX') or shutil.which('g++') or shutil.which(
-        'clang++') or ''
+    errors = {name: error for name in (
+        'torch', 'torchvision', 'mmcv._ext', 'rmoe')
+        if (error := import_error(name))}
+    stand_in = stand_in_file()
     return Facts(
         versions={'python': platform.python_version(), **{
             name: metadata.version(names[0])
             for name, names in owners.items()}},
-        owners=owners, modules=modules,
-        errors={name: error for name in ('torch', 'mmcv._ext', 'rmoe')
-                if (error := import_error(name))},
-        compiler=compiler, compiler_version=ask(compiler, '--version'),
-        standards=frozenset(
-            standard for standard in ('c++17', 'c++20')
-            if ask(compiler, f'-std={standard}', '-E', '-x', 'c++', '-')),
+        owners=owners, modules=modules, errors=errors,
+        stand_in=str(stand_in or ''), stand_in_of_rmoe=bool(
+            stand_in and 'rmoe.mmcv_ops' in stand_in.read_text()),
+        read_only=not os.access(sysconfig.get_path('purelib'), os.W_OK),
         gpu=gpu(), executable=sys.executable)
 
 
@@ -258,19 +279,23 @@ def import_error(module: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             importlib.import_module(module)
+            if module == 'torchvision':
+                # It imports beside another torch, without its operators.
+                sys.modules['torch'].ops.torchvision.nms  # noqa: B018
     except Exception as error:  # a broken package can raise anything
         return ' '.join(f'{type(error).__name__}: {error}'.split())
     return ''
 
 
-def ask(compiler: str, *flags: str) -> str:
-    """The first line the compiler answers, or nothing if it refuses."""
-    try:
-        done = subprocess.run([*shlex.split(compiler), *flags], text=True,
-                              input='', capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ''
-    return '' if done.returncode else done.stdout.partition('\n')[0]
+def stand_in_file() -> Path | None:
+    """The Python file beside mmcv that is imported as mmcv._ext."""
+    spec = importlib.util.find_spec('mmcv')
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).with_name('_ext.py')
+    # Python takes a compiled module before a file of that name.
+    compiled = list(file.parent.glob('_ext.*.so'))
+    return file if file.exists() and not compiled else None
 
 
 def gpu() -> str:
@@ -282,7 +307,7 @@ def gpu() -> str:
 
 def report(findings: list[Finding]) -> str:
     """The table, then the problems; those with one remedy stand together."""
-    lines = [f'{"  " if row.ok else "! "}{row.name:<15}{row.value}'
+    lines = [f'{"  " if row.ok else "! "}{row.name:<17}{row.value}'
              for row in findings]
     problems: dict[tuple[str, ...], list[str]] = {}
     for row in findings:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rmoe import compat
 from rmoe.moe.layer import MoELayer, moe_layers
 from rmoe.moe.products import unpadded
 
@@ -42,7 +43,7 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     # Attention is counted as plain matrix products, whatever kernel runs.
     with torch.no_grad(), unpadded(), \
             FlopCounterMode(display=False) as counter, \
-            nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            compat.plain_attention():
         model(*inputs)
     model.train(training)
     return Complexity(total, total - inactive, counter.get_total_flops())

@@ -17,7 +17,7 @@ from rmoe.moe.grouped import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Core:
     """The dense FFN of a MoE layer, without what stands around it.
 

@@ -3,6 +3,7 @@
 Axis letters as in routing.py.
 """
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -91,9 +92,9 @@ class MoEMixFFN(MoELayer):
             image = hidden_NH[rows_T].unflatten(0, (-1, *hw)).permute(
                 0, 3, 1, 2)
             # Experts run outside autocast, in the type that it gave them.
-            with torch.autocast(
-                    image.device.type, image.dtype,
-                    enabled=image.dtype != convolve.weight.dtype):
+            same = image.dtype == convolve.weight.dtype
+            with nullcontext() if same else torch.autocast(
+                    image.device.type, image.dtype):
                 maps.append(convolve(image).permute(0, 2, 3, 1).flatten(0, 2))
         order_N = torch.cat(table_TK.unbind(1)).argsort()
         return torch.cat(maps)[order_N]

@@ -5,6 +5,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from rmoe import compat
 from rmoe.upcycling.expert_count import EXPERT_MISMATCH
 from rmoe.upcycling.fit import fit
 from rmoe.upcycling.formats import state_dict_of
@@ -27,8 +28,8 @@ def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
     if expert_mismatch not in EXPERT_MISMATCH:
         raise ValueError(f'moe.expert_mismatch={expert_mismatch!r} is not '
                          f'one of {EXPERT_MISMATCH}')
-    backbone.register_load_state_dict_pre_hook(
-        partial(_fit_in_place, expert_mismatch))
+    compat.register_load_hook(
+        backbone, partial(_fit_in_place, expert_mismatch))
 
 
 def _fit_in_place(expert_mismatch: str, backbone: Any,

@@ -3,6 +3,7 @@ import mmdet.models  # noqa: F401
 import numpy as np
 import pytest
 import torch
+from mmcv.cnn.bricks import DropPath
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.registry import MODELS
@@ -65,6 +66,9 @@ def images(model, objects=(2, 1), training=True):
 @each_detector
 def test_task_loss_alone_reaches_every_router(detector):
     install(detector)
+    for module in detector.modules():
+        if isinstance(module, DropPath):  # a dropped branch has no gradient
+            module.drop_prob = 0.
     losses = detector.train()(**images(detector), mode='loss')
     assert {'loss_moe_importance', 'loss_moe_load'} <= set(losses)
     total, _ = detector.parse_losses({
@@ -128,9 +132,18 @@ def test_bfloat16_training_step(detector):
     wrapper = BFloat16OptimWrapper(torch.optim.SGD(detector.parameters(), .1))
     data = images(detector)
     torch.manual_seed(1)
-    exact, _ = detector.parse_losses(detector(**data, mode='loss'))
+    exact, of_exact = detector.parse_losses(detector(**data, mode='loss'))
     torch.manual_seed(1)
     with wrapper.optim_context(detector):
-        loss, _ = detector.parse_losses(detector(**data, mode='loss'))
-    assert loss.item() == pytest.approx(exact.item(), rel=.1)
+        loss, of_loss = detector.parse_losses(detector(**data, mode='loss'))
+
+    def total(losses):
+        # Boxes of the second stage are those of a few sampled proposals.
+        return sum(float(value) for key, value in losses.items()
+                   if 'loss_' in key and not (
+                       hasattr(detector, 'roi_head') and
+                       key.endswith('loss_bbox') and 'rpn' not in key))
+
+    assert total(of_loss) == pytest.approx(total(of_exact), rel=.05)
+    assert exact.isfinite() and loss.isfinite()
     wrapper.backward(loss)

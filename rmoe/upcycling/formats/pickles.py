@@ -84,7 +84,8 @@ def _read_tensors_only(path: Path, map_location: Any, mapped: bool) -> Any:
 def _load(path: Path, map_location: Any, mapped: bool, **options: Any
           ) -> Any:
     # Only the zip format can be mapped; torch < 1.6 wrote another.
-    return torch.load(path, map_location=map_location,
+    # A string: torch 2.1 maps no Path.
+    return torch.load(str(path), map_location=map_location,
                       mmap=mapped and zipfile.is_zipfile(path), **options)
 
 
