@@ -15,6 +15,11 @@ from torch.nn import functional as F
 from torch.utils import flop_counter
 
 OLDEST_TORCH = '2.1'
+# What nothing stands in for, and the torch it needs.
+NEEDS = {
+    'compile=True': '2.6',
+    'export by torch.export or to ONNX': '2.11',
+}
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -27,15 +32,15 @@ def has_torch(version: str) -> bool:
     return release(torch.__version__) >= release(version)
 
 
-def require(feature: str, version: str) -> None:
-    """Refuse what this torch is too old for.
+def require(feature: str) -> None:
+    """Refuse a feature of ``NEEDS`` that this torch is too old for.
 
     Raises:
         ValueError: that names the feature, the version it needs and this one.
     """
-    if not has_torch(version):
-        raise ValueError(f'{feature} needs torch >= {version}, this is torch '
-                         f'{torch.__version__}')
+    if not has_torch(NEEDS[feature]):
+        raise ValueError(f'{feature} needs torch >= {NEEDS[feature]}, this is '
+                         f'torch {torch.__version__}')
 
 
 if not has_torch(OLDEST_TORCH):
@@ -58,7 +63,11 @@ def _get_autocast_dtype(device: str) -> torch.dtype:
 
 def _register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
     def register(formula: Callable[..., int]) -> Callable[..., int]:
-        flop_counter.flop_mapping[operator] = formula
+        if hasattr(flop_counter, 'flop_registry'):  # 2.2 to 2.4
+            flop_counter.flop_registry[operator] = flop_counter.shape_wrapper(
+                formula)
+        else:
+            flop_counter.flop_mapping[operator] = formula
         return formula
 
     return register
@@ -93,7 +102,7 @@ get_autocast_dtype: Callable[[str], torch.dtype] = _since(
     '2.4', lambda: torch.get_autocast_dtype, _get_autocast_dtype)
 
 register_flop_formula: Callable[[Any], Callable[[Callable], Callable]] = (
-    _since('2.2', lambda: flop_counter.register_flop_formula,
+    _since('2.5', lambda: flop_counter.register_flop_formula,
            _register_flop_formula))
 
 # (module, hook), hook(module, state_dict, prefix, ...)
@@ -108,7 +117,7 @@ plain_attention: Callable[[], AbstractContextManager] = _since(
 # Attention on the CPU: forward and backward operators that torch's counter of
 # operations does not know. Before, the CPU ran those that it knows.
 cpu_attention: tuple[Any, ...] = _since(
-    '2.2', lambda: (
+    '2.3', lambda: (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward),
     ())

@@ -5,12 +5,15 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from rmoe import compat
 from rmoe.moe import moe_layers
 from rmoe.visualization.recording import record_routing
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
+pytestmark = pytest.mark.torch(compat.NEEDS[
+    'export by torch.export or to ONNX'])
 
 ROUTERS = {
     'token choice': dict(type='TokenChoiceRouter'),

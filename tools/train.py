@@ -9,7 +9,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from rmoe import safe_loading
+from rmoe import compat, safe_loading
 from rmoe.engine.data_check import check_data
 from rmoe.registry import type_name
 
@@ -37,6 +37,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
+    if cfg.get('compile'):
+        compat.require('compile=True')
     note = set_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):

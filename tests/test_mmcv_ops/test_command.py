@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_gets_nothing(mmcv, monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(Path, 'write_text', refuse)
-    with pytest.raises(ValueError, match='cannot be written.*Import rmoe bef'):
+    with pytest.raises(ValueError, match=r'cannot be written.*Import rmoe bef'):
         command.add(mmcv)
     assert os.listdir(mmcv) == ['__init__.py']
 
@@ -114,4 +114,3 @@ def test_installing_twice_adds_one_finder():
     finder.install()
     assert sum(isinstance(one, ExtensionFinder)
                for one in sys.meta_path) == 1
-    assert isinstance(sys.meta_path[-1], ExtensionFinder)

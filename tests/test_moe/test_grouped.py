@@ -139,6 +139,7 @@ def test_activations_are_not_kept_twice():
     assert sum(kept) == 16 * H
 
 
+@pytest.mark.torch('2.10')
 @pytest.mark.parametrize('options', [
     {}, dict(core=False), dict(rank=4), dict(fc2_bias=False)], ids=str)
 def test_grouped_product_is_the_loop(monkeypatch, options):
@@ -165,6 +166,7 @@ def test_grouped_product_is_the_loop(monkeypatch, options):
         assert (one - other).norm() <= .02 * one.norm()
 
 
+@pytest.mark.torch('2.10')
 def test_grouped_product_waits_for_no_counts(monkeypatch):
     """Nothing is read back from the device on the way."""
     monkeypatch.setattr(Experts, '_fits_grouped_mm', lambda *_: True)

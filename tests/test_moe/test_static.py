@@ -292,6 +292,7 @@ def test_bfloat16_static_is_eager(tracing, name, autocast):
 MODES = pytest.mark.parametrize('training', [True, False])
 
 
+@pytest.mark.torch('2.6')
 @MODES
 @pytest.mark.parametrize('name', STATIC)
 def test_one_graph_without_recompiling(name, training):
@@ -314,6 +315,7 @@ def test_one_graph_without_recompiling(name, training):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.torch('2.6')
 @MODES
 def test_padding_in_a_graph(training):
     torch._dynamo.reset()

@@ -8,8 +8,11 @@ from commands import MOE, command
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from rmoe import compat
 from rmoe.moe import static
 
+pytestmark = pytest.mark.torch(compat.NEEDS[
+    'export by torch.export or to ONNX'])
 SIZE = ('--shape', 64, 64)
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _config import run
 
-from rmoe import safe_loading
+from rmoe import compat, safe_loading
 from rmoe.visualization.recording import record_routing
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -53,6 +53,7 @@ def main() -> None:
         raise ValueError(f'--out={args.out} must end with .onnx or .pt2')
     if min(*args.shape, args.batch_size) < 1:
         raise ValueError('--shape and --batch-size must be at least 1')
+    compat.require('export by torch.export or to ONNX')
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     model = load_model(cfg, args.checkpoint)
