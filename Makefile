@@ -4,12 +4,9 @@ ROOT := $(dir $(realpath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 \
 	python3; do $$name -c '' 2>/dev/null && echo $$name && break; done)
 SETUP := @$(PYTHON) $(ROOT)tools/bootstrap.py
-RUN := cd $(ROOT) && .venv/bin/python
 # Two workers with a thread each: the tests are many and small.
-PYTEST := -m pytest -n 2
-# What the detection models and the stand-in need of mmcv's operators.
-WITH_OPERATORS := tests/test_mmcv_ops tests/test_backbones/test_mmdet.py \
-	tests/test_tools/test_inferencers.py tests/test_tools/test_detection.py
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 $(TESTS) $(ARGS)
+TESTS ?= tests
 
 .PHONY: env test test-oldest test-fork lint demo clean
 
@@ -17,30 +14,35 @@ env:
 	$(SETUP) test
 
 ifeq ($(MMCV),full)
+# What detectors and the stand-in need of mmcv's operators.
+test: TESTS = tests/test_mmcv_ops tests/test_backbones/test_mmdet.py \
+	tests/test_tools/test_inferencers.py
 test:
 	$(SETUP) full
-	@cd $(ROOT) && PYTHONPATH=$(ROOT).venv/mmcv-full .venv/bin/python \
-		$(PYTEST) $(WITH_OPERATORS) $(ARGS)
+	@cd $(ROOT) && PYTHONPATH=$(ROOT).venv/mmcv-full $(call PYTEST,.venv)
 else
 test: env lint
-	@$(RUN) $(PYTEST) tests $(ARGS)
+	@cd $(ROOT) && $(call PYTEST,.venv)
 endif
 
 test-oldest:
 	$(SETUP) oldest
-	@cd $(ROOT) && .venv-oldest/bin/python $(PYTEST) tests $(ARGS)
+	@cd $(ROOT) && $(call PYTEST,.venv-oldest)
 
 test-fork:
 	$(SETUP) fork
-	@cd $(ROOT) && .venv-fork/bin/python $(PYTEST) tests $(ARGS)
+	@cd $(ROOT) && $(call PYTEST,.venv-fork)
 
 lint: env
-	@$(RUN) -m ruff check rmoe tools tests configs setup.py
-	@$(RUN) -m mypy rmoe
+	@cd $(ROOT) && .venv/bin/python -m ruff check rmoe tools tests configs \
+		setup.py
+	@cd $(ROOT) && .venv/bin/python -m mypy rmoe
 
 demo:
 	$(SETUP)
-	@$(RUN) tools/demo.py $(if $(DATA),--data "$(abspath $(DATA))") $(ARGS)
+	@cd $(ROOT) && .venv/bin/python tools/demo.py \
+		$(if $(DATA),--data "$(abspath $(DATA))") $(ARGS)
 
 clean:
-	rm -rf $(ROOT).venv $(ROOT).venv-oldest $(ROOT).venv-fork $(ROOT)work_dirs
+	rm -rf $(ROOT).venv $(ROOT).venv-oldest $(ROOT).venv-fork \
+		$(ROOT)work_dirs

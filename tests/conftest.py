@@ -1,3 +1,4 @@
+import mmengine.config.config
 import pytest
 import torch
 from mmengine.registry import DefaultScope
@@ -14,6 +15,16 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers('torch'):
         if not compat.has_torch(mark.args[0]):
             pytest.skip(f'needs torch >= {mark.args[0]}')
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _unformatted_configs():
+    """mmengine lays out a config each time it logs or dumps one, which takes
+    longer than most trainings here; it is the same Python without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmengine.config.config, 'FormatCode',
+                      lambda text, **_: (text, False))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,11 @@
 import os
 import socket
 import sys
+from multiprocessing import forkserver
 
 import torch
 from mmengine.hooks import Hook
+from torch.multiprocessing import start_processes
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 
 from rmoe.engine.balance_bias_hook import update_biases
@@ -13,14 +15,20 @@ from rmoe.engine.roles import role_of
 from rmoe.engine.routing_stats_hook import _take_counts
 from rmoe.moe import BiasBalancedRouter, moe_layers
 
+# rmoe first: mmcv may have no operators of its own.
+PRELOADED = ['rmoe', 'mmengine.runner', 'rmoe.backbones', 'rmoe.engine',
+             'mmseg.models', 'mmseg.visualization', 'mmdet.models']
+
 
 def run_two_ranks(function, work_dir: str, *args) -> list:
     """What function(rank, work_dir, *args) returned on each rank."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(
-        _run, (function, port, work_dir, args), nprocs=2)
+    # One process imports what takes long, once; ranks are copies of it.
+    forkserver.set_forkserver_preload(PRELOADED)
+    start_processes(_run, (function, port, work_dir, args), nprocs=2,
+                    start_method='forkserver')
     return [torch.load(f'{work_dir}/rank{rank}.pth', weights_only=False)
             for rank in (0, 1)]
 
