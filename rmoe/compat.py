@@ -63,11 +63,11 @@ def _get_autocast_dtype(device: str) -> torch.dtype:
 
 def _register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
     def register(formula: Callable[..., int]) -> Callable[..., int]:
-        if hasattr(flop_counter, 'flop_registry'):  # 2.2 to 2.4
-            flop_counter.flop_registry[operator] = flop_counter.shape_wrapper(
-                formula)
+        counter: Any = flop_counter
+        if hasattr(counter, 'flop_registry'):  # 2.2 to 2.4
+            counter.flop_registry[operator] = counter.shape_wrapper(formula)
         else:
-            flop_counter.flop_mapping[operator] = formula
+            counter.flop_mapping[operator] = formula
         return formula
 
     return register

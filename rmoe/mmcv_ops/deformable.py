@@ -3,6 +3,8 @@ multi-scale deformable attention (2010.04159) by mmcv's own PyTorch form.
 
 mmcv's buffers for columns stay untouched: torchvision has its own.
 """
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,11 +81,11 @@ def modulated_deform_conv_backward(
         output.copy_(gradient)
 
 
-def _forward(input: Tensor, *rest: Tensor | int | None) -> Tensor:
+def _forward(input: Tensor, *rest: Any) -> Tensor:
     return load().deform_conv2d(*_arguments(input, *rest))
 
 
-def _backward(grad_output: Tensor, *rest: Tensor | int | None
+def _backward(grad_output: Tensor, *rest: Any
               ) -> tuple[Tensor, ...]:
     return load()._deform_conv2d_backward(
         exact(grad_output).contiguous(), *_arguments(*rest))
@@ -124,10 +126,11 @@ def ms_deform_attn_backward(value: Tensor, spatial_shapes: Tensor,
     samples would need more memory than the rest of the layer."""
     inputs = [part.detach().requires_grad_()
               for part in (value, sampling_loc, attn_weight)]
+    value, sampling_loc, attn_weight = inputs
     with torch.enable_grad():
         output = ms_deform_attn_forward(
-            inputs[0], spatial_shapes, level_start_index, *inputs[1:],
-            im2col_step)
+            value, spatial_shapes, level_start_index, sampling_loc,
+            attn_weight, im2col_step)
     outputs = (grad_value, grad_sampling_loc, grad_attn_weight)
     for written, gradient in zip(outputs, torch.autograd.grad(
             output, inputs, grad_output)):
