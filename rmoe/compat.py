@@ -86,6 +86,10 @@ def _plain_attention_of_backends() -> AbstractContextManager:
         enable_flash=False, enable_math=True, enable_mem_efficient=False)
 
 
+def _start_in_microseconds(event: Any) -> int:
+    return event.start_us()
+
+
 def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
     return new() if has_torch(version) else old
 
@@ -113,6 +117,12 @@ register_load_hook: Callable[[nn.Module, Callable[..., None]], Any] = _since(
 # A context in which attention is plain matrix products.
 plain_attention: Callable[[], AbstractContextManager] = _since(
     '2.3', lambda: _plain_attention, _plain_attention_of_backends)
+
+# (event) -> when a profiled event began, in a unit of its own.
+start_of: Callable[[Any], int] = (
+    (lambda event: event.start_ns())
+    if hasattr(torch._C._autograd._KinetoEvent, 'start_ns')
+    else _start_in_microseconds)
 
 # Attention on the CPU: forward and backward operators that torch's counter of
 # operations does not know. Before, the CPU ran those that it knows.

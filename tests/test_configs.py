@@ -154,7 +154,7 @@ def test_heads_take_what_the_backbone_gives(path):
     if kind == 'cls':
         assert cfg.model.in_channels == widths[-1]
         return
-    cfg.model.backbone.init_cfg = None
+    cfg.model.backbone.update(init_cfg=None, with_cp=False)
     with scope(cfg), torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
         image = torch.empty(1, 3, SIDE, SIDE)

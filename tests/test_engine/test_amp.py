@@ -51,13 +51,13 @@ def test_experts_in_bfloat16_routers_in_float32(tmp_path):
 @pytest.mark.parametrize('options', [
     {}, dict(accumulative_counts=2), dict(clip_grad=dict(max_norm=.1))])
 def test_the_loss_is_that_of_float32(tmp_path, options):
-    runner, losses = train(tmp_path / 'a', dict(BF16, **options))
-    _, expected = train(tmp_path / 'b', options)
+    runner, losses = train(tmp_path / 'a', dict(BF16, **options), 24)
+    _, expected = train(tmp_path / 'b', options, 24)
     difference = abs(losses - expected)
     assert 0 < difference[0] < 1e-3  # of losses about 1.2
     # Then a token here and there goes to another expert.
     assert difference.max() < 0.1
-    assert losses[-1] < losses[0] - 0.02
+    assert losses[-8:].mean() < losses[:8].mean() - 0.05
     norms = runner.message_hub.log_scalars.get('train/grad_norm')
     assert ('clip_grad' in options) == (norms is not None)
 

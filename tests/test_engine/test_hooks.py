@@ -181,7 +181,7 @@ def test_checkpoint_of_plain_mmengine_resumes(tmp_path):
     hook.before_save_checkpoint = CheckpointHook().before_save_checkpoint
     runner.train()
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / 'iter_4.pth')
+        torch.load(tmp_path / 'iter_4.pth', weights_only=True)
     again = toy_runner(tmp_path, max_iters=8, resume=True)
     again.train()
     assert again.iter == 8

@@ -70,7 +70,7 @@ def test_mmengine_checkpoint_is_read_without_its_pickled_log(tmp_path, legacy):
                               runtime_info={}, resumed_keys={})),
         path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(path)  # what makes the reader necessary
+        torch.load(path, weights_only=True)  # what makes the reader necessary
     content = read_checkpoint(path)
     assert content['message_hub']['log_scalars'] == {}
     assert content['meta']['iter'] == 1

@@ -47,7 +47,8 @@ def read_pickle(path: Path, map_location: Any, mapped: bool = True) -> Any:
             to be run.
     """
     try:
-        return _load(path, map_location, mapped)
+        # Said aloud: torch before 2.6 runs what a file asks for by default.
+        return _load(path, map_location, mapped, weights_only=True)
     except pickle.UnpicklingError:
         # Not plain enough for torch's own safe loader: tensors only.
         return _read_tensors_only(path, map_location, mapped)

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from _bench.layers import parameters
 from _bench.timing import DEVICE, Row
 from _bench.training import CONFIG, Training
+from rmoe import compat
 
 MIB = 2**20
 # float32, of each extra parameter: itself, its gradient, AdamW's two moments.
@@ -49,7 +50,7 @@ class PeakOfTensors:
         for event in sorted(
                 (event for event in results.events()
                  if event.name() == '[memory]'),
-                key=lambda event: event.start_ns()):
+                key=compat.start_of):
             now += event.nbytes()
             self.bytes = max(self.bytes, now)
 
