@@ -55,7 +55,10 @@ def used_experts(model, image) -> dict[str, set[int]]:
             for name, (routing, ) in records.items()}
 
 
-@pytest.fixture(params=ROUTERS)
+# An older torch writes a file of expert choice that computes something else.
+@pytest.fixture(params=[
+    pytest.param(name, marks=pytest.mark.torch('2.14'))
+    if name == 'expert choice' else name for name in ROUTERS])
 def case(request):
     """A model, an example, and images that need other experts."""
     model = segmentor(ROUTERS[request.param])
