@@ -2,6 +2,7 @@ import mmengine.config.config
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from yapf.yapflib import yapf_api
 
 import rmoe
 from rmoe import compat
@@ -22,8 +23,10 @@ def _unformatted_configs():
     """mmengine lays out a config each time it logs or dumps one, which takes
     longer than most trainings here; it is the same Python without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.config, 'FormatCode',
-                      lambda text, **_: (text, False))
+        # mmengine imported it; the fork imports it each time.
+        for module in (mmengine.config.config, yapf_api):
+            patch.setattr(module, 'FormatCode',
+                          lambda text, **_: (text, False), raising=False)
         yield
 
 

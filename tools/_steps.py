@@ -13,7 +13,10 @@ from rmoe.upcycling import read_checkpoint, state_dict_of, write_atomically
 
 # What decides a result, beside the config.
 RUN = ('train.py', '../rmoe')
-LIBRARIES = ('rmoe', 'torch', 'mmengine', 'mmcv', 'mmsegmentation', 'mmdet')
+# Distributions; mmcv has two, and all but torch one more of the fork.
+LIBRARIES = ('rmoe', 'torch', 'mmengine', 'mmcv', 'mmcv-lite',
+             'mmsegmentation', 'mmdet', 'onedl-mmengine', 'onedl-mmcv',
+             'onedl-mmsegmentation', 'onedl-mmdetection')
 
 
 def given(checkpoint: Path) -> dict:
