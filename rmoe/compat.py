@@ -99,6 +99,10 @@ def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
 is_compiling: Callable[[], bool] = _since(
     '2.3', lambda: torch.compiler.is_compiling, torch._utils.is_compiling)
 
+# Is torch.export, which ONNX needs too, writing the graph down?
+is_exporting: Callable[[], bool] = _since(
+    '2.7', lambda: torch.compiler.is_exporting, is_compiling)
+
 is_autocast_enabled: Callable[[str], bool] = _since(
     '2.4', lambda: torch.is_autocast_enabled, _is_autocast_enabled)
 
@@ -132,6 +136,9 @@ cpu_attention: tuple[Any, ...] = _since(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward),
     ())
 
-# One kernel for the products of all experts; None: a loop over experts.
+# One kernel for the products of all experts; None: blocks of rows.
 grouped_mm: Callable[..., Tensor] | None = _since(
     '2.10', lambda: F.grouped_mm, None)
+
+# A product of half-precision matrices that is stored in float32, on CUDA.
+mm_keeps_float32: bool = has_torch('2.8')

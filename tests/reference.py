@@ -30,9 +30,10 @@ def ffn(x: Tensor, weights: list[Tensor | None]) -> Tensor:
 
 def mixture(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
     """What the layer should add to its input, given who goes where."""
+    routing = routing.served()
     kept: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(x_TD))]
     for row, (token, expert) in enumerate(zip(routing.token_ids_N.tolist(),
-                                              routing.expert_ids().tolist())):
+                                              routing.expert_ids_N.tolist())):
         kept[token].append((expert, routing.weights_N[row]))
     outputs = []
     for token, choices in enumerate(kept):

@@ -5,7 +5,7 @@ import copy
 import torch
 from mmengine.registry import DefaultScope
 
-from rmoe.moe import MoEFFN
+from rmoe.moe import MoEFFN, Routing
 
 # Without noise, so that two calls decide alike.
 ROUTERS = {
@@ -41,10 +41,10 @@ D, H, E = 12, 20, 4
 
 
 def build_layer(router: dict, randomise: bool = True,
-                **options) -> MoEFFN:
+                widths: tuple[int, int] = (D, H), **options) -> MoEFFN:
     """A layer with random residuals, and a router with opinions."""
     with DefaultScope.overwrite_default_scope('rmoe'):
-        layer = MoEFFN(D, H, **{'num_experts': E, **options,
+        layer = MoEFFN(*widths, **{'num_experts': E, **options,
                                 'router': copy.deepcopy(router)})
     if randomise:
         for name, parameter in layer.named_parameters():
@@ -54,10 +54,12 @@ def build_layer(router: dict, randomise: bool = True,
     return layer
 
 
-def images(count: int = B, tokens: int = S) -> torch.Tensor:
-    return torch.randn(count, tokens, D)
+def images(count: int = B, tokens: int = S, dim: int = D) -> torch.Tensor:
+    return torch.randn(count, tokens, dim)
 
 
 def route(layer: MoEFFN, x: torch.Tensor, valid: torch.Tensor | None = None):
-    """What the layer's router decides for (B, S, D) images."""
-    return layer.router(x.reshape(-1, D), valid, len(x))
+    """What the layer's router decides for (B, S, D) images, without the rows
+    that nobody serves."""
+    routing = layer.router(x.reshape(-1, D), valid, len(x))
+    return routing.served() if isinstance(routing, Routing) else routing

@@ -83,7 +83,7 @@ def assert_same(run, model, images):
 
 def stacked_weights(model) -> list[torch.Tensor]:
     """(E, out, in) of both linear layers of every MoE layer."""
-    return [layer.experts.stacked(part, layer.core)[0].detach()
+    return [layer.experts.weight(part, layer.core).detach()
             for layer in moe_layers(model).values()
             for part in ('fc1', 'fc2')]
 

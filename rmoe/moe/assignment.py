@@ -1,118 +1,214 @@
 """Who goes where: pure functions on a score matrix.
 
-Axis letters as in routing.py. Ties go to the lower expert index and to the
-lower token index, on every device; torch.topk promises no order.
+Shapes depend on sizes and options, never on scores, and nothing here reads a
+value of a tensor. Ties go to the lower expert index and to the lower token
+index, on every device; torch.topk promises no order. Axis letters as in
+routing.py.
 """
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rmoe import compat
-from rmoe.moe import static_rows
-from rmoe.moe.rows import Rows
+from rmoe.moe.rows import (
+    Rows,
+    by_falling,
+    kept_per_token,
+    order_by_token,
+    stable_sort,
+    starts_of,
+)
+
+PRIORITIES = ('first_come', 'bpr', 'bpr_sum')
+# Slots per expert in each group: the same number in all, or (G,) int64.
+Capacity = int | Tensor
 
 
-def choose_experts(scores_TE: Tensor, k: int,
+def choose_experts(scores_TE: Tensor, expert_ids_TK: Tensor,
                    valid_T: Tensor | None = None,
-                   capacity_G: Tensor | None = None,
-                   priority: str = 'first_come',
-                   most: int | None = None) -> Rows:
+                   capacity: Capacity | None = None, most: int = 0,
+                   num_groups: int = 1, priority: str = 'first_come'
+                   ) -> tuple[Rows, Tensor]:
     """Token choice: each token takes its k best experts.
 
     Args:
         scores_TE: (T, E) what experts are chosen by.
-        k: K.
+        expert_ids_TK: (T, K) the chosen experts, see :func:`top_k`.
         valid_T: (T,) bool, False for padding; None means all are valid.
-        capacity_G: (G,) int64 slots per expert in each group, of T / G
-            tokens in order; None drops nothing.
+        capacity: slots per expert in each group of T / G tokens in order;
+            None drops nothing.
+        most: a bound of ``capacity`` that is known without looking.
+        num_groups: G.
         priority: who gets the slots, see :func:`fill_order`.
-        most: a bound of ``capacity_G``, for tracing.
+
+    Returns:
+        The rows, and (N,) int64, which of the T * K flat (token, choice)
+        pairs each of them is.
     """
-    num_experts = scores_TE.shape[1]
-    expert_ids_TK = top_k(scores_TE, k)
-    if compat.is_compiling():
-        return static_rows.choose_experts(
-            expert_ids_TK, num_experts, valid_T, capacity_G, most,
-            _priorities(scores_TE, expert_ids_TK, priority))
-    keys_TK = expert_ids_TK
-    num_groups = 1 if capacity_G is None else len(capacity_G)
-    if num_groups > 1:
-        # Every (expert, group) pair fills its own slots.
-        group_T = torch.arange(num_groups, device=keys_TK.device
-                               ).repeat_interleave(len(keys_TK) // num_groups)
-        keys_TK = keys_TK * num_groups + group_T[:, None]
-    if valid_T is not None:
-        keys_TK = keys_TK.masked_fill(~valid_T[:, None],
-                                      num_experts * num_groups)
-    if capacity_G is None:
-        order_N, counts = group_by_key(keys_TK.flatten(), num_experts)
-        demand = counts
-    else:
+    num_tokens, num_experts = scores_TE.shape
+    num_pairs, k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
+    num_groups = 1 if capacity is None else num_groups
+    num_keys = num_experts * num_groups
+    keys_N = _keys(expert_ids_TK, valid_T, num_groups, num_keys)
+    fill_N = None
+    if capacity is not None:
         fill_N = fill_order(scores_TE, expert_ids_TK, priority)
-        grouped_N, demand = group_by_key(keys_TK.flatten()[fill_N],
-                                         num_experts * num_groups)
-        kept_N, counts = limit_to_capacity(grouped_N, demand,
-                                           capacity_G.repeat(num_experts))
-        order_N = fill_N[kept_N]
-    return Rows(
-        token_ids_N=order_N.div(k, rounding_mode='floor'),
-        expert_ids_N=expert_ids_TK.flatten()[order_N],
-        counts_E=counts.view(num_experts, -1).sum(1),
-        demand_E=demand.view(num_experts, -1).sum(1))
+        keys_N = keys_N if fill_N is None else keys_N[fill_N]
+    keys_N, pairs_N = stable_sort(keys_N, num_keys + 1)
+    starts = starts_of(keys_N, num_keys + 1)
+    counts = demand = starts[1:] - starts[:-1]
+    ends, max_rows = starts[1:], num_pairs
+    if capacity is not None:
+        keys_N, again_N = _put_back(keys_N, starts, capacity, num_keys)
+        pairs_N = pairs_N[again_N]
+        pairs_N = pairs_N if fill_N is None else fill_N[pairs_N]
+        counts = _at_most(demand, capacity, num_experts)
+        if num_groups > 1:
+            keys_N = keys_N.div(num_groups, rounding_mode='floor')
+            counts, demand = torch.stack([counts, demand]).view(
+                2, num_experts, -1).sum(2, dtype=torch.int32)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        max_rows = min(num_pairs, num_groups * most)
+        # More rows than there are slots are never served.
+        size = min(num_pairs, num_experts * max_rows)
+        keys_N, pairs_N = keys_N[:size], pairs_N[:size]
+    unserved_N = None
+    if valid_T is not None or capacity is not None:
+        unserved_N = keys_N >= num_experts
+        keys_N = keys_N.clamp_max(num_experts - 1)
+    token_ids_N = pairs_N if k == 1 else pairs_N.div(k, rounding_mode='floor')
+    return _rows(token_ids_N, keys_N, counts, ends, demand, num_tokens,
+                 max_rows, unserved_N, each=k), pairs_N
 
 
-def choose_tokens(scores_GSE: Tensor, capacity_G: Tensor,
-                  allowed_GSE: Tensor | None = None,
-                  most: int | None = None) -> Rows:
+def _rows(token_ids_N: Tensor, expert_ids_N: Tensor, counts_E: Tensor,
+          ends_E: Tensor, demand_E: Tensor, num_tokens: int, max_rows: int,
+          unserved_N: Tensor | None, each: int | None) -> Rows:
+    """With what is known of tokens: ``each`` has so many rows, if all rows
+    are served; None for any number."""
+    by_token = lonely_T = None
+    if each != 1 or unserved_N is not None:
+        by_token = order_by_token(token_ids_N, num_tokens, unserved_N)
+    if by_token is not None and (each is None or unserved_N is not None):
+        lonely_T = kept_per_token(by_token[1], num_tokens) == 0
+    return Rows(token_ids_N, expert_ids_N, counts_E, ends_E, demand_E,
+                num_tokens, max_rows, unserved_N, by_token, lonely_T)
+
+
+def _keys(expert_ids_TK: Tensor, valid_T: Tensor | None, num_groups: int,
+          num_keys: int) -> Tensor:
+    """(T*K,) int64, the slots that each pair asks for: those of an expert in
+    a group; ``num_keys`` for padding."""
+    keys_TK = expert_ids_TK
+    if num_groups > 1:
+        group_G = torch.arange(num_groups, device=keys_TK.device)
+        keys_TK = torch.add(group_G[:, None], keys_TK.view(num_groups, -1),
+                            alpha=num_groups).view_as(keys_TK)
+    if valid_T is not None:
+        keys_TK = keys_TK.masked_fill(~valid_T[:, None], num_keys)
+    return keys_TK.flatten()
+
+
+def _at_most(demand: Tensor, capacity: Capacity, num_experts: int) -> Tensor:
+    """(num_keys,) rows that get a slot."""
+    if isinstance(capacity, int):
+        return demand.clamp_max(capacity)
+    return torch.minimum(demand, capacity.to(demand.dtype).repeat(num_experts))
+
+
+def _put_back(keys_N: Tensor, starts: Tensor, capacity: Capacity,
+              num_keys: int) -> tuple[Tensor, Tensor]:
+    """Sort again, so that rows over the capacity come last.
+
+    Args:
+        keys_N: (N,) sorted, most deserving first.
+        starts: (num_keys + 1,) where each key begins.
+        capacity: slots of each key.
+        num_keys: the key of rows that get none.
+    """
+    place_N = torch.arange(len(keys_N), dtype=starts.dtype,
+                           device=keys_N.device)
+    if isinstance(capacity, int):
+        over_N = place_N - starts.index_select(0, keys_N) >= capacity
+    else:
+        slots = F.pad(capacity.to(starts.dtype).repeat(
+            num_keys // len(capacity)), (0, 1))
+        over_N = place_N >= (starts + slots).index_select(0, keys_N)
+    return stable_sort(keys_N.masked_fill(over_N, num_keys), num_keys + 1)
+
+
+def choose_tokens(scores_GSE: Tensor, capacity: Capacity, most: int,
+                  allowed_GSE: Tensor | None = None) -> tuple[Rows, Tensor]:
     """Expert choice: in each group, each expert takes its C best tokens.
 
     Args:
         scores_GSE: (G, S, E) what tokens are chosen by.
-        capacity_G: (G,) int64, C of each group, at most S.
+        capacity: C of each group, at most S.
+        most: a bound of ``capacity`` that is known without looking; N is
+            E * G * most.
         allowed_GSE: bool, broadcastable to the scores; False where an expert
             must not take a token. An expert with fewer than C tokens allowed
             takes them all.
-        most: a bound of ``capacity_G``, for tracing; None means S.
+
+    Returns:
+        The rows, and (N,) int64, which of the E * T flat (expert, token)
+        pairs each of them is.
     """
-    if compat.is_compiling():
-        return static_rows.choose_tokens(scores_GSE, capacity_G, allowed_GSE,
-                                         most or scores_GSE.shape[1])
     groups, tokens, num_experts = scores_GSE.shape
+    num_tokens, num_rows = groups * tokens, num_experts * groups * most
     # The long axis last: ranking runs over contiguous memory.
     scores_EGS = scores_GSE.detach().permute(2, 0, 1).contiguous()
     if allowed_GSE is None:
-        taken_EGS = largest(scores_EGS, capacity_G)
+        taken_EGS = largest(scores_EGS, capacity, most)
     else:
         allowed_EGS = allowed_GSE.permute(2, 0, 1)
         taken_EGS = allowed_EGS & largest(
-            scores_EGS.masked_fill(~allowed_EGS, -float('inf')), capacity_G)
-    expert_ids_N, token_ids_N = taken_EGS.reshape(
-        num_experts, groups * tokens).nonzero(as_tuple=True)
-    counts_E = taken_EGS.sum((1, 2))
-    return Rows(token_ids_N, expert_ids_N, counts_E, counts_E)
+            scores_EGS.masked_fill(~allowed_EGS, -float('inf')), capacity,
+            most)
+    pairs_N = _places_of(taken_EGS.flatten(), num_rows)
+    token_ids_N = pairs_N % max(num_tokens, 1)
+    expert_ids_N = pairs_N.div(max(num_tokens, 1), rounding_mode='floor')
+    counts = taken_EGS.sum((1, 2), dtype=torch.int32)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    unserved_N = None
+    if allowed_GSE is not None or isinstance(capacity, Tensor):
+        unserved_N = torch.arange(num_rows, device=ends.device) >= ends[-1]
+    return _rows(token_ids_N, expert_ids_N, counts, ends, counts,
+                 num_tokens, groups * most, unserved_N, each=None), pairs_N
 
 
-def largest(values: Tensor, count: Tensor) -> Tensor:
-    """(..., S) bool, the ``count`` largest of the last axis.
+def _places_of(taken_M: Tensor, num_rows: int) -> Tensor:
+    """(num_rows,) int64, where True stands; zeros behind the last."""
+    # Those not taken meet in a place that is cut off.
+    place_M = (taken_M.cumsum(0) - 1).masked_fill(~taken_M, num_rows)
+    return place_M.new_zeros(num_rows + 1).scatter_(
+        0, place_M, torch.arange(len(place_M), device=place_M.device)
+    )[:num_rows]
+
+
+def largest(values: Tensor, count: Capacity, most: int) -> Tensor:
+    """(..., S) bool, the ``count`` largest of the last axis; of equal ones the
+    first.
 
     Args:
         values: (..., S).
-        count: int64, how many, at most S; broadcastable to (...).
+        count: how many, at most S; int64 broadcastable to (...).
+        most: a bound of ``count``, at most S.
     """
-    most = int(count.max())
     if not most or not values.numel():
         return torch.zeros_like(values, dtype=torch.bool)
-    count = count.expand(values.shape[:-1])[..., None]
-    if int(count.min()) == most:
-        last = values.topk(most, sorted=False).values.amin(-1, keepdim=True)
+    if isinstance(count, int):
+        last = values.topk(count, sorted=False).values.amin(-1, keepdim=True)
     else:
+        count = count.expand(values.shape[:-1])[..., None]
         last = values.topk(most).values.gather(-1, (count - 1).clamp_min(0))
+        # Nothing is above, or equal to, what none may reach.
+        last = last.masked_fill(count < 1, float('inf'))
     # All above the last are taken; of those equal to it the first, as many
     # as are missing: topk alone would take any.
     above, equal = values > last, values == last
-    missing = count - above.sum(-1, keepdim=True)
-    if bool((equal.sum(-1, keepdim=True) > missing).any()):
-        equal &= equal.cumsum(-1, dtype=torch.int32) <= missing
-    return (above | equal) & (count > 0)
+    missing = count - above.sum(-1, keepdim=True, dtype=torch.int32)
+    first = equal.cumsum(-1, dtype=torch.int32) <= missing
+    return above | (equal & first)
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
@@ -125,33 +221,24 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
         remaining_TE = remaining_TE.scatter(1, chosen[-1][:, None],
                                             -float('inf'))
         chosen.append(remaining_TE.argmax(1))
-    return torch.stack(chosen, 1)
+    return chosen[0][:, None] if k == 1 else torch.stack(chosen, 1)
 
 
-def group_by_key(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Stable order that sorts rows by key, and how many each key has.
-
-    Args:
-        keys_N: (N,) int64; rows with the key ``num_keys`` are left out.
-        num_keys: number of keys.
-
-    Returns:
-        order (M,) int64 with M <= N, and counts (num_keys,) int64.
-    """
-    counts = torch.bincount(keys_N, minlength=num_keys + 1)
-    # The sort is a radix sort; short keys take fewer passes.
-    short_N = keys_N.to(torch.uint8 if num_keys < 255 else torch.int32)
-    order_N = torch.sort(short_N, stable=True).indices
-    num_absent = int(counts[num_keys])
-    return order_N[:len(order_N) - num_absent], counts[:num_keys]
-
-
-PRIORITIES = ('first_come', 'bpr', 'bpr_sum')
+def choose(scores_TE: Tensor, gates_TE: Tensor, k: int
+           ) -> tuple[Tensor, Tensor]:
+    """(T, K) int64, the k best experts of each token, best first, and (T, K)
+    their gates, differentiable."""
+    if k == 1 and scores_TE is gates_TE:
+        gates_T1, ids_T1 = gates_TE.max(1, keepdim=True)
+        return ids_T1, gates_T1
+    ids_TK = top_k(scores_TE, k)
+    return ids_TK, gates_TE.gather(1, ids_TK)
 
 
 def fill_order(scores_TE: Tensor, expert_ids_TK: Tensor,
-               priority: str) -> Tensor:
-    """(T*K,) int64, flat (token, choice) pairs in the order slots are given.
+               priority: str) -> Tensor | None:
+    """(T*K,) int64, flat (token, choice) pairs in the order slots are given;
+    None for the order they have.
 
     All first choices precede all second choices. Inside a choice, tokens come
     in their order ('first_come'), or by falling priority (Batch Prioritized
@@ -159,38 +246,12 @@ def fill_order(scores_TE: Tensor, expert_ids_TK: Tensor,
     the sum of its chosen scores ('bpr_sum'); ties by position.
     """
     num_tokens, k = expert_ids_TK.shape
-    priority_T = _priorities(scores_TE, expert_ids_TK, priority)
-    if priority_T is None:
+    if priority == 'first_come':
+        if k == 1:
+            return None
         tokens_T = torch.arange(num_tokens, device=expert_ids_TK.device)
     else:
-        tokens_T = torch.sort(priority_T, descending=True, stable=True).indices
+        chosen = expert_ids_TK[:, :1] if priority == 'bpr' else expert_ids_TK
+        tokens_T = by_falling(scores_TE.detach().gather(1, chosen).sum(1))
     choices_K1 = torch.arange(k, device=tokens_T.device)[:, None]
-    return (tokens_T * k + choices_K1).flatten()
-
-
-def _priorities(scores_TE: Tensor, expert_ids_TK: Tensor,
-                priority: str) -> Tensor | None:
-    """(T,), or None for 'first_come'."""
-    if priority == 'first_come':
-        return None
-    chosen = expert_ids_TK[:, :1] if priority == 'bpr' else expert_ids_TK
-    return scores_TE.detach().gather(1, chosen).sum(1)
-
-
-def limit_to_capacity(order_M: Tensor, counts: Tensor,
-                      capacity: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the first rows of each key, as many as it has slots.
-
-    Args:
-        order_M: (M,) rows grouped by key, most deserving first.
-        counts: (num_keys,) rows of each key.
-        capacity: (num_keys,) slots of each key.
-
-    Returns:
-        The kept rows, still grouped, and their counts.
-    """
-    starts = counts.cumsum(0) - counts
-    limit_M = (starts + capacity).repeat_interleave(
-        counts, output_size=len(order_M))
-    place_M = torch.arange(len(order_M), device=order_M.device)
-    return order_M[place_M < limit_M], torch.minimum(counts, capacity)
+    return tokens_T if k == 1 else (tokens_T * k + choices_K1).flatten()

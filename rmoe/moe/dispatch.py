@@ -1,85 +1,115 @@
 """From tokens to rows and back, without parameters.
 
 Forward and backward only gather, never scatter-add, so results are the same
-on every run. Axis letters as in routing.py.
+on every run; rows that nobody serves are never read. Axis letters as in
+routing.py.
 """
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rmoe import compat
+from rmoe.moe.rows import Rows, kept_per_token
 
-def rows_of_tokens(token_ids_N: Tensor, num_tokens: int) -> Tensor:
-    """The transposed view of a dispatch: which rows hold each token.
 
-    Returns:
-        (T, K) int64 with K the largest number of rows of a token; N marks an
-        empty place.
+def tokens_to_rows(x_TD: Tensor, rows: Rows) -> Tensor:
+    """(N, D), each row's token."""
+    return _Dispatch.apply(x_TD, *_places(rows))
+
+
+def rows_to_tokens(rows_ND: Tensor, gates_N: Tensor, mean: bool, rows: Rows
+                   ) -> Tensor:
+    """(T, D), each token's rows summed.
+
+    Backward acts as if rows had been multiplied by ``gates_N``.
+
+    Args:
+        rows_ND: (N, D).
+        gates_N: (N,) float32, zeros where nobody serves the row.
+        mean: True takes the mean in forward, whatever the gates. This is
+            RMoE's alignment, sum sg[(1/n - w) E] + w E, in one pass. False
+            takes the weighted sum.
+        rows: whose rows they are.
     """
-    num_rows = len(token_ids_N)
-    counts_T = torch.bincount(token_ids_N, minlength=num_tokens)
-    most = int(counts_T.max()) if num_tokens else 0
-    arange_N = torch.arange(num_rows, device=token_ids_N.device)
-    if most == 1:
-        table_T = token_ids_N.new_full((num_tokens, ), num_rows)
-        return table_T.scatter_(0, token_ids_N, arange_N)[:, None]
-    order_N = torch.sort(token_ids_N, stable=True).indices
-    if num_rows == num_tokens * most:
-        return order_N.view(num_tokens, most)
-    sorted_N = token_ids_N[order_N]
-    place_N = arange_N - (counts_T.cumsum(0) - counts_T)[sorted_N]
-    table_TK = token_ids_N.new_full((num_tokens, most), num_rows)
-    table_TK[sorted_N, place_N] = order_N
-    return table_TK
+    return _Combine.apply(rows_ND, gates_N, mean, *_places(rows))
 
 
-def _gather_sum(rows_ND: Tensor, table_TK: Tensor,
-                coefficients_N: Tensor | None) -> Tensor:
-    """(T, D), for each token the (weighted) sum of its rows."""
-    if coefficients_N is not None:
-        rows_ND = rows_ND * coefficients_N.to(rows_ND.dtype)[:, None]
-    if table_TK.numel() != len(rows_ND):
-        # What empty places point at.
-        rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
-    if not table_TK.shape[1]:
-        return rows_ND.new_zeros(len(table_TK), rows_ND.shape[1])
-    first_T, *others = table_TK.unbind(1)
-    out_TD = rows_ND.index_select(0, first_T)
-    for place_T in others:
-        out_TD += rows_ND.index_select(0, place_T)
-    return out_TD
+def _places(rows: Rows) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+    """What tells where the rows of a token are, flat for autograd."""
+    order_N, starts = rows.by_token or (None, None)
+    return rows.token_ids_N, rows.num_tokens, order_N, starts
 
 
-class Dispatch(torch.autograd.Function):
+def _sum_rows(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
+              token_ids_N: Tensor, num_tokens: int, order_N: Tensor | None,
+              starts: Tensor | None) -> Tensor:
+    """(T, D), the sum or mean of each token's rows; zeros for none."""
+    if weights_N is not None:
+        weights_N = weights_N.to(rows_ND.dtype)
+    if order_N is None or starts is None:
+        # Each token has one row.
+        if weights_N is not None:
+            rows_ND = rows_ND * weights_N[:, None]
+        return torch.empty_like(rows_ND).index_copy_(0, token_ids_N, rows_ND)
+    if compat.is_exporting():  # ONNX has no bags
+        return _sum_by_adding(rows_ND, weights_N, mean, token_ids_N,
+                              num_tokens, order_N, starts)
+    if weights_N is not None:
+        weights_N = weights_N.index_select(0, order_N)
+    # The last bag ends with the rows: see order_by_token.
+    return torch.embedding_bag(
+        rows_ND, order_N, starts[:-1], scale_grad_by_freq=False,
+        mode=1 if mean else 0, sparse=False, per_sample_weights=weights_N,
+        include_last_offset=False)[0][:num_tokens]
+
+
+def _sum_by_adding(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
+                   token_ids_N: Tensor, num_tokens: int, order_N: Tensor,
+                   starts: Tensor) -> Tensor:
+    if weights_N is not None:
+        rows_ND = rows_ND * weights_N[:, None]
+    if len(starts) > num_tokens + 1:
+        place_N = torch.zeros_like(order_N).scatter(
+            0, order_N, torch.arange(len(order_N), device=order_N.device))
+        rows_ND = rows_ND.masked_fill(
+            (place_N >= starts[num_tokens])[:, None], 0.)
+    out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add(
+        0, token_ids_N, rows_ND)
+    if not mean:
+        return out_TD
+    kept_T = kept_per_token(starts, num_tokens).clamp_min(1)
+    return out_TD / kept_T[:, None].to(out_TD.dtype)
+
+
+class _Dispatch(torch.autograd.Function):
     """Copy tokens to their rows: (T, D) -> (N, D)."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, token_ids_N: Tensor, table_TK: Tensor
-                ) -> Tensor:
-        ctx.save_for_backward(table_TK)
+    def forward(ctx, x_TD: Tensor, token_ids_N: Tensor, num_tokens: int,
+                order_N: Tensor | None, starts: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_ids_N, order_N, starts)
+        ctx.num_tokens = num_tokens
         return x_TD.index_select(0, token_ids_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND: Tensor):
-        table_TK, = ctx.saved_tensors
-        return _gather_sum(grad_ND, table_TK, None), None, None
+        token_ids_N, order_N, starts = ctx.saved_tensors
+        grad_TD = _sum_rows(grad_ND, None, False, token_ids_N,
+                            ctx.num_tokens, order_N, starts)
+        return grad_TD, None, None, None, None
 
 
-class Combine(torch.autograd.Function):
-    """Sum each token's rows: (N, D) -> (T, D).
-
-    Forward multiplies rows by ``scale_N`` (None: by one); backward acts as if
-    they had been multiplied by ``gates_N``. With scale = 1/n this is RMoE's
-    alignment, sum sg[(1/n - w) E] + w E, in one pass; with scale = gates it
-    is the plain weighted sum.
-    """
+class _Combine(torch.autograd.Function):
+    """Sum each token's rows: (N, D) -> (T, D)."""
 
     @staticmethod
-    def forward(ctx, rows_ND: Tensor, gates_N: Tensor,
-                scale_N: Tensor | None, token_ids_N: Tensor, table_TK: Tensor
-                ) -> Tensor:
+    def forward(ctx, rows_ND: Tensor, gates_N: Tensor, mean: bool,
+                token_ids_N: Tensor, num_tokens: int, order_N: Tensor | None,
+                starts: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows_ND, gates_N, token_ids_N)
-        return _gather_sum(rows_ND, table_TK, scale_N)
+        return _sum_rows(rows_ND, None if mean else gates_N, mean,
+                         token_ids_N, num_tokens, order_N, starts)
 
     @staticmethod
     @once_differentiable
@@ -88,7 +118,6 @@ class Combine(torch.autograd.Function):
         grad_ND = grad_TD.index_select(0, token_ids_N)
         grad_gates = None
         if ctx.needs_input_grad[1]:
-            grad_gates = torch.linalg.vecdot(grad_ND.float(),
-                                             rows_ND.float())
+            grad_gates = (grad_ND.float() * rows_ND).sum(1)
         grad_ND *= gates_N.to(grad_ND.dtype)[:, None]
-        return grad_ND, grad_gates, None, None, None
+        return grad_ND, grad_gates, None, None, None, None, None

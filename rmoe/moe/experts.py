@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from rmoe import compat
-from rmoe.moe.grouped import (
-    GROUPED_MM_MULTIPLE,
-    GroupedFFN,
-    GroupedLinear,
-    grouped_mm,
-)
+from rmoe.moe import blocks, grouped_mm
+from rmoe.moe.grouped import GroupedFFN, GroupedLinear
+from rmoe.moe.fold import fold
+from rmoe.moe.host import host_may_read
+from rmoe.moe.rows import Rows
 
 
 @dataclass
@@ -129,53 +128,91 @@ class Experts(nn.Module):
                 if stacked is not None:
                     stacked.copy_(getattr(linear, part))
 
-    def forward(self, rows_ND: Tensor, counts_E: Tensor,
+    def forward(self, rows_ND: Tensor, rows: Rows | None,
                 core: Core | None = None,
                 middle: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Apply expert e to its rows.
 
         Args:
             rows_ND: (N, D) rows sorted by expert.
-            counts_E: (E,) rows of each expert, summing to N.
+            rows: whose rows they are; None means that each expert has N / E.
             core: None if and only if this was built with ``core=False``.
             middle: applied to the (N, H) hidden rows before the activation.
 
         Returns:
-            (N, D), in the autocast type where autocast is on.
+            (N, D), in the autocast type where autocast is on; anything in
+            rows that nobody serves.
         """
         assert (core is None) == (not self.core)
         device = rows_ND.device.type
         if compat.is_autocast_enabled(device):
             rows_ND = rows_ND.to(compat.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            if self._fits_grouped_mm(rows_ND):
-                hidden_NH = grouped_mm(rows_ND, counts_E,
-                                       *self.stacked('fc1', core))
-                if middle is not None:
-                    hidden_NH = middle(hidden_NH)
-                return grouped_mm(self.dropout(self.act(hidden_NH)), counts_E,
-                                  *self.stacked('fc2', core))
-            counts = counts_E.tolist()
-            if middle is None and self._act_can_run_twice:
-                return GroupedFFN.apply(
-                    rows_ND, counts, self.act,
-                    *self._parameters_of('fc1', core),
-                    *self._parameters_of('fc2', core))
-            hidden_NH = GroupedLinear.apply(
-                rows_ND, counts, *self._parameters_of('fc1', core))
-            if middle is not None:
-                hidden_NH = middle(hidden_NH)
-            hidden_NH = self.dropout(self.act(hidden_NH))
-            return GroupedLinear.apply(
-                hidden_NH, counts, *self._parameters_of('fc2', core))
+            if host_may_read(rows_ND):
+                return self._one_by_one(rows_ND, rows, core, middle)
+            if rows is None or rows.even:
+                x_EBD = rows_ND.unflatten(0, (self.num_experts, -1))
+                return self._batched(x_EBD, None, core, middle).flatten(0, 1)
+            if not grouped_mm.fits(rows_ND, self.widths):
+                plan = blocks.lay_out(rows)
+                return plan.rows(self._batched(plan.fill(rows_ND), plan, core,
+                                               middle))
+            hidden_NH = self._between(
+                self._grouped('fc1', rows_ND, rows, core), middle)
+            return self._grouped('fc2', hidden_NH, rows, core)
 
-    def _fits_grouped_mm(self, rows_ND: Tensor) -> bool:
-        """One kernel for all experts, on GPUs that have it for these rows."""
-        return (rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16 and
-                compat.grouped_mm is not None and
-                not any(width % GROUPED_MM_MULTIPLE
-                        for width in self.widths) and
-                torch.cuda.get_device_capability(rows_ND.device) >= (8, 0))
+    def _grouped(self, layer: str, rows_NI: Tensor, rows: Rows,
+                 core: Core | None) -> Tensor:
+        """(N, O), one kernel for all experts."""
+        return grouped_mm.linear(
+            rows_NI, rows, self.weight(layer, core, rows_NI.dtype),
+            None if core is None else core.bias(layer),
+            getattr(self, f'residual_{layer}_bias'))
+
+    def _one_by_one(self, rows_ND: Tensor, rows: Rows | None,
+                    core: Core | None,
+                    middle: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """An expert after the other: what one needs stays in the cache."""
+        counts = (rows.counts_E.tolist() if rows is not None else
+                  [len(rows_ND) // self.num_experts] * self.num_experts)
+        fc1, fc2 = (self._parameters_of(layer, core)
+                    for layer in ('fc1', 'fc2'))
+        if middle is None and self._act_can_run_twice:
+            return GroupedFFN.apply(rows_ND, counts, self.act, *fc1, *fc2)
+        hidden_NH = GroupedLinear.apply(rows_ND, counts, *fc1)
+        return GroupedLinear.apply(self._between(hidden_NH, middle), counts,
+                                   *fc2)
+
+    def _batched(self, x_JBD: Tensor, plan: blocks.Blocks | None,
+                 core: Core | None,
+                 middle: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """(J, b, D), each block through its expert; without a plan block e is
+        expert e's."""
+        for layer in ('fc1', 'fc2'):
+            weight = self.weight(layer, core, x_JBD.dtype)
+            bias = self.bias(layer, core)
+            if plan is not None:
+                weight = plan.weights(weight)
+                bias = None if bias is None else plan.weights(bias)
+            x_JBD = blocks.linear(x_JBD, weight, bias)
+            if layer == 'fc2':
+                break
+            if middle is not None:
+                # It takes rows, not blocks.
+                x_NH = x_JBD.flatten(0, 1) if plan is None else (
+                    plan.rows(x_JBD))
+                x_NH = middle(x_NH)
+                x_JBD = (x_NH.view_as(x_JBD) if plan is None
+                         else plan.fill(x_NH))
+            x_JBD = self._between(x_JBD, None)
+        return x_JBD
+
+    def _between(self, hidden: Tensor,
+                 middle: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """What stands between the two linear layers."""
+        if middle is not None:
+            hidden = middle(hidden)
+        return self.dropout(self.act(hidden))
 
     @property
     def _act_can_run_twice(self) -> bool:
@@ -198,18 +235,29 @@ class Experts(nn.Module):
         return tuple(
             getattr(self, f'residual_{layer}_{part}') for part in parts)
 
-    def stacked(self, layer: str, core: Core | None
-                ) -> tuple[Tensor, Tensor | None]:
-        """Weights (E, out, in) and biases (E, out) of 'fc1' or 'fc2', folded
-        with the core's; differentiable. For paths that need all experts at
-        once: the default one folds an expert at a time."""
-        weight_EOI = self.residual_weight(layer)
-        bias_EO = getattr(self, f'residual_{layer}_bias')
+    def weight(self, layer: str, core: Core | None,
+               dtype: torch.dtype = torch.float32) -> Tensor:
+        """(E, out, in), the weights of every expert, folded with the core's;
+        differentiable.
+
+        For paths that need all experts at once: on the CPU the default one
+        folds an expert at a time.
+
+        Args:
+            layer: 'fc1' or 'fc2'.
+            core: the dense FFN they are residuals of.
+            dtype: of the result.
+        """
         if core is None:
-            return weight_EOI, bias_EO
-        if bias_EO is not None:
-            bias_EO = bias_EO + core.bias(layer)
-        return weight_EOI + core.weight(layer), bias_EO
+            return self.residual_weight(layer).to(dtype)
+        return fold(core.weight(layer), self._residual(layer), dtype)
+
+    def bias(self, layer: str, core: Core | None) -> Tensor | None:
+        """(E, out), the biases, in their own type; None for none."""
+        bias_EO = getattr(self, f'residual_{layer}_bias')
+        if core is None or bias_EO is None:
+            return bias_EO
+        return bias_EO + core.bias(layer)
 
     def residual_weight(self, layer: str) -> Tensor:
         """(E, out, in), the residual of 'fc1' or 'fc2' as full matrices."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rmoe import compat
 from rmoe.moe.products import linear, pad_rows
 
 
@@ -247,30 +246,6 @@ class GroupedFFN(torch.autograd.Function):
         return (_join(grads, rows_ND, rows_ND.shape[1])
                 if needs_rows else None, None, None,
                 *fc1.grads(), *fc2.grads())
-
-
-# Its rows of bfloat16 must begin at multiples of 16 bytes.
-GROUPED_MM_MULTIPLE = 8
-
-
-def grouped_mm(rows_NI: Tensor, counts_E: Tensor, weight_EOI: Tensor,
-               bias_EO: Tensor | None) -> Tensor:
-    """(N, O), rows of expert e through its layer, by torch's grouped product:
-    one kernel that reads the counts where they are.
-
-    Args:
-        rows_NI: (N, I) bfloat16, sorted by expert.
-        counts_E: (E,) rows of each expert, summing to N.
-        weight_EOI: folded, like the bias; cast to the type of the rows.
-        bias_EO: None for none.
-    """
-    assert compat.grouped_mm is not None
-    out_NO = compat.grouped_mm(rows_NI, weight_EOI.to(rows_NI.dtype).mT,
-                          offs=counts_E.cumsum(0, dtype=torch.int32))
-    if bias_EO is None:
-        return out_NO
-    return out_NO + bias_EO.to(rows_NI.dtype).repeat_interleave(
-        counts_E, 0, output_size=len(rows_NI))
 
 
 def _two_layers(parameters: Sequence[Tensor | None], dtype: torch.dtype

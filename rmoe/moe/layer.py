@@ -16,12 +16,12 @@ from rmoe.moe.experts import Core, Experts
 from rmoe.moe.mixing import (
     SOFT_ALIGNMENTS,
     SPARSE_ALIGNMENTS,
+    Middle,
     mix_soft,
     mix_sparse,
 )
 from rmoe.moe.routers.base import NotFiniteError
 from rmoe.moe.routing import Routing, SoftRouting
-from rmoe.moe.static import Middle
 from rmoe.registry import MODELS
 
 UNROUTED = ('core', 'zero')
@@ -60,20 +60,17 @@ class MoELayer(ExactBuffers):
         name: where the layer stands, for messages.
         losses: auxiliary losses of the forward passes since
             ``collect_losses(True)``, or None while nobody collects.
-        demand_E: (E,) int64 tokens that asked for each expert in training,
-            since they were last zeroed; for a soft router the sum of its
-            combine weights, of each pass in whole tokens.
-        kept_E: (E,) int64 tokens that each expert kept.
+        loads_2E: (2, E) int64, ``demand_E`` and ``kept_E`` in training, since
+            they were last zeroed.
         token_counts: (2,) int64 valid tokens, and those no expert kept.
 
     Raises:
         ValueError: for an unknown option or a contradictory pair.
     """
     core_keys: ClassVar[Mapping[str, str]] = {}
-    demand_E: Tensor
-    kept_E: Tensor
+    loads_2E: Tensor
     token_counts: Tensor
-    exact_buffers = ('demand_E', 'kept_E', 'token_counts')
+    exact_buffers = ('loads_2E', 'token_counts')
 
     def __init__(self, embed_dims: int, feedforward_channels: int,
                  act: nn.Module, core: Mapping[str, nn.Module] | None,
@@ -108,11 +105,21 @@ class MoELayer(ExactBuffers):
         self.core_only = False
         self.name = ''
         self.losses: list[Mapping[str, Tensor]] | None = None
-        for name, size in (('demand_E', num_experts), ('kept_E', num_experts),
-                           ('token_counts', 2)):
-            self.register_buffer(
-                name, torch.zeros(size, dtype=torch.int64),
-                persistent=False)
+        for name, shape in (('loads_2E', (2, num_experts)),
+                            ('token_counts', (2, ))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64),
+                                 persistent=False)
+
+    @property
+    def demand_E(self) -> Tensor:
+        """(E,) tokens that asked for each expert; for a soft router the sum of
+        its combine weights, of each pass in whole tokens. A view."""
+        return self.loads_2E[0]
+
+    @property
+    def kept_E(self) -> Tensor:
+        """(E,) tokens that each expert kept. A view."""
+        return self.loads_2E[1]
 
     @property
     def num_experts(self) -> int:
@@ -175,14 +182,7 @@ class MoELayer(ExactBuffers):
 
     def _record(self, routing: Routing | SoftRouting,
                 valid_T: Tensor | None) -> None:
-        self.demand_E += _whole(routing.demand_E)
-        self.kept_E += _whole(routing.load_E)
-        lost_T = routing.kept_per_token() == 0
-        if valid_T is not None:
-            lost_T &= valid_T
-        self.token_counts[0] += (len(lost_T) if valid_T is None
-                                 else valid_T.sum())
-        self.token_counts[1] += lost_T.sum()
+        self._count(routing, valid_T)
         if not routing.losses:
             return
         if self.losses is not None:
@@ -194,11 +194,21 @@ class MoELayer(ExactBuffers):
                 'loss_weights={} in the router to train without them',
                 stacklevel=2)
 
-
-def _whole(tokens_E: Tensor) -> Tensor:
-    """int64: a soft router's are sums of weights."""
-    return (tokens_E.round().long() if tokens_E.is_floating_point()
-            else tokens_E)
+    def _count(self, routing: Routing | SoftRouting,
+               valid_T: Tensor | None) -> None:
+        loads = routing.load_E
+        if isinstance(routing, SoftRouting):
+            loads = loads.round().long()
+        elif routing.demand_E is not loads:
+            loads = torch.stack([routing.demand_E, loads])
+        self.loads_2E += loads
+        tokens, lost = self.token_counts.unbind()
+        tokens.add_(routing.num_tokens if valid_T is None else valid_T.sum())
+        if isinstance(routing, Routing) and routing.rows.lonely_T is not None:
+            lonely_T = routing.rows.lonely_T
+            if valid_T is not None:
+                lonely_T = lonely_T & valid_T
+            lost.add_(lonely_T.sum())
 
 
 def _check_align(align: str | None, soft: bool, core: bool) -> str:

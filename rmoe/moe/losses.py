@@ -3,8 +3,11 @@
 All are float32. In each, (T,) ``valid_T`` is False for the tokens that do not
 count; None means that all do. Axis letters as in routing.py.
 """
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def of_valid(values: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -16,11 +19,31 @@ def of_valid(values: Tensor, valid_T: Tensor | None) -> Tensor:
         ~valid_T.view(-1, *[1] * (values.dim() - 1)), 0.)
 
 
-def squared_variation(values_E: Tensor) -> Tensor:
-    """(std / mean)^2 with the population variance (V-MoE, 2106.05974)."""
-    mean = values_E.mean()
-    # An all-zero vector (no tokens) is balanced, not 0/0.
-    return values_E.var(unbiased=False) / mean.square().clamp_min(1e-12)
+def squared_variation(values: Tensor) -> Tensor:
+    """(std / mean)^2 over the last axis, with the population variance (V-MoE,
+    2106.05974)."""
+    return _SquaredVariation.apply(values)
+
+
+class _SquaredVariation(torch.autograd.Function):
+    """In a quarter of the operators that autograd takes."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        var, mean = torch.var_mean(values, -1, correction=0, keepdim=True)
+        # An all-zero vector (no tokens) is balanced, not 0/0.
+        square = mean.square().clamp_min(1e-12)
+        out = var / square
+        ctx.save_for_backward(values, mean, square, out)
+        return out[..., 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        values, mean, square, out = ctx.saved_tensors
+        # d = 2 / E ((v - mean) - (var / mean^2) mean) / mean^2
+        slope = values - (1 + out) * mean
+        return slope * (grad[..., None] / square) * (2 / values.shape[-1])
 
 
 def importance_loss(probs_TE: Tensor, valid_T: Tensor | None = None
@@ -43,10 +66,51 @@ def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
         noise_std: standard deviation of the noise that was added, > 0.
         valid_T: (T,) bool.
     """
-    threshold_T1 = noisy_logits_TE.topk(top_k, dim=1).values[:, -1:]
-    normal = torch.distributions.Normal(0., 1., validate_args=False)
-    chosen_TE = 1. - normal.cdf((threshold_T1 - logits_TE) / noise_std)
-    return squared_variation(of_valid(chosen_TE, valid_T).sum(0))
+    return squared_variation(twice_chosen(logits_TE, noisy_logits_TE, top_k,
+                                          noise_std, valid_T))
+
+
+def twice_chosen(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
+                 noise_std: float, valid_T: Tensor | None = None) -> Tensor:
+    """(E,) whose variation is the :func:`load_loss`, which see: twice the sum
+    of each expert's probabilities of being chosen, as 2 p is
+    erfc((threshold - logit) / (sqrt(2) noise_std))."""
+    return _TwiceChosen.apply(logits_TE, noisy_logits_TE, top_k, noise_std,
+                              valid_T)
+
+
+class _TwiceChosen(torch.autograd.Function):
+    """In a third of the operators that autograd takes."""
+
+    @staticmethod
+    def forward(ctx, logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
+                noise_std: float, valid_T: Tensor | None) -> Tensor:
+        if top_k == 1:
+            threshold_T1, chosen_T1 = noisy_logits_TE.max(1, keepdim=True)
+        else:
+            best = noisy_logits_TE.topk(top_k, dim=1)
+            threshold_T1, chosen_T1 = (best.values[:, -1:],
+                                       best.indices[:, -1:])
+        scale = 1 / (math.sqrt(2) * noise_std)
+        missing_TE = (threshold_T1 - logits_TE).mul_(scale)
+        ctx.save_for_backward(missing_TE, chosen_T1, valid_T)
+        ctx.scale = scale
+        return of_valid(torch.erfc(missing_TE), valid_T).sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_E: Tensor):
+        missing_TE, chosen_T1, valid_T = ctx.saved_tensors
+        # erfc'(z) = -2 / sqrt(pi) exp(-z^2)
+        slope_TE = missing_TE.square().neg_().exp_()
+        slope_TE.mul_(grad_E * (2 * ctx.scale / math.sqrt(math.pi)))
+        slope_TE = of_valid(slope_TE, valid_T)
+        grad_noisy = None
+        if ctx.needs_input_grad[1]:
+            # The threshold is one of the noisy logits.
+            grad_noisy = torch.zeros_like(slope_TE).scatter_(
+                1, chosen_T1, slope_TE.sum(1, keepdim=True).neg_())
+        return slope_TE, grad_noisy, None, None, None
 
 
 def gshard_loss(probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:

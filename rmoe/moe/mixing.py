@@ -2,25 +2,30 @@
 
 Axis letters as in routing.py.
 """
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from rmoe import compat
-from rmoe.moe import static
-from rmoe.moe.dispatch import Combine, Dispatch, rows_of_tokens
+from rmoe.moe.assignment import top_k
+from rmoe.moe.dispatch import rows_to_tokens, tokens_to_rows
 from rmoe.moe.experts import Core, Experts
-from rmoe.moe.routing import Routing, SoftRouting, StaticRouting
+from rmoe.moe.host import host_may_read
+from rmoe.moe.routing import Routing, SoftRouting
 
 # How gates meet outputs; the first is the default.
 SPARSE_ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
 SOFT_ALIGNMENTS = ('difference', 'none')
+# The table (T, K) of each token's rows, that of its largest gate first, and
+# the (N, H) hidden rows.
+Middle = Callable[[Tensor, Tensor], Tensor]
 
 
 def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
                core: Core | None, align: str, unrouted: str,
-               middle: static.Middle | None = None) -> Tensor:
+               middle: Middle | None = None) -> Tensor:
     """(T, D), each token's experts summed.
 
     Args:
@@ -30,55 +35,77 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
         core: the dense FFN they are residuals of.
         align: one of ``SPARSE_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
         unrouted: 'core' or 'zero', for tokens without a row.
-        middle: called inside the experts before the activation, with the
-            table (T, K) of each token's rows, that of its largest gate
-            first, and the (N, H) hidden rows.
+        middle: called inside the experts before the activation; needs a
+            routing that serves each token equally often.
     """
-    if isinstance(routing, StaticRouting):
-        return static.mix_sparse(x_TD, routing, experts, core, align,
-                                 unrouted, middle)
-    token_ids_N = routing.token_ids_N
-    table_TK = rows_of_tokens(token_ids_N, len(x_TD))
-    rows_ND = Dispatch.apply(x_TD, token_ids_N, table_TK)
+    if host_may_read(x_TD):
+        # Where to look is free, work on rows that nobody serves is not.
+        routing = routing.served()
+    rows = routing.rows
+    hidden = None
     if middle is not None:
-        # Best first: what follows must not depend on the experts' numbers.
-        order_TK = routing.weights_N.detach()[table_TK].sort(
-            dim=1, descending=True, stable=True).indices
-        middle = partial(middle, table_TK.gather(1, order_TK))
-    rows_ND = experts(rows_ND, routing.counts_E, core, middle)
-    kept_T = None
-    if table_TK.numel() != len(token_ids_N) or not len(token_ids_N):
-        kept_T = routing.kept_per_token()
-    gates_N, scale_N = _gates(routing, align, table_TK, kept_T)
-    y_TD = Combine.apply(rows_ND, gates_N, scale_N, token_ids_N, table_TK)
-    if kept_T is not None and unrouted == 'core':
+        hidden = partial(middle, _best_first(routing))
+    rows_ND = experts(tokens_to_rows(_autocast(x_TD), rows), rows, core,
+                      hidden)
+    gates_N = _gates(routing, align)
+    y_TD = rows_to_tokens(rows_ND, gates_N, align == 'stopgrad', rows)
+    if unrouted == 'core' and rows.lonely_T is not None:
         assert core is not None
-        lonely = torch.nonzero(kept_T == 0).flatten()
-        y_TD = y_TD.index_copy(
-            0, lonely, core(x_TD.index_select(0, lonely)).to(y_TD.dtype))
+        y_TD = _fill_in(y_TD, rows.lonely_T, x_TD, core)
     return y_TD
 
 
-def _gates(routing: Routing, align: str, table_TK: Tensor,
-           kept_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What rows are multiplied by in backward and in forward."""
-    weights_N, token_ids_N = routing.weights_N, routing.token_ids_N
-    if align == 'stopgrad':
-        if kept_T is not None:
-            return weights_N, 1 / kept_T[token_ids_N].to(weights_N.dtype)
-        # Every token was kept equally often.
-        most = table_TK.shape[1]
-        return weights_N, None if most == 1 else torch.full_like(
-            weights_N, 1 / most)
+def _autocast(x: Tensor) -> Tensor:
+    """In the type that experts get: fewer bytes are moved."""
+    device = x.device.type
+    if compat.is_autocast_enabled(device):
+        return x.to(compat.get_autocast_dtype(device))
+    return x
+
+
+def _gates(routing: Routing, align: str) -> Tensor:
+    """(N,) what rows are multiplied by, zeros where nobody serves them."""
+    rows, gates_N = routing.rows, routing.weights_N
     if align == 'renormalize':
         # Gates that underflowed count alike.
-        weights_N = weights_N + torch.finfo(weights_N.dtype).tiny
-        total_T1 = Combine.apply(weights_N[:, None],
-                                 torch.ones_like(weights_N), None,
-                                 token_ids_N, table_TK)
-        weights_N = weights_N / Dispatch.apply(total_T1, token_ids_N,
-                                               table_TK)[:, 0]
-    return weights_N, weights_N.detach()
+        gates_N = gates_N + torch.finfo(gates_N.dtype).tiny
+    if rows.unserved_N is not None:
+        gates_N = gates_N.masked_fill(rows.unserved_N, 0.)
+    if align == 'renormalize':
+        total_T1 = rows_to_tokens(gates_N[:, None], torch.ones_like(gates_N),
+                                  False, rows)
+        # A token without a row has none that counts.
+        if rows.lonely_T is not None:
+            total_T1 = total_T1.masked_fill(rows.lonely_T[:, None], 1.)
+        gates_N = gates_N / tokens_to_rows(total_T1, rows)[:, 0]
+    return gates_N
+
+
+def _fill_in(y_TD: Tensor, lonely_T: Tensor, x_TD: Tensor, core: Core
+             ) -> Tensor:
+    """Tokens without a row get the core."""
+    if not host_may_read(x_TD):
+        return torch.where(lonely_T[:, None], core(x_TD).to(y_TD.dtype), y_TD)
+    lonely = torch.nonzero(lonely_T).flatten()
+    if not len(lonely):
+        return y_TD
+    return y_TD.index_copy(
+        0, lonely, core(x_TD.index_select(0, lonely)).to(y_TD.dtype))
+
+
+def _best_first(routing: Routing) -> Tensor:
+    """(T, K) int64, the rows of each token by falling gate: what follows must
+    not depend on the experts' numbers."""
+    rows = routing.rows
+    if rows.by_token is None:
+        place_N = torch.arange(rows.num_tokens, device=rows.token_ids_N.device)
+        return torch.zeros_like(place_N).scatter(
+            0, rows.token_ids_N, place_N)[:, None]
+    assert rows.unserved_N is None
+    table_TK = rows.by_token[0].view(rows.num_tokens, -1)
+    # Best first, of equal ones the lower expert.
+    gates_TK = routing.weights_N.detach()[table_TK]
+    return table_TK.gather(1, top_k(gates_TK, gates_TK.shape[1]))
 
 
 def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
@@ -103,11 +130,7 @@ def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
     rows_EGCD = slots_GND.unflatten(
         1, (experts.num_experts, -1)).transpose(0, 1)
     rows_ND = rows_EGCD.flatten(0, 2)
-    if compat.is_compiling():
-        out_ND = static.apply_experts(rows_EGCD.flatten(1, 2), None, experts,
-                                      core).flatten(0, 1)
-    else:
-        out_ND = experts(rows_ND, routing.counts_E, core)
+    out_ND = experts(rows_ND, None, core)
     if align == 'difference':
         assert core is not None
         out_ND = out_ND - core(rows_ND)

@@ -7,39 +7,57 @@ width, H hidden width.
 """
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from rmoe.moe.rows import Rows
 
 
 @dataclass(frozen=True)
 class Routing:
     """A sparse assignment: each row is one token at one expert.
 
-    While torch.compile, torch.export or ONNX trace a model it is a
-    :class:`StaticRouting`.
+    Shapes depend on sizes and options, never on decisions: rows that nobody
+    serves come last, see :class:`rmoe.moe.rows.Rows`. What looks at a routing
+    afterwards takes :meth:`served`.
 
     Attributes:
-        token_ids_N: (N,) int64, the token of each routed row; rows are sorted
-            by expert.
+        rows: who goes where.
         weights_N: (N,) float32, the gate of each row, differentiable.
-        counts_E: (E,) int64, rows of each expert; sums to N.
-        demand_E: (E,) int64, rows each expert would have got without a
-            capacity limit (equal to ``counts_E`` when dropless).
         logits_TE: (T, E) float32, noise-free router logits.
         scores_TE: (T, E) float32, what the choice was made by.
         losses: auxiliary losses by name, already weighted; empty in
             evaluation.
     """
-    token_ids_N: Tensor
+    rows: Rows
     weights_N: Tensor
-    counts_E: Tensor
-    demand_E: Tensor
     logits_TE: Tensor
     scores_TE: Tensor
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def token_ids_N(self) -> Tensor:
+        """(N,) int64, the token of each row; rows are sorted by expert."""
+        return self.rows.token_ids_N
+
+    @property
+    def expert_ids_N(self) -> Tensor:
+        """(N,) int64, the expert of each row."""
+        return self.rows.expert_ids_N
+
+    @property
+    def counts_E(self) -> Tensor:
+        """(E,) int32, rows that each expert serves."""
+        return self.rows.counts_E
+
+    @property
+    def demand_E(self) -> Tensor:
+        """(E,) int32, rows each expert would have got without a capacity
+        limit (equal to ``counts_E`` when dropless)."""
+        return self.rows.demand_E
 
     @property
     def num_tokens(self) -> int:
@@ -54,21 +72,23 @@ class Routing:
         """(E,) what each expert served, in tokens."""
         return self.counts_E
 
-    def expert_ids(self) -> Tensor:
-        """(N,) int64, the expert of each routed row."""
-        experts = torch.arange(self.num_experts, device=self.counts_E.device)
-        return experts.repeat_interleave(
-            self.counts_E, output_size=self.token_ids_N.numel())
+    def served(self) -> 'Routing':
+        """The same with the rows that somebody serves; reads how many."""
+        rows = self.rows.without_unserved()
+        return replace(self, rows=rows,
+                       weights_N=self.weights_N[:len(rows.token_ids_N)])
 
     def kept_per_token(self) -> Tensor:
-        """(T,) int64, how many experts kept each token."""
-        return torch.bincount(self.token_ids_N, minlength=self.num_tokens)
+        """(T,) int32, how many experts kept each token."""
+        return self.rows.kept_per_token()
 
     def strongest_expert(self) -> Tensor:
         """(T,) int64, the expert with the largest gate; -1 for none."""
+        served = self.served()
         gates_TE = self.weights_N.new_full(
             (self.num_tokens, self.num_experts), -1.)
-        gates_TE[self.token_ids_N, self.expert_ids()] = self.weights_N.detach()
+        gates_TE[served.token_ids_N, served.expert_ids_N] = (
+            served.weights_N.detach())
         best_T = gates_TE.argmax(1)
         return best_T.masked_fill(self.kept_per_token() == 0, -1)
 
@@ -79,54 +99,23 @@ class Routing:
         the largest load. For tests and analysis: it is never built on the
         fast path.
         """
-        return self._scatter_rows(torch.ones_like(self.weights_N))
+        return self.served()._scatter_rows(torch.ones_like(self.weights_N))
 
     def combine_tensor(self) -> Tensor:
         """(T, E, C) float32, the gate at each filled slot."""
-        return self._scatter_rows(self.weights_N)
+        return self.served()._scatter_rows(self.weights_N)
 
     def _scatter_rows(self, values_N: Tensor) -> Tensor:
-        starts_E = self.counts_E.cumsum(0) - self.counts_E
-        expert_ids_N = self.expert_ids()
+        starts_E = self.rows.ends_E - self.counts_E
+        expert_ids_N = self.expert_ids_N
         slots_N = torch.arange(
             len(expert_ids_N), device=starts_E.device) - starts_E[expert_ids_N]
         capacity = int(self.counts_E.max()) if len(expert_ids_N) else 0
         tensor_TEC = values_N.new_zeros(self.num_tokens, self.num_experts,
                                         capacity)
         return tensor_TEC.index_put(
-            (self.token_ids_N, expert_ids_N, slots_N), values_N)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StaticRouting(Routing):
-    """A routing whose shapes depend on no decision: for tracing.
-
-    N is as large as it can get: T * K where tokens choose, E * C for each
-    group where experts do. Rows that nobody serves (padding, or tokens over
-    the capacity) come last, behind ``counts_E.sum()``, with any token and
-    weight.
-
-    Attributes:
-        max_rows: no expert has more rows.
-        complete: whether all rows are served, so many for each token.
-    """
-    max_rows: int
-    complete: bool
-
-    @property
-    def served_N(self) -> Tensor:
-        """(N,) bool, False for the rows that nobody serves."""
-        rows_N = torch.arange(len(self.token_ids_N),
-                              device=self.token_ids_N.device)
-        return rows_N < self.counts_E.sum()
-
-    def kept_per_token(self) -> Tensor:
-        if self.complete:
-            return torch.full_like(self.logits_TE[:, 0], len(
-                self.token_ids_N) // self.num_tokens, dtype=torch.int64)
-        return torch.zeros(
-            self.num_tokens, dtype=torch.int64, device=self.counts_E.device
-        ).scatter_add(0, self.token_ids_N, self.served_N.long())
+            (self.token_ids_N, expert_ids_N, slots_N),
+            values_N[:len(expert_ids_N)])
 
 
 @dataclass(frozen=True)

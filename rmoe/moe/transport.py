@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmoe.moe.assignment import largest
+from rmoe.moe import assignment
 
 # Less than the log of any mass.
 LOG_NOTHING = -1e30
@@ -229,6 +229,14 @@ def _support(raised_GES: Tensor, valid_GS: Tensor, share_G: Tensor,
         place_GS[:, None] >= first_GE[..., None]) & (
             place_GS[:, None] <= last_GE[..., None])
     return largest(raised_GES + FIRST * (cut | matched), capacity_G[:, None])
+
+
+def largest(values: Tensor, count: Tensor) -> Tensor:
+    """(..., S) bool, the ``count`` largest of the last axis; reads ``count``,
+    which is broadcastable to (...)."""
+    most = int(count.max())
+    return assignment.largest(
+        values, most if int(count.min()) == most else count, most)
 
 
 def deferred_acceptance(values_GES: Tensor, places_G: Tensor) -> Tensor:

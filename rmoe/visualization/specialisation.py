@@ -51,7 +51,8 @@ def expert_shares(routing: Routing) -> Tensor:
     the token, so that each token weighs one; zeros where none did."""
     kept_TE = torch.zeros(routing.num_tokens, routing.num_experts,
                           dtype=torch.float64)
-    kept_TE[routing.token_ids_N.cpu(), routing.expert_ids().cpu()] = 1
+    routing = routing.served()
+    kept_TE[routing.token_ids_N.cpu(), routing.expert_ids_N.cpu()] = 1
     return kept_TE / kept_TE.sum(1, keepdim=True).clamp_min(1)
 
 

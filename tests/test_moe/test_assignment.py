@@ -3,10 +3,27 @@ capacity two (2106.05974 and google-research/vmoe)."""
 import pytest
 import torch
 
+from rmoe import compat
 from rmoe.moe import assignment, compute_capacity
+from rmoe.moe import rows as rows_module
 from rmoe.moe.routing import count_groups
 
 G2 = torch.tensor([[.4, 0., .2], [.5, .1, .4], [.3, .2, .6]])
+
+
+def choose_experts(scores, k, *args, **options):
+    """The rows that somebody serves."""
+    rows, pairs_N = assignment.choose_experts(
+        scores, assignment.top_k(scores, k), *args, **options)
+    assert torch.equal(pairs_N // k, rows.token_ids_N)
+    return rows.without_unserved()
+
+
+def choose_tokens(scores, capacity, *args):
+    most = capacity if isinstance(capacity, int) else int(capacity.max())
+    rows, pairs_N = assignment.choose_tokens(scores, capacity, most, *args)
+    assert torch.equal(pairs_N % rows.num_tokens, rows.token_ids_N)
+    return rows.without_unserved()
 
 
 def pairs(rows) -> set[tuple[int, int]]:
@@ -35,7 +52,7 @@ def test_top_k_orders_by_score_and_breaks_ties_low():
     ('bpr_sum', {(0, 0), (1, 0), (1, 2), (2, 2)}),
 ])
 def test_token_choice_with_two_slots(priority, kept):
-    rows = assignment.choose_experts(G2, 2, None, torch.tensor([2]), priority)
+    rows = choose_experts(G2, 2, None, 2, 2, priority=priority)
     assert rows.demand_E.tolist() == [3, 0, 3]
     assert rows.counts_E.tolist() == [2, 0, 2]
     assert rows.expert_ids_N.tolist() == [0, 0, 2, 2]
@@ -50,15 +67,14 @@ def test_token_choice_with_two_slots(priority, kept):
 def test_priorities_differ_where_the_sum_and_the_maximum_do():
     # one slot per expert; all want expert 0 first. max: t0, sum: t1
     scores = torch.tensor([[.6, .1, .0], [.5, .0, .4]])
-    slot = torch.tensor([1])
-    by_max = assignment.choose_experts(scores, 2, None, slot, 'bpr')
-    by_sum = assignment.choose_experts(scores, 2, None, slot, 'bpr_sum')
+    by_max = choose_experts(scores, 2, None, 1, 1, priority='bpr')
+    by_sum = choose_experts(scores, 2, None, 1, 1, priority='bpr_sum')
     assert (0, 0) in pairs(by_max) and (1, 0) in pairs(by_sum)
 
 
 def test_expert_choice_with_two_slots():
     # columns (.4 .5 .3), (0 .1 .2), (.2 .4 .6)
-    rows = assignment.choose_tokens(G2[None], torch.tensor([2]))
+    rows = choose_tokens(G2[None], 2)
     assert pairs(rows) == {(1, 0), (0, 0), (2, 1), (1, 1), (2, 2), (1, 2)}
     assert rows.counts_E.tolist() == [2, 2, 2]
     for found, gates in zip(combined(rows), (
@@ -71,28 +87,26 @@ def test_expert_choice_with_two_slots():
 def test_groups_have_their_own_slots():
     # both groups ask expert 0 alone; one slot in the first, two in the second
     scores = torch.tensor([[.9, .1]]).repeat(6, 1)
-    rows = assignment.choose_experts(scores, 1, None, torch.tensor([1, 2]))
+    rows = choose_experts(scores, 1, None, torch.tensor([1, 2]), 2, 2)
     assert rows.token_ids_N.tolist() == [0, 3, 4]
     assert rows.demand_E.tolist() == [6, 0]
-    rows = assignment.choose_tokens(scores.view(2, 3, 2), torch.tensor([1, 2]))
+    rows = choose_tokens(scores.view(2, 3, 2), torch.tensor([1, 2]))
     assert rows.token_ids_N.tolist() == [0, 3, 4] * 2
 
 
 def test_ties_go_to_the_lower_index():
-    rows = assignment.choose_tokens(torch.ones(2, 5, 3), torch.tensor([2, 2]))
+    rows = choose_tokens(torch.ones(2, 5, 3), 2)
     assert rows.token_ids_N.tolist() == [0, 1, 5, 6] * 3
-    rows = assignment.choose_experts(torch.ones(5, 3), 2, None,
-                                     torch.tensor([2]), 'bpr')
+    rows = choose_experts(torch.ones(5, 3), 2, None, 2, 2, priority='bpr')
     assert rows.token_ids_N.tolist() == [0, 1, 0, 1]
     assert rows.expert_ids_N.tolist() == [0, 0, 1, 1]
 
 
 def test_padding_is_nobodys():
     valid = torch.tensor([True, False, True])
-    rows = assignment.choose_experts(G2, 2, valid)
+    rows = choose_experts(G2, 2, valid)
     assert pairs(rows) == {(0, 0), (0, 2), (2, 2), (2, 0)}
-    rows = assignment.choose_tokens(G2[None], torch.tensor([3]),
-                                    valid[None, :, None])
+    rows = choose_tokens(G2[None], 3, valid[None, :, None])
     assert set(rows.token_ids_N.tolist()) == {0, 2}
 
 
@@ -104,20 +118,40 @@ def test_padding_is_nobodys():
 ])
 def test_largest(count, expected):
     values = torch.tensor([.2, .5, .4, .2, .2])
-    assert assignment.largest(values, torch.tensor(count)).tolist() == expected
+    for kind in (count, torch.tensor(count)):
+        assert assignment.largest(values, kind, count).tolist() == expected
 
 
 def test_largest_with_a_count_of_its_own_for_each_row():
     values = torch.tensor([[3., 1, 2], [3, 1, 2], [3, 1, 2]])
-    taken = assignment.largest(values, torch.tensor([0, 1, 2]))
+    taken = assignment.largest(values, torch.tensor([0, 1, 2]), 2)
     assert taken.int().tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 1]]
 
 
-def test_group_by_key_is_stable_and_leaves_out_padding():
-    ids = torch.tensor([2, 0, 3, 2, 0, 3, 1])
-    order, counts = assignment.group_by_key(ids, 3)
-    assert order.tolist() == [1, 4, 6, 0, 3]
-    assert counts.tolist() == [2, 1, 2]
+def test_rows_of_a_token_are_found():
+    # five rows: tokens 2 0 2 1, and one that nobody serves
+    tokens = torch.tensor([2, 0, 2, 1, 0])
+    unserved = torch.tensor([False, False, False, False, True])
+    order, starts = rows_module.order_by_token(tokens, 4, unserved)
+    assert order.tolist() == [1, 3, 0, 2, 4]
+    assert starts.tolist()[:5] == [0, 1, 2, 4, 4]
+    assert len(starts) == 4 + 5 + 1
+    assert rows_module.kept_per_token(starts, 4).tolist() == [1, 1, 2, 0]
+
+
+@pytest.mark.parametrize('function', ['stable_sort', 'by_falling'])
+def test_sorting_for_an_export_is_sorting(monkeypatch, function):
+    """ONNX has no stable sort: two of them stand in."""
+    values = torch.randint(3, (40, ))
+    found = []
+    for exporting in (False, True):
+        monkeypatch.setattr(compat, 'is_exporting', lambda on=exporting: on)
+        if function == 'stable_sort':
+            found.append(rows_module.stable_sort(values, 3)[1])
+            found.append(rows_module.starts_of(values.sort().values, 4))
+        else:
+            found += [rows_module.by_falling(values.float())] * 2
+    assert torch.equal(found[0], found[2]) and torch.equal(*found[1::2])
 
 
 @pytest.mark.parametrize('rows, experts, factor, multiple, expected', [

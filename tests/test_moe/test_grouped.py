@@ -4,8 +4,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rmoe.moe import MoEFFN
-from rmoe.moe.experts import Experts
 from rmoe.moe.grouped import GroupedFFN, GroupedLinear
 
 D, H = 12, 20
@@ -137,40 +135,3 @@ def test_activations_are_not_kept_twice():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         GroupedFFN.apply(rows, counts, nn.GELU(), *layers[0], *layers[1])
     assert sum(kept) == 16 * H
-
-
-@pytest.mark.torch('2.10')
-@pytest.mark.parametrize('options', [
-    {}, dict(core=False), dict(rank=4), dict(fc2_bias=False)], ids=str)
-def test_grouped_product_is_the_loop(monkeypatch, options):
-    """What a GPU runs in bfloat16, here by torch's kernel for the CPU."""
-    torch.manual_seed(0)
-    layer = MoEFFN(16, 32, 3, **options)
-    for parameter in layer.experts.parameters():
-        nn.init.normal_(parameter, std=.1)
-    layer.router.noise_std = 0.
-    layer.router.loss_weights = {}
-    x = torch.randn(40, 16, requires_grad=True)
-    found = {}
-    for grouped in (False, True):
-        monkeypatch.setattr(Experts, '_fits_grouped_mm',
-                            lambda *_, grouped=grouped: grouped)
-        layer.zero_grad()
-        x.grad = None
-        with torch.autocast('cpu', torch.bfloat16):
-            out = layer(x)
-        out.square().sum().backward()
-        found[grouped] = [out.detach(), x.grad.clone(), *(
-            parameter.grad.clone() for parameter in layer.parameters())]
-    for one, other in zip(*found.values(), strict=True):
-        assert (one - other).norm() <= .02 * one.norm()
-
-
-@pytest.mark.torch('2.10')
-def test_grouped_product_waits_for_no_counts(monkeypatch):
-    """Nothing is read back from the device on the way."""
-    monkeypatch.setattr(Experts, '_fits_grouped_mm', lambda *_: True)
-    experts = Experts(16, 32, 3, act=nn.GELU(), core=False)
-    monkeypatch.setattr(torch.Tensor, 'tolist', None)
-    monkeypatch.setattr(torch.Tensor, 'item', None)
-    experts(torch.randn(8, 16).bfloat16(), torch.tensor([3, 0, 5]))

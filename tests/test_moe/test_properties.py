@@ -52,7 +52,8 @@ def test_sparse(name, training, size, seed, coarse, padded):
     assert (dispatch.sum(0) <= 1).all() and (dispatch.sum(2) <= 1).all()
     assert combine.isfinite().all() and (combine >= 0).all()
     assert (combine[dispatch == 0] == 0).all()
-    assert routing.counts_E.sum() == len(routing.token_ids_N)
+    assert routing.counts_E.sum() == len(routing.served().token_ids_N)
+    assert len(routing.token_ids_N) == len(routing.weights_N)
     assert (routing.counts_E <= routing.demand_E).all()
     if valid is not None:
         assert (dispatch[~valid] == 0).all()
@@ -114,5 +115,6 @@ def test_largest_equals_a_stable_sort(length, seed, count, coarse):
     order = torch.sort(values, descending=True, stable=True).indices
     expected = torch.zeros_like(values, dtype=torch.bool).scatter(
         1, order[:, :count], True)
-    found = assignment.largest(values, torch.tensor(count))
-    assert torch.equal(found, expected)
+    for kind in (count, torch.tensor(count)):
+        found = assignment.largest(values, kind, max(count, 1))
+        assert torch.equal(found, expected)

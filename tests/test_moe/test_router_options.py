@@ -39,7 +39,7 @@ def test_k_and_capacity_change_at_test_time():
     layer.router.priority = 'bpr'
     kept = route(layer, x)
     scores = kept.scores_TE.view(B, S, E)
-    for token, expert in zip(kept.token_ids_N, kept.expert_ids()):
+    for token, expert in zip(kept.token_ids_N, kept.expert_ids_N):
         group = scores[token // S]
         rivals = group[group.argmax(1) == expert].amax(1)
         assert group[token % S].max() == rivals.max()

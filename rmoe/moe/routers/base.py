@@ -7,14 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from rmoe import compat
-from rmoe.moe.routing import (
-    Routing,
-    SoftRouting,
-    StaticRouting,
-    check_group,
-    count_groups,
-)
-from rmoe.moe.rows import Rows, StaticRows
+from rmoe.moe.assignment import Capacity
+from rmoe.moe.buffers import ExactBuffers
+from rmoe.moe.host import host_may_read
+from rmoe.moe.routing import Routing, SoftRouting, check_group, count_groups
 from rmoe.registry import MODELS
 
 # Of a token's logits; anything near it is no logit.
@@ -25,7 +21,21 @@ class NotFiniteError(ValueError):
     """A router met nan or inf."""
 
 
-class Router(nn.Module, ABC):
+def not_finite(count: int, of: int | None = None) -> NotFiniteError:
+    """What to say of tokens with nan or inf.
+
+    Args:
+        count: how many they are.
+        of: how many tokens there are; None if that is unknown.
+    """
+    return NotFiniteError(
+        f'router logits are nan or inf for {count} '
+        f'{"" if of is None else f"of {of} "}tokens: the features or the '
+        'router diverged. Try a lower learning rate, clip_grad in '
+        'optim_wrapper, or bfloat16 instead of float16')
+
+
+class Router(ExactBuffers, ABC):
     """Maps tokens to a routing, in float32 whatever autocast says.
 
     Args:
@@ -43,7 +53,11 @@ class Router(nn.Module, ABC):
         keeps_every_token: whether no token is ever left without an expert,
             in the present mode.
         balance_advice: what to try when an expert is dead.
+        not_finite: () int64, tokens with nan or inf since they were last
+            looked at, on an accelerator; on the CPU they raise at once.
     """
+    not_finite: Tensor
+    exact_buffers = ('not_finite', )
     soft = False
     keeps_every_token = True
     balance_advice = 'a lower learning rate of the router, or fewer experts'
@@ -61,6 +75,8 @@ class Router(nn.Module, ABC):
         self.noise_std = noise_std
         self.group = group
         self.eval_group = eval_group
+        self.register_buffer('not_finite', torch.zeros((), dtype=torch.int64),
+                             persistent=False)
 
     @property
     @abstractmethod
@@ -97,10 +113,32 @@ class Router(nn.Module, ABC):
                num_groups: int) -> Routing | SoftRouting:
         ...
 
+    def _finite(self, values_TN: Tensor) -> Tensor:
+        """The values, if they are finite.
+
+        On an accelerator they are counted, not looked at:
+        :func:`rmoe.moe.check_finite` reads the counts, which MoELossHook does
+        now and then.
+
+        Raises:
+            NotFiniteError: for nan or inf, or values as large as that.
+        """
+        if host_may_read(values_TN):
+            # One number tells: a sum of finite values overflows only for
+            # values that are as good as infinite.
+            if not bool(values_TN.detach().sum().isfinite()):
+                bad_T = ~(values_TN.abs().sum(1) < MAX_SUM)
+                raise not_finite(int(bad_T.sum()), len(bad_T))
+        elif self.training or not compat.is_compiling():
+            # Zero times a number is zero, zero times nan or inf is nan.
+            self.not_finite += torch.count_nonzero(
+                values_TN.detach().sum(1).mul_(0))
+        return values_TN
+
     def _add_noise(self, logits: Tensor) -> Tensor:
         if not (self.training and self.noise_std):
             return logits
-        return logits + self.noise_sd * torch.randn_like(logits)
+        return torch.add(logits, torch.randn_like(logits), alpha=self.noise_sd)
 
     @property
     def noise_sd(self) -> float:
@@ -126,45 +164,7 @@ class ScoredRouter(Router):
                 _scope_='rmoe', dim=dim, num_experts=num_experts))
 
     def _logits(self, x_TD: Tensor) -> Tensor:
-        return finite(self.scorer(x_TD))
-
-    @staticmethod
-    def _routing(rows: Rows, logits_TE: Tensor, scores_TE: Tensor,
-                 gates_TE: Tensor,
-                 losses: Mapping[str, Tensor] | None = None) -> Routing:
-        decided: dict[str, Any] = dict(
-            token_ids_N=rows.token_ids_N,
-            weights_N=gates_TE[rows.token_ids_N, rows.expert_ids_N],
-            counts_E=rows.counts_E,
-            demand_E=rows.demand_E,
-            logits_TE=logits_TE,
-            scores_TE=scores_TE,
-            losses=losses or {})
-        if isinstance(rows, StaticRows):
-            return StaticRouting(**decided, max_rows=rows.max_rows,
-                                 complete=rows.complete)
-        return Routing(**decided)
-
-
-def finite(values_TN: Tensor) -> Tensor:
-    """The values, if they are. While a model is traced they are not looked
-    at: a trace cannot raise for values it has not seen.
-
-    Raises:
-        NotFiniteError: for nan or inf, or values as large as that.
-    """
-    if compat.is_compiling():
-        return values_TN
-    # One number tells: a sum of finite values overflows only for values that
-    # are as good as infinite.
-    if not bool(values_TN.detach().sum().isfinite()):
-        bad_T = ~(values_TN.abs().sum(1) < MAX_SUM)
-        raise NotFiniteError(
-            f'router logits are nan or inf for {int(bad_T.sum())} of '
-            f'{len(bad_T)} tokens: the features or the router diverged. Try a '
-            'lower learning rate, clip_grad in optim_wrapper, or bfloat16 '
-            'instead of float16')
-    return values_TN
+        return self._finite(self.scorer(x_TD))
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:
@@ -177,9 +177,9 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 def group_capacity(rule: Callable[[Any], Any], num_tokens: int,
-                   valid_T: Tensor | None, num_groups: int,
-                   device: torch.device) -> Tensor:
-    """(G,) int64, slots per expert in each group.
+                   valid_T: Tensor | None, num_groups: int
+                   ) -> tuple[Capacity, int]:
+    """Slots per expert in each group.
 
     Args:
         rule: from the valid tokens of a group, a number or a float64 tensor
@@ -187,13 +187,16 @@ def group_capacity(rule: Callable[[Any], Any], num_tokens: int,
         num_tokens: T.
         valid_T: (T,) bool.
         num_groups: G.
-        device: of the result.
+
+    Returns:
+        The number of all groups, or (G,) int64 where their valid tokens
+        differ; and a bound of it that is known without looking.
     """
+    most = rule(num_tokens // num_groups)
     if valid_T is None:
-        slots_G = [rule(num_tokens // num_groups)] * num_groups
-    elif compat.is_compiling():
-        return rule(valid_T.view(num_groups, -1).sum(1).double()).long()
-    else:
-        slots_G = [rule(tokens) for tokens in
-                   valid_T.view(num_groups, -1).sum(1).tolist()]
-    return torch.tensor(slots_G, device=device)
+        return most, most
+    if host_may_read(valid_T):
+        slots = [rule(tokens) for tokens in
+                 valid_T.view(num_groups, -1).sum(1).tolist()]
+        return torch.tensor(slots, device=valid_T.device), most
+    return rule(valid_T.view(num_groups, -1).sum(1).double()).long(), most

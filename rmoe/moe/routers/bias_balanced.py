@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rmoe import compat
 from rmoe.moe import assignment
-from rmoe.moe.buffers import ExactBuffers
 from rmoe.moe.routers.base import ScoredRouter, check_top_k
 from rmoe.moe.routing import Routing
 from rmoe.registry import MODELS
@@ -17,7 +16,7 @@ PATIENCE = 1000
 
 
 @MODELS.register_module()
-class BiasBalancedRouter(ExactBuffers, ScoredRouter):
+class BiasBalancedRouter(ScoredRouter):
     """Each token chooses its k best experts by sigmoid score plus a bias that
     balances the load (2408.15664, DeepSeek-V3).
 
@@ -46,7 +45,7 @@ class BiasBalancedRouter(ExactBuffers, ScoredRouter):
                       'the router, or fewer experts')
     balance_bias: Tensor
     recent_load_E: Tensor
-    exact_buffers = ('balance_bias', )
+    exact_buffers = ('balance_bias', 'recent_load_E', 'not_finite')
 
     def __init__(self,
                  dim: int,
@@ -76,10 +75,12 @@ class BiasBalancedRouter(ExactBuffers, ScoredRouter):
         logits_TE = self._logits(x_TD)
         gates_TE = logits_TE.sigmoid()
         scores_TE = gates_TE.detach() + self.balance_bias
-        rows = assignment.choose_experts(scores_TE, self.top_k, valid_T)
+        ids_TK, gates_TK = assignment.choose(scores_TE, gates_TE, self.top_k)
+        rows, pairs_N = assignment.choose_experts(scores_TE, ids_TK, valid_T)
         if self.training:
             self._count(rows.demand_E)
-        return self._routing(rows, logits_TE, scores_TE, gates_TE)
+        return Routing(rows, gates_TK.flatten().index_select(0, pairs_N),
+                       logits_TE, scores_TE)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:

@@ -81,16 +81,17 @@ class ExpertChoiceRouter(ScoredRouter):
                num_groups: int) -> Routing:
         logits_TE = self._logits(x_TD)
         noisy_TE = self._add_noise(logits_TE)
-        capacity_G = group_capacity(self._slots, len(x_TD), valid_T,
-                                    num_groups, x_TD.device)
-        scores_TE, gates_TE = self._scores(noisy_TE, valid_T, capacity_G)
+        capacity, most = group_capacity(self._slots, len(x_TD), valid_T,
+                                        num_groups)
+        scores_TE, gates_TE = self._scores(noisy_TE, valid_T, num_groups,
+                                           capacity)
         allowed = self._allowed(scores_TE, valid_T)
         groups = (num_groups, len(x_TD) // num_groups)
-        rows = assignment.choose_tokens(
-            scores_TE.unflatten(0, groups), capacity_G,
-            None if allowed is None else allowed.unflatten(0, groups),
-            self._slots(groups[1]))
-        return self._routing(rows, logits_TE, scores_TE, gates_TE)
+        rows, pairs_N = assignment.choose_tokens(
+            scores_TE.unflatten(0, groups), capacity, most,
+            None if allowed is None else allowed.unflatten(0, groups))
+        return Routing(rows, gates_TE.t().flatten().index_select(0, pairs_N),
+                       logits_TE, scores_TE)
 
     def _slots(self, num_tokens: Count) -> Count:
         slots = compute_capacity(num_tokens, self.num_experts,
@@ -100,7 +101,8 @@ class ExpertChoiceRouter(ScoredRouter):
         return min(slots, num_tokens)
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
-                capacity_G: Tensor) -> tuple[Tensor, Tensor]:
+                num_groups: int, capacity: assignment.Capacity
+                ) -> tuple[Tensor, Tensor]:
         """What tokens are chosen by, and the gates."""
         probs_TE = noisy_TE.softmax(1)
         return probs_TE, probs_TE
@@ -163,8 +165,9 @@ class SinkhornExpertChoiceRouter(ExpertChoiceRouter):
         self.combine = combine
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
-                capacity_G: Tensor) -> tuple[Tensor, Tensor]:
-        plan_TE = sinkhorn_plan(noisy_TE, valid_T, len(capacity_G),
+                num_groups: int, capacity: assignment.Capacity
+                ) -> tuple[Tensor, Tensor]:
+        plan_TE = sinkhorn_plan(noisy_TE, valid_T, num_groups,
                                 self.iterations,
                                 differentiable=self.combine == 'plan')
         return plan_TE, (plan_TE if self.combine == 'plan'
@@ -227,7 +230,8 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
         self._warned = False
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
-                capacity_G: Tensor) -> tuple[Tensor, Tensor]:
+                num_groups: int, capacity: assignment.Capacity
+                ) -> tuple[Tensor, Tensor]:
         if compat.is_compiling():
             raise ValueError(
                 'a SparseExpertChoiceRouter cannot be compiled or exported: '
@@ -237,7 +241,9 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
         probs_TE = noisy_TE.softmax(1)
         if not len(probs_TE):
             return probs_TE, probs_TE
-        groups = (len(capacity_G), -1)
+        groups = (num_groups, -1)
+        capacity_G = torch.as_tensor(
+            capacity, device=probs_TE.device).expand(num_groups)
         with torch.no_grad():
             plan = transport.k_sparse_plan(
                 probs_TE.detach().unflatten(0, groups), capacity_G,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmoe.moe.routers.base import Router, finite
+from rmoe.moe.routers.base import Router
 from rmoe.moe.routing import SoftRouting
 from rmoe.registry import MODELS
 
@@ -68,10 +68,10 @@ class SoftRouter(Router):
 
     def _route(self, x_TD: Tensor, valid_T: Tensor | None,
                num_groups: int) -> SoftRouting:
-        slots_ND = _normalise(self.embeddings.float()).flatten(0, 1)
+        slots_ND = self._normalise(self.embeddings.float()).flatten(0, 1)
         # Scaled where it is smaller.
-        logits_TN = F.linear(_normalise(x_TD), self.scale.float() * slots_ND)
-        logits_TN = self._add_noise(finite(logits_TN))
+        logits_TN = F.linear(self._normalise(x_TD), self.scale.float() * slots_ND)
+        logits_TN = self._add_noise(self._finite(logits_TN))
         logits_GSN = logits_TN.unflatten(
             0, (num_groups, len(x_TD) // num_groups))
         dispatch_logits = logits_GSN
@@ -85,12 +85,12 @@ class SoftRouter(Router):
             combine_GSN=logits_GSN.softmax(2),
             num_experts=self.num_experts, valid_T=valid_T)
 
+    def _normalise(self, x: Tensor) -> Tensor:
+        # Checked here: vectors of any size but infinite give finite logits.
+        squared = self._finite(
+            x.square().sum(-1, keepdim=True).flatten(0, -2))
+        return x * torch.rsqrt(squared.view(*x.shape[:-1], 1) + EPS)
+
     def extra_repr(self) -> str:
         return (f'num_experts={self.num_experts}, '
                 f'slots_per_expert={self.slots_per_expert}')
-
-
-def _normalise(x: Tensor) -> Tensor:
-    # Checked here: vectors of any size but infinite give finite logits.
-    squared = finite(x.square().sum(-1, keepdim=True).flatten(0, -2))
-    return x * torch.rsqrt(squared.view(*x.shape[:-1], 1) + EPS)

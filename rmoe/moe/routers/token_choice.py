@@ -108,14 +108,14 @@ class TokenChoiceRouter(ScoredRouter):
         logits_TE = self._logits(x_TD)
         noisy_TE = self._add_noise(logits_TE)
         scores_TE, gates_TE = self._scores(noisy_TE, valid_T, num_groups)
-        factor = self._factor()
-        rows = assignment.choose_experts(
-            scores_TE, self.top_k, valid_T,
-            self._capacity(x_TD, valid_T, num_groups), self.priority,
-            None if factor is None
-            else self._slots(len(x_TD) // num_groups, factor))
-        return self._routing(rows, logits_TE, scores_TE, gates_TE,
-                             self._losses(logits_TE, noisy_TE, valid_T))
+        ids_TK, gates_TK = assignment.choose(scores_TE, gates_TE, self.top_k)
+        capacity, most = self._capacity(len(x_TD), valid_T, num_groups)
+        rows, pairs_N = assignment.choose_experts(
+            scores_TE, ids_TK, valid_T, capacity, most, num_groups,
+            self.priority)
+        return Routing(
+            rows, gates_TK.flatten().index_select(0, pairs_N), logits_TE,
+            scores_TE, self._losses(logits_TE, noisy_TE, valid_T))
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 num_groups: int) -> tuple[Tensor, Tensor]:
@@ -123,14 +123,13 @@ class TokenChoiceRouter(ScoredRouter):
         probs_TE = noisy_TE.softmax(1)
         return probs_TE, probs_TE
 
-    def _capacity(self, x_TD: Tensor, valid_T: Tensor | None,
-                  num_groups: int) -> Tensor | None:
+    def _capacity(self, num_tokens: int, valid_T: Tensor | None,
+                  num_groups: int) -> tuple[assignment.Capacity | None, int]:
         factor = self._factor()
         if factor is None:
-            return None
-        return group_capacity(
-            lambda tokens: self._slots(tokens, factor), len(x_TD), valid_T,
-            num_groups, x_TD.device)
+            return None, 0
+        return group_capacity(lambda tokens: self._slots(tokens, factor),
+                              num_tokens, valid_T, num_groups)
 
     def _factor(self) -> float | None:
         factor = (self.capacity_factor
@@ -149,6 +148,13 @@ class TokenChoiceRouter(ScoredRouter):
                 valid_T: Tensor | None) -> dict[str, Tensor]:
         if not self.training:
             return {}
+        # A loss of weight 0 is skipped, not multiplied: 0 * inf is nan.
+        weights = {name: weight for name, weight in self.loss_weights.items()
+                   if weight}
+        if not self.tutel_compat and {'importance', 'load'} <= {*weights}:
+            computed = self._balance_losses(logits_TE, noisy_TE, valid_T)
+        else:
+            computed = {}
         source = tutel if self.tutel_compat else losses
         compute = {
             'importance': lambda: source.importance_loss(
@@ -158,11 +164,19 @@ class TokenChoiceRouter(ScoredRouter):
             'gshard': lambda: losses.gshard_loss(noisy_TE.softmax(1), valid_T),
             'z': lambda: losses.z_loss(logits_TE, valid_T),
         }
-        # A loss of weight 0 is skipped, not multiplied: 0 * inf is nan.
-        return {
-            name: weight * compute[name]()
-            for name, weight in self.loss_weights.items() if weight
-        }
+        return {name: weight * (computed[name] if name in computed
+                                else compute[name]())
+                for name, weight in weights.items()}
+
+    def _balance_losses(self, logits_TE: Tensor, noisy_TE: Tensor,
+                        valid_T: Tensor | None) -> dict[str, Tensor]:
+        """V-MoE's two losses at once: both are variations."""
+        mass_E = losses.of_valid(logits_TE.softmax(1), valid_T).sum(0)
+        chosen_E = losses.twice_chosen(logits_TE, noisy_TE, self.top_k,
+                                       self.noise_sd, valid_T)
+        importance, load = losses.squared_variation(
+            torch.stack([mass_E, chosen_E])).unbind()
+        return {'importance': importance, 'load': load}
 
     def _check(self) -> None:
         check_top_k(self.top_k, self.num_experts)
