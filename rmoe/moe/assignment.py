@@ -194,6 +194,8 @@ def largest(values: Tensor, count: Capacity, most: int) -> Tensor:
         count: how many, at most S; int64 broadcastable to (...).
         most: a bound of ``count``, at most S.
     """
+    if isinstance(count, int):
+        most = count
     if not most or not values.numel():
         return torch.zeros_like(values, dtype=torch.bool)
     if isinstance(count, int):

@@ -40,7 +40,7 @@ def test_who_goes_where_by_softmax_and_by_sinkhorn():
     for scores, expected in (
             (softmax, [(0, 0), (1, 0), (2, 1), (3, 1), (2, 2), (3, 2)]),
             (plan, [(0, 0), (1, 0), (2, 1), (3, 1), (1, 2), (3, 2)])):
-        rows = assignment.choose_tokens(scores[None], torch.tensor([2]))
+        rows, _ = assignment.choose_tokens(scores[None], 2, 2)
         assert list(zip(rows.token_ids_N.tolist(),
                         rows.expert_ids_N.tolist())) == expected
 
@@ -92,7 +92,7 @@ def test_sinkhorn_is_differentiable():
 def test_project_on_simplex_of_the_k_largest():
     # of (.5 .4 .3 -.2) the two largest; threshold (.9 - 1) / 2 = -.05
     values = torch.tensor([.5, .4, .3, -.2])
-    held = assignment.largest(values, torch.tensor(2))
+    held = assignment.largest(values, 2, 2)
     projected = project_on_simplex(values, held, torch.tensor(1.))
     torch.testing.assert_close(projected, torch.tensor([.55, .45, 0, 0]))
     # all four: (.5 .4 .3) are above (1.2 - 1) / 3 = .0667
