@@ -32,6 +32,9 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize('suffix', ['onnx', 'pt2'])
 def test_export(trained, tmp_path, capsys, suffix):
+    if suffix == 'onnx':
+        for library in ('onnxruntime', 'onnxscript'):
+            pytest.importorskip(library)
     out = tmp_path / 'deep' / f'model.{suffix}'
     command(export, MOE, trained, '--out', out, *SIZE)
     printed = capsys.readouterr().out
