@@ -90,6 +90,12 @@ def _start_in_microseconds(event: Any) -> int:
     return event.start_us()
 
 
+def _uncounted_grouped_mm() -> Any:
+    operator = torch.ops.aten._grouped_mm
+    # A newer torch may bring a formula; two are an error.
+    return None if operator in flop_counter.flop_registry else operator
+
+
 def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
     return new() if has_torch(version) else old
 
@@ -135,3 +141,7 @@ cpu_attention: tuple[Any, ...] = _since(
 # One kernel for the products of all experts; None: a loop over experts.
 grouped_mm: Callable[..., Tensor] | None = _since(
     '2.10', lambda: F.grouped_mm, None)
+
+# What it runs, where torch's counter of operations does not know that.
+grouped_mm_operator: Any = _since(
+    '2.10', _uncounted_grouped_mm, None)
