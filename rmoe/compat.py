@@ -96,6 +96,13 @@ def _uncounted_grouped_mm() -> Any:
     return None if operator in flop_counter.flop_registry else operator
 
 
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass: then a forward pass is one
+    that an activation checkpoint repeats. torch's own modules ask so too,
+    from 2.1 to the newest. A trace holds no such pass."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
     return new() if has_torch(version) else old
 

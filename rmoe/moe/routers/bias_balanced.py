@@ -77,7 +77,8 @@ class BiasBalancedRouter(ExactBuffers, ScoredRouter):
         gates_TE = logits_TE.sigmoid()
         scores_TE = gates_TE.detach() + self.balance_bias
         rows = assignment.choose_experts(scores_TE, self.top_k, valid_T)
-        if self.training:
+        # A checkpoint around the layer repeats its forward in backward.
+        if self.training and not compat.in_backward():
             self._count(rows.demand_E)
         return self._routing(rows, logits_TE, scores_TE, gates_TE)
 
