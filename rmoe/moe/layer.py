@@ -155,7 +155,8 @@ class MoELayer(ExactBuffers):
         except NotFiniteError as error:
             raise NotFiniteError(
                 f'{self.name or "a MoE layer"}: {error}') from None
-        if self.training:
+        # A checkpoint around the layer repeats its forward in backward.
+        if self.training and not compat.in_backward():
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled() and (
                 not compat.is_compiling()):
@@ -236,11 +237,34 @@ def collect_losses(model: nn.Module, start: bool) -> dict[str, Tensor]:
     Returns:
         Losses collected so far, by name, summed over layers and calls; empty
         when starting.
+
+    Raises:
+        ValueError: for a loss without a gradient whose router trains.
     """
     total: dict[str, Tensor] = {}
-    for layer in moe_layers(model).values():
-        for losses in layer.losses or ():
+    for key, layer in moe_layers(model).items():
+        collected, layer.losses = layer.losses, [] if start else None
+        if start:
+            continue
+        for losses in collected or ():
             for name, loss in losses.items():
+                _check_gradient(loss, name, layer, layer.name or key)
                 total[name] = total[name] + loss if name in total else loss
-        layer.losses = [] if start else None
-    return {} if start else total
+    return total
+
+
+def _check_gradient(loss: Tensor, name: str, layer: MoELayer, place: str
+                    ) -> None:
+    """Whoever collects with gradients would log the loss and never train by
+    it."""
+    if not torch.is_grad_enabled() or loss.requires_grad or not any(
+            p.requires_grad for p in layer.router.parameters()):
+        return
+    raise ValueError(
+        f'the auxiliary loss {name!r} of {place or "a MoE layer"} has no '
+        'gradient, although its router trains: the layer ran under '
+        'torch.no_grad(), as inside a reentrant activation checkpoint '
+        "(torch.utils.checkpoint's default, and mmengine's "
+        'activation_checkpointing). Use with_cp=True of the backbone or in '
+        'moe, or use_reentrant=False; where the router is not to train, '
+        'freeze it')
