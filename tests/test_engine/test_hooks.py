@@ -2,6 +2,7 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -80,6 +81,27 @@ def test_losses_are_logged_and_summed(tmp_path):
     first = lines[0]
     assert first['loss'] == pytest.approx(
         first['loss_ce'] + first['loss_moe_importance'])
+
+
+@pytest.mark.parametrize('names, layer', [
+    ('backbone', 0), (['head', 'backbone.stages.1.blocks.1'], 1),
+    ('backbone.stages.1.blocks.0.ffn.router', 0)], ids=str)
+def test_checkpoints_that_drop_auxiliary_gradients_are_refused(
+        tmp_path, names, layer):
+    runner = toy_runner(tmp_path, hooks=[dict(type='rmoe.MoELossHook')],
+                        activation_checkpointing=names)
+    with pytest.raises(ValueError, match=re.escape(
+            f'activation_checkpointing={names!r} wraps the router of backbone'
+            f'.stages.1.blocks.{layer}.ffn') + '.*with_cp=True'):
+        runner.train()
+
+
+def test_checkpoints_of_dense_modules_are_not_refused(tmp_path):
+    runner = toy_runner(
+        tmp_path, max_iters=1, hooks=[dict(type='rmoe.MoELossHook')],
+        activation_checkpointing=['backbone.stages.1.blocks.0.norm1', 'head'])
+    runner.train()
+    assert runner.iter == 1
 
 
 def test_collapse_is_named_with_a_remedy(tmp_path):
