@@ -19,6 +19,7 @@ from rmoe.moe.mixing import (
     mix_soft,
     mix_sparse,
 )
+from rmoe.moe.plain_core import check_plain
 from rmoe.moe.routers.base import NotFiniteError
 from rmoe.moe.routing import Routing, SoftRouting
 from rmoe.moe.static import Middle
@@ -108,6 +109,7 @@ class MoELayer(ExactBuffers):
         self.core_only = False
         self.name = ''
         self.losses: list[Mapping[str, Tensor]] | None = None
+        self._checked: tuple[object, ...] = ()
         for name, size in (('demand_E', num_experts), ('kept_E', num_experts),
                            ('token_counts', 2)):
             self.register_buffer(
@@ -130,6 +132,28 @@ class MoELayer(ExactBuffers):
     def _dense(self, x: Tensor) -> Tensor:
         """The core's function."""
         raise NotImplementedError
+
+    def check_core(self, place: str = '') -> None:
+        """Refuse a core that experts would bypass.
+
+        Args:
+            place: where the layer stands, if it has no ``name``.
+
+        Raises:
+            ValueError: see :func:`rmoe.moe.plain_core.check_plain`.
+        """
+        for key in self.core_keys.values() if self.experts.core else ():
+            check_plain(self.get_submodule(key),
+                        f'{self.name or place or "a MoE layer"}: {key}')
+
+    def _check_new(self, core: Core) -> None:
+        """Check at the first forward pass, and again when a library has put
+        other modules in."""
+        linears = core.fc1, core.fc2
+        found = (*map(id, linears), *map(type, linears))
+        if found != self._checked:
+            self.check_core()
+            self._checked = found
 
     @property
     def preserves_function(self) -> bool:
@@ -168,11 +192,13 @@ class MoELayer(ExactBuffers):
 
     def _apply_experts(self, x_TD: Tensor, routing: Routing | SoftRouting,
                        middle: Middle | None) -> Tensor:
+        core = self.core
+        if core is not None and not compat.is_compiling():
+            self._check_new(core)
         if isinstance(routing, SoftRouting):
-            return mix_soft(x_TD, routing, self.experts, self.core,
-                            self.align)
-        return mix_sparse(x_TD, routing, self.experts, self.core,
-                          self.align, self.unrouted, middle)
+            return mix_soft(x_TD, routing, self.experts, core, self.align)
+        return mix_sparse(x_TD, routing, self.experts, core, self.align,
+                          self.unrouted, middle)
 
     def _record(self, routing: Routing | SoftRouting,
                 valid_T: Tensor | None) -> None:
