@@ -19,9 +19,9 @@ class MoELossHook(Hook):
     and gradient accumulation as every other loss, and show in the log.
 
     Raises:
-        ValueError: before training, if the model has no MoE layer, or if
-            the config's ``activation_checkpointing`` would take the gradient
-            from its losses.
+        ValueError: before training, if the model has no MoE layer, if the
+            config's ``activation_checkpointing`` would take the gradient
+            from its losses, or if experts would bypass a wrapped core.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -31,6 +31,8 @@ class MoELossHook(Hook):
         _check_recomputation(
             model, runner.cfg.get('activation_checkpointing'))
         install(model)
+        for key, layer in moe_layers(model).items():
+            layer.check_core(key)
 
 
 def install(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from mmengine.optim import OptimWrapper
-from toy import ToyImages, copied_state, toy_model, toy_runner
+from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 from two_ranks import aux_gradient, run_two_ranks
 
 from rmoe.engine.moe_loss_hook import install
@@ -102,6 +102,22 @@ def test_checkpoints_of_dense_modules_are_not_refused(tmp_path):
         activation_checkpointing=['backbone.stages.1.blocks.0.norm1', 'head'])
     runner.train()
     assert runner.iter == 1
+
+
+@pytest.mark.parametrize('hook', [
+    dict(type='rmoe.MoELossHook'),
+    dict(type='rmoe.ResidualMoEHook', stages=STAGES)],
+    ids=lambda hook: hook['type'])
+def test_a_core_that_experts_would_bypass_is_refused(tmp_path, hook):
+    runner = toy_runner(tmp_path, hooks=[hook])
+    # The layer itself looks at its first forward pass.
+    runner.model(batch()[0])
+    linear = runner.model.backbone.stages[1].blocks[0].ffn.layers[1]
+    linear.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match=r'MoE layer of stage 1, block 0: '
+                       r'layers\.1 has a hook'):
+        runner.train()
+    assert runner.iter == 0
 
 
 def test_collapse_is_named_with_a_remedy(tmp_path):
