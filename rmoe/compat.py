@@ -91,15 +91,18 @@ def _start_in_microseconds(event: Any) -> int:
 
 
 def _uncounted_grouped_mm() -> Any:
-    operator = torch.ops.aten._grouped_mm
+    operator = getattr(torch.ops.aten, '_grouped_mm', None)
     # A newer torch may bring a formula; two are an error.
     return None if operator in flop_counter.flop_registry else operator
 
 
 def in_backward() -> bool:
-    """Whether this runs inside a backward pass: then a forward pass is one
-    that an activation checkpoint repeats. torch's own modules ask so too,
-    from 2.1 to the newest. A trace holds no such pass."""
+    """Whether a backward pass is running, so that a forward pass inside is
+    one that an activation checkpoint repeats.
+
+    torch's checkpoints ask the same function from 2.1 to the newest. While a
+    model is traced nothing is repeated.
+    """
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -150,5 +153,4 @@ grouped_mm: Callable[..., Tensor] | None = _since(
     '2.10', lambda: F.grouped_mm, None)
 
 # What it runs, where torch's counter of operations does not know that.
-grouped_mm_operator: Any = _since(
-    '2.10', _uncounted_grouped_mm, None)
+grouped_mm_operator: Any = _since('2.10', _uncounted_grouped_mm, None)

@@ -281,8 +281,7 @@ def collect_losses(model: nn.Module, start: bool) -> dict[str, Tensor]:
 
 def _check_gradient(loss: Tensor, name: str, layer: MoELayer, place: str
                     ) -> None:
-    """Whoever collects with gradients would log the loss and never train by
-    it."""
+    """Refuse a loss that would be logged and never train its router."""
     if not torch.is_grad_enabled() or loss.requires_grad or not any(
             p.requires_grad for p in layer.router.parameters()):
         return
