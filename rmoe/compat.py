@@ -90,6 +90,22 @@ def _start_in_microseconds(event: Any) -> int:
     return event.start_us()
 
 
+def _uncounted_grouped_mm() -> Any:
+    operator = getattr(torch.ops.aten, '_grouped_mm', None)
+    # A newer torch may bring a formula; two are an error.
+    return None if operator in flop_counter.flop_registry else operator
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, so that a forward pass inside is
+    one that an activation checkpoint repeats.
+
+    torch's checkpoints ask the same function from 2.1 to the newest. While a
+    model is traced nothing is repeated.
+    """
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _since(version: str, new: Callable[[], Any], old: Any) -> Any:
     return new() if has_torch(version) else old
 
@@ -142,3 +158,6 @@ grouped_mm: Callable[..., Tensor] | None = _since(
 
 # A product of half-precision matrices that is stored in float32, on CUDA.
 mm_keeps_float32: bool = has_torch('2.8')
+
+# What it runs, where torch's counter of operations does not know that.
+grouped_mm_operator: Any = _since('2.10', _uncounted_grouped_mm, None)

@@ -4,17 +4,19 @@ import argparse
 import torch
 from _config import add_common_arguments, load_config, run
 from _memory import keep_freed_memory
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from rmoe import compat, safe_loading
+from rmoe.engine.amp import gpu_has_bfloat16
 from rmoe.engine.data_check import check_data
 from rmoe.registry import type_name
 
 AMP = 'AmpOptimWrapper'
-# Where it works.
+BFLOAT16 = 'rmoe.BFloat16OptimWrapper'
+# Where AmpOptimWrapper works.
 ACCELERATORS = ('cuda', 'npu', 'mlu', 'musa')
 
 
@@ -26,8 +28,10 @@ def parse_args() -> argparse.Namespace:
                         help='go on from CHECKPOINT, or from the latest one '
                         'in the work dir')
     parser.add_argument('--amp', action='store_true',
-                        help='automatic mixed precision: AmpOptimWrapper on '
-                        'a GPU, bfloat16 on the CPU')
+                        help='automatic mixed precision: bfloat16 on the '
+                        'CPU and on a GPU that has it, else float16 by '
+                        'AmpOptimWrapper; optim_wrapper.dtype=float16 asks '
+                        'for float16')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size')
     add_common_arguments(parser)
@@ -65,7 +69,7 @@ def set_precision(cfg: Config, amp: bool) -> str:
     """Mixed precision where --amp or the config asks for it.
 
     Returns:
-        What to tell the user; mostly nothing.
+        Which type computes and why, to be logged; '' in full precision.
 
     Raises:
         ValueError: if --amp meets another kind of optimizer wrapper.
@@ -77,16 +81,35 @@ def set_precision(cfg: Config, amp: bool) -> str:
     if kind not in (AMP, 'OptimWrapper'):
         raise ValueError('--amp works with optim_wrapper.type='
                          f"'OptimWrapper', the config has {kind!r}")
-    if get_device() in ACCELERATORS:
-        if kind != AMP:
-            wrapper.type = AMP
-            wrapper.setdefault('loss_scale', 'dynamic')
-        return ''
-    wrapper.type = 'rmoe.BFloat16OptimWrapper'
+    device = get_device()
+    if device not in ACCELERATORS:
+        _compute_in_bfloat16(wrapper)
+        return ('mixed precision without a GPU is in bfloat16, with no loss '
+                f'scale: {BFLOAT16} takes the place of {AMP}')
+    # 'torch.float16' where the config is written in Python.
+    dtype = str(wrapper.get('dtype') or '').removeprefix('torch.')
+    has_bfloat16 = device == 'cuda' and gpu_has_bfloat16()
+    if amp and ((not dtype and has_bfloat16) or
+                (dtype == 'bfloat16' and kind != AMP)):
+        _compute_in_bfloat16(wrapper)
+        return ('mixed precision is in bfloat16, with no loss scale: '
+                f'{BFLOAT16} takes the place of {kind}')
+    why = 'as the config says'
+    if kind != AMP:
+        wrapper.type = AMP
+        wrapper.setdefault('loss_scale', 'dynamic')
+        if not dtype:
+            why = f'for there is no bfloat16 on this {device} device'
+    elif not dtype and has_bfloat16:
+        why += '; with --amp it is in bfloat16, in which experts are faster'
+    return f'mixed precision is in {dtype or "float16"} by {AMP}, {why}'
+
+
+def _compute_in_bfloat16(wrapper: ConfigDict) -> None:
+    wrapper.type = BFLOAT16
+    # It has nothing to scale and one type.
     for option in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(option, None)
-    return ('mixed precision without a GPU is in bfloat16, with no loss '
-            f'scale: rmoe.BFloat16OptimWrapper takes the place of {AMP}')
 
 
 if __name__ == '__main__':

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 from rmoe.registry import OPTIM_WRAPPERS
 
 
+def gpu_has_bfloat16() -> bool:
+    """Whether the current CUDA device computes in bfloat16.
+
+    Most versions of torch answer yes for an older card as well, which
+    emulates bfloat16 and is faster in float16. The compute capability tells
+    them apart in every version.
+    """
+    return (torch.cuda.is_bf16_supported() and
+            torch.cuda.get_device_capability() >= (8, 0))
+
+
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
     """mmengine's OptimWrapper, with its arguments, that runs the model under

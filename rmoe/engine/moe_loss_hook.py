@@ -17,13 +17,22 @@ class MoELossHook(Hook):
     A pair of forward hooks on the model collects what its MoE layers produce
     while it computes losses. The terms go through the same sum, loss scale
     and gradient accumulation as every other loss, and show in the log.
+
+    Raises:
+        ValueError: before training, if the model has no MoE layer, if the
+            config's ``activation_checkpointing`` would take the gradient
+            from its losses, or if experts would bypass a wrapped core.
     """
 
     def before_train(self, runner: Runner) -> None:
         model = runner.model
         if is_model_wrapper(model):
             model = model.module
+        _check_recomputation(
+            model, runner.cfg.get('activation_checkpointing'))
         install(model)
+        for key, layer in moe_layers(model).items():
+            layer.check_core(key)
 
 
 def install(model: nn.Module) -> None:
@@ -40,6 +49,29 @@ def install(model: nn.Module) -> None:
         return
     model.register_forward_pre_hook(_before, with_kwargs=True)
     model.register_forward_hook(_after, with_kwargs=True)
+
+
+def _check_recomputation(model: nn.Module, names: Any) -> None:
+    """Refuse mmengine's checkpoints around routers.
+
+    They are reentrant: the first forward pass runs under no_grad, and what
+    it leaves aside, as auxiliary losses, never gets a gradient.
+
+    Args:
+        model: not wrapped.
+        names: the config's ``activation_checkpointing``, a module name or
+            several.
+    """
+    for name in (names, ) if isinstance(names, str) else names or ():
+        inside = set(model.get_submodule(name).modules())
+        for key, layer in moe_layers(model).items():
+            if layer.router in inside:
+                raise ValueError(
+                    f'activation_checkpointing={names!r} wraps the router of '
+                    f'{key} in a reentrant checkpoint, in which auxiliary '
+                    'losses have no gradient. Remove it and set with_cp=True '
+                    'in the backbone, or in moe of an rmoe.UpcycledBackbone: '
+                    'that leaves the routing outside')
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

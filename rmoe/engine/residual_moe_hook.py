@@ -47,8 +47,8 @@ class ResidualMoEHook(Hook):
         by_epoch: whether an int ``end`` counts epochs.
 
     Raises:
-        ValueError: for an unknown role, ends that do not rise, or a model
-            without MoE layers.
+        ValueError: for an unknown role, ends that do not rise, a model
+            without MoE layers, or a wrapped core that experts would bypass.
     """
     # Before hooks that look at the model in the same iteration.
     priority = 'ABOVE_NORMAL'
@@ -144,6 +144,7 @@ class ResidualMoEHook(Hook):
                 raise ValueError(
                     f'stage {stage.name!r} trains no expert, but {name} has '
                     'core=False; add residual and router to its roles')
+            layer.check_core(name)
             layer.core_only = core_only
         frozen_before = self._frozen_by_config(model)
         for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ from rmoe.moe.mixing import (
     mix_soft,
     mix_sparse,
 )
+from rmoe.moe.plain_core import check_plain
 from rmoe.moe.routers.base import NotFiniteError
 from rmoe.moe.routing import Routing, SoftRouting
 from rmoe.registry import MODELS
@@ -105,6 +106,7 @@ class MoELayer(ExactBuffers):
         self.core_only = False
         self.name = ''
         self.losses: list[Mapping[str, Tensor]] | None = None
+        self._checked: tuple[object, ...] = ()
         for name, shape in (('loads_2E', (2, num_experts)),
                             ('token_counts', (2, ))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64),
@@ -138,6 +140,28 @@ class MoELayer(ExactBuffers):
         """The core's function."""
         raise NotImplementedError
 
+    def check_core(self, place: str = '') -> None:
+        """Refuse a core that experts would bypass.
+
+        Args:
+            place: where the layer stands, if it has no ``name``.
+
+        Raises:
+            ValueError: see :func:`rmoe.moe.plain_core.check_plain`.
+        """
+        for key in self.core_keys.values() if self.experts.core else ():
+            check_plain(self.get_submodule(key),
+                        f'{self.name or place or "a MoE layer"}: {key}')
+
+    def _check_new(self, core: Core) -> None:
+        """Check at the first forward pass, and again when a library has put
+        other modules in."""
+        linears = core.fc1, core.fc2
+        found = (*map(id, linears), *map(type, linears))
+        if found != self._checked:
+            self.check_core()
+            self._checked = found
+
     @property
     def preserves_function(self) -> bool:
         """Does the layer compute the dense function while residuals are
@@ -162,7 +186,8 @@ class MoELayer(ExactBuffers):
         except NotFiniteError as error:
             raise NotFiniteError(
                 f'{self.name or "a MoE layer"}: {error}') from None
-        if self.training:
+        # A checkpoint around the layer repeats its forward in backward.
+        if self.training and not compat.in_backward():
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled() and (
                 not compat.is_compiling()):
@@ -174,11 +199,13 @@ class MoELayer(ExactBuffers):
 
     def _apply_experts(self, x_TD: Tensor, routing: Routing | SoftRouting,
                        middle: Middle | None) -> Tensor:
+        core = self.core
+        if core is not None and not compat.is_compiling():
+            self._check_new(core)
         if isinstance(routing, SoftRouting):
-            return mix_soft(x_TD, routing, self.experts, self.core,
-                            self.align)
-        return mix_sparse(x_TD, routing, self.experts, self.core,
-                          self.align, self.unrouted, middle)
+            return mix_soft(x_TD, routing, self.experts, core, self.align)
+        return mix_sparse(x_TD, routing, self.experts, core, self.align,
+                          self.unrouted, middle)
 
     def _record(self, routing: Routing | SoftRouting,
                 valid_T: Tensor | None) -> None:
@@ -246,11 +273,33 @@ def collect_losses(model: nn.Module, start: bool) -> dict[str, Tensor]:
     Returns:
         Losses collected so far, by name, summed over layers and calls; empty
         when starting.
+
+    Raises:
+        ValueError: for a loss without a gradient whose router trains.
     """
     total: dict[str, Tensor] = {}
-    for layer in moe_layers(model).values():
-        for losses in layer.losses or ():
+    for key, layer in moe_layers(model).items():
+        collected, layer.losses = layer.losses, [] if start else None
+        if start:
+            continue
+        for losses in collected or ():
             for name, loss in losses.items():
+                _check_gradient(loss, name, layer, layer.name or key)
                 total[name] = total[name] + loss if name in total else loss
-        layer.losses = [] if start else None
-    return {} if start else total
+    return total
+
+
+def _check_gradient(loss: Tensor, name: str, layer: MoELayer, place: str
+                    ) -> None:
+    """Refuse a loss that would be logged and never train its router."""
+    if not torch.is_grad_enabled() or loss.requires_grad or not any(
+            p.requires_grad for p in layer.router.parameters()):
+        return
+    raise ValueError(
+        f'the auxiliary loss {name!r} of {place or "a MoE layer"} has no '
+        'gradient, although its router trains: the layer ran under '
+        'torch.no_grad(), as inside a reentrant activation checkpoint '
+        "(torch.utils.checkpoint's default, and mmengine's "
+        'activation_checkpointing). Use with_cp=True of the backbone or in '
+        'moe, or use_reentrant=False; where the router is not to train, '
+        'freeze it')

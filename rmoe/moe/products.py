@@ -75,3 +75,18 @@ if _HAS_ONEDNN:
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
         """So that torch's counter, which does not know it, counts it."""
         return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
+
+if compat.grouped_mm_operator is not None:
+    @compat.register_flop_formula(compat.grouped_mm_operator)
+    def _grouped_flops(a_shape, b_shape, *args, out_shape=None, **kwargs
+                       ) -> int:
+        """So that torch's counter knows what F.grouped_mm runs, forward and
+        backward.
+
+        Rows by experts' weights, (N, I) and (E, I, O), are 2 N I O. So are
+        gradients of weights, (I, N) and (N, O), whose groups divide N. Rows
+        behind the last offset count too, which a kernel leaves out: to know
+        them is to read the offsets, for which a GPU would have to wait.
+        """
+        groups = a_shape[0] if len(a_shape) == len(b_shape) == 3 else 1
+        return 2 * groups * a_shape[-2] * a_shape[-1] * b_shape[-1]

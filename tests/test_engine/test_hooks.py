@@ -2,11 +2,12 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
 from mmengine.optim import OptimWrapper
-from toy import ToyImages, copied_state, toy_model, toy_runner
+from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 from two_ranks import aux_gradient, run_two_ranks
 
 from rmoe.engine.moe_loss_hook import install
@@ -80,6 +81,43 @@ def test_losses_are_logged_and_summed(tmp_path):
     first = lines[0]
     assert first['loss'] == pytest.approx(
         first['loss_ce'] + first['loss_moe_importance'])
+
+
+@pytest.mark.parametrize('names, layer', [
+    ('backbone', 0), (['head', 'backbone.stages.1.blocks.1'], 1),
+    ('backbone.stages.1.blocks.0.ffn.router', 0)], ids=str)
+def test_checkpoints_that_drop_auxiliary_gradients_are_refused(
+        tmp_path, names, layer):
+    runner = toy_runner(tmp_path, hooks=[dict(type='rmoe.MoELossHook')],
+                        activation_checkpointing=names)
+    with pytest.raises(ValueError, match=re.escape(
+            f'activation_checkpointing={names!r} wraps the router of backbone'
+            f'.stages.1.blocks.{layer}.ffn') + '.*with_cp=True'):
+        runner.train()
+
+
+def test_checkpoints_of_dense_modules_are_not_refused(tmp_path):
+    runner = toy_runner(
+        tmp_path, max_iters=1, hooks=[dict(type='rmoe.MoELossHook')],
+        activation_checkpointing=['backbone.stages.1.blocks.0.norm1', 'head'])
+    runner.train()
+    assert runner.iter == 1
+
+
+@pytest.mark.parametrize('hook', [
+    dict(type='rmoe.MoELossHook'),
+    dict(type='rmoe.ResidualMoEHook', stages=STAGES)],
+    ids=lambda hook: hook['type'])
+def test_a_core_that_experts_would_bypass_is_refused(tmp_path, hook):
+    runner = toy_runner(tmp_path, hooks=[hook])
+    # The layer itself looks at its first forward pass.
+    runner.model(batch()[0])
+    linear = runner.model.backbone.stages[1].blocks[0].ffn.layers[1]
+    linear.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match=r'MoE layer of stage 1, block 0: '
+                       r'layers\.1 has a hook'):
+        runner.train()
+    assert runner.iter == 0
 
 
 def test_collapse_is_named_with_a_remedy(tmp_path):

@@ -1,6 +1,7 @@
 """The product of experts against torch's own."""
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmoe.moe.products import _HAS_ONEDNN, linear, pad_rows, unpadded
@@ -55,3 +56,38 @@ def test_operations_are_counted():
     with FlopCounterMode(display=False) as counter:
         linear(torch.ones(3, 5), torch.ones(7, 5), torch.ones(7))
     assert counter.get_total_flops() == 2 * 3 * 5 * 7
+
+
+@pytest.mark.torch('2.10')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('last', [8, 6])
+def test_operations_of_a_grouped_product_are_counted(last, dtype):
+    # 8 rows of width 16 by three experts to width 24. Rows behind the last
+    # offset count too.
+    rows = torch.ones(8, 16, dtype=dtype, requires_grad=True)
+    weight = torch.ones(3, 16, 24, dtype=dtype, requires_grad=True)
+    offsets = torch.tensor([2, 2, last], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        out = F.grouped_mm(rows, weight, offs=offsets)
+        forward = counter.get_total_flops()
+        out.backward(torch.ones_like(out))
+    assert forward == 2 * 8 * 16 * 24
+    # The gradients of rows and of weights are as much each.
+    assert counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.torch('2.10')
+def test_a_frozen_weight_saves_its_product():
+    rows = torch.ones(8, 16, requires_grad=True)
+    offsets = torch.tensor([2, 5, 8], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        out = F.grouped_mm(rows, torch.ones(3, 16, 24), offs=offsets)
+        out.backward(torch.ones_like(out))
+    assert counter.get_total_flops() == 2 * (2 * 8 * 16 * 24)
+
+
+@pytest.mark.torch('2.10')
+def test_operations_of_a_batch_of_products_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        F.grouped_mm(torch.ones(3, 8, 16), torch.ones(3, 16, 24))
+    assert counter.get_total_flops() == 3 * (2 * 8 * 16 * 24)

@@ -47,20 +47,63 @@ def test_amp_on_the_cpu_is_bfloat16(tmp_path, detector):
         assert found == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize('kind, amp, expected', [
-    ('OptimWrapper', False, dict(type='OptimWrapper')),
-    ('OptimWrapper', True, dict(type='AmpOptimWrapper',
-                                loss_scale='dynamic')),
-    ('AmpOptimWrapper', False, dict(type='AmpOptimWrapper')),
-    ('AmpOptimWrapper', True, dict(type='AmpOptimWrapper')),
-    ('rmoe.BFloat16OptimWrapper', True,
-     dict(type='rmoe.BFloat16OptimWrapper')),
-])
-def test_on_a_gpu_it_is_mmengines(monkeypatch, kind, amp, expected):
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
-    cfg = Config(dict(optim_wrapper=dict(type=kind)))
-    assert train.set_precision(cfg, amp) == ''
+BFLOAT16 = dict(type='rmoe.BFloat16OptimWrapper')
+DYNAMIC = dict(type='AmpOptimWrapper', loss_scale='dynamic')
+
+
+def on_a_gpu(monkeypatch, capability, device='cuda'):
+    """Old cards emulate bfloat16, and torch says that they support it."""
+    monkeypatch.setattr(train, 'get_device', lambda: device)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability',
+                        lambda *_: capability)
+
+
+@pytest.mark.parametrize('wrapper, amp, expected, note', [
+    (dict(type='OptimWrapper'), False, dict(type='OptimWrapper'), ''),
+    (dict(type='OptimWrapper'), True, BFLOAT16,
+     'in bfloat16.* the place of OptimWrapper'),
+    (dict(type='OptimWrapper', clip_grad=1), True,
+     dict(BFLOAT16, clip_grad=1), 'in bfloat16'),
+    (dict(type='OptimWrapper', dtype='bfloat16'), True, BFLOAT16,
+     'in bfloat16'),
+    (dict(type='OptimWrapper', dtype='float16'), True,
+     dict(DYNAMIC, dtype='float16'), 'in float16 by .*, as the config says'),
+    # A config's own wrapper is left alone unless --amp asks.
+    (dict(type='AmpOptimWrapper'), False, dict(type='AmpOptimWrapper'),
+     'in float16 by AmpOptimWrapper, as .*; with --amp it is in bfloat16'),
+    (dict(DYNAMIC, loss_scale=512.), True, BFLOAT16,
+     'in bfloat16.* the place of AmpOptimWrapper'),
+    (dict(DYNAMIC, dtype='float16'), True, dict(DYNAMIC, dtype='float16'),
+     'in float16 by AmpOptimWrapper, as the config says$'),
+    (dict(DYNAMIC, dtype=torch.float16), True,
+     dict(DYNAMIC, dtype=torch.float16), 'in float16 by'),
+    (dict(DYNAMIC, dtype='bfloat16'), True, dict(DYNAMIC, dtype='bfloat16'),
+     'in bfloat16 by AmpOptimWrapper'),
+    (BFLOAT16, True, BFLOAT16, ''),
+], ids=str)
+def test_amp_on_a_gpu_is_bfloat16_unless_the_config_says_otherwise(
+        monkeypatch, wrapper, amp, expected, note):
+    on_a_gpu(monkeypatch, (8, 0))
+    cfg = Config(dict(optim_wrapper=dict(wrapper)))
+    said = train.set_precision(cfg, amp)
+    assert bool(said) == bool(note) and re.search(note, said), said
     assert cfg.optim_wrapper.to_dict() == expected
+
+
+@pytest.mark.parametrize('capability, device', [
+    ((7, 5), 'cuda'), ((7, 0), 'cuda'), ((9, 0), 'npu')])
+def test_amp_without_bfloat16_is_mmengines(monkeypatch, capability, device):
+    on_a_gpu(monkeypatch, capability, device)
+    for wrapper, expected in ((dict(type='OptimWrapper'), DYNAMIC),
+                              (dict(type='AmpOptimWrapper'),
+                               dict(type='AmpOptimWrapper'))):
+        cfg = Config(dict(optim_wrapper=wrapper))
+        said = train.set_precision(cfg, amp=True)
+        assert 'is in float16 by AmpOptimWrapper, ' in said
+        assert (f'no bfloat16 on this {device}' in said) == (
+            expected is DYNAMIC)
+        assert cfg.optim_wrapper.to_dict() == expected
 
 
 def test_amp_with_another_wrapper_ends_in_one_line(tmp_path, detector):

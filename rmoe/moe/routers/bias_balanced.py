@@ -77,7 +77,8 @@ class BiasBalancedRouter(ScoredRouter):
         scores_TE = gates_TE.detach() + self.balance_bias
         ids_TK, gates_TK = assignment.choose(scores_TE, gates_TE, self.top_k)
         rows, pairs_N = assignment.choose_experts(scores_TE, ids_TK, valid_T)
-        if self.training:
+        # A checkpoint around the layer repeats its forward in backward.
+        if self.training and not compat.in_backward():
             self._count(rows.demand_E)
         return Routing(rows, gates_TK.flatten().index_select(0, pairs_N),
                        logits_TE, scores_TE)

@@ -1,0 +1,70 @@
+"""Which cores experts can be added to.
+
+Experts fold the weights of the core's linear layers with their residuals,
+and never call those layers. What a wrapped layer does beside its weight
+would be left out without a word, so it is refused.
+"""
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+# Known by name: mmcv need not be imported. Its wrappers add empty batches.
+WRAPPERS = 'mmcv.cnn.bricks.wrappers'
+HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
+         '_backward_hooks')
+
+
+def check_plain(linear: nn.Module, place: str) -> None:
+    """Refuse a linear layer that does more than its weight and bias say.
+
+    A weight with ``torch.nn.utils.parametrize`` is fine: it is computed
+    wherever it is read, with its gradient.
+
+    Args:
+        linear: one of a core's two linear layers.
+        place: what it is called in the message.
+
+    Raises:
+        ValueError: for another class than ``nn.Linear``, a 1x1
+            ``nn.Conv2d`` and mmcv's wrappers of the two; for hooks, and for
+            a ``forward`` of its own.
+    """
+    problem = _problem(linear)
+    if problem:
+        raise ValueError(
+            f'{place} {problem}. Experts read its weight and do not call it, '
+            'so that would have no effect. Leave the linear layers of MoE '
+            'FFNs out of what LoRA, quantisation, float8 or hooks are '
+            'applied to, or merge adapters into the weight first (merge_and_'
+            "unload of peft); moe=dict(rank=...) makes experts' residuals "
+            'low-rank')
+
+
+def _problem(linear: nn.Module) -> str:
+    kind = type(linear)
+    if parametrize.is_parametrized(linear):
+        kind = kind.__bases__[0]  # torch makes a subclass for each module
+    name = f'{kind.__module__}.{kind.__qualname__}'
+    if kind is nn.Conv2d or name == f'{WRAPPERS}.Conv2d':
+        if not _is_pointwise(linear):
+            return f'is no 1x1 convolution but {linear}'
+    elif kind is not nn.Linear and name != f'{WRAPPERS}.Linear':
+        return f'is a {name}, not an nn.Linear or a 1x1 nn.Conv2d'
+    if 'forward' in vars(linear):
+        return 'has a forward() put in place of its own'
+    # What counts operations or names scopes while it traces leaves results
+    # as they are.
+    if torch.jit.is_tracing():
+        return ''
+    for hooks in HOOKS:
+        for hook in getattr(linear, hooks).values():
+            function = getattr(hook, '__qualname__', type(hook).__qualname__)
+            return f'has a hook in {hooks}, {function}'
+    return ''
+
+
+def _is_pointwise(conv: Any) -> bool:
+    return (conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
+            and conv.padding == (0, 0))
