@@ -61,9 +61,15 @@ class Experts(nn.Module):
             and starts as a normal layer would.
         fc2_bias: whether the second linear layer has a bias.
 
+    Attributes:
+        folded: None, or a buffer where the "residuals" hold core + residual
+            (:func:`rmoe.upcycling.fold`); a core is then passed but not
+            added again.
+
     Raises:
         ValueError: for a rank out of range, or a rank without a core.
     """
+    folded: Tensor | None
 
     def __init__(self,
                  embed_dims: int,
@@ -87,6 +93,8 @@ class Experts(nn.Module):
         self.core = core
         self.act = act
         self.dropout = nn.Dropout(dropout)
+        # A buffer, so that a state dict says what its "residuals" are.
+        self.register_buffer('folded', None)
         for layer, out_dim, in_dim in (
                 ('fc1', feedforward_channels, embed_dims),
                 ('fc2', embed_dims, feedforward_channels)):
@@ -188,7 +196,7 @@ class Experts(nn.Module):
     def _parameters_of(self, layer: str, core: Core | None
                        ) -> tuple[Tensor | None, ...]:
         weight = bias = None
-        if core is not None:
+        if core is not None and self.folded is None:
             weight, bias = core.weight(layer), core.bias(layer)
         return (weight, bias, getattr(self, f'residual_{layer}_bias'),
                 *self._residual(layer))
@@ -205,7 +213,7 @@ class Experts(nn.Module):
         once: the default one folds an expert at a time."""
         weight_EOI = self.residual_weight(layer)
         bias_EO = getattr(self, f'residual_{layer}_bias')
-        if core is None:
+        if core is None or self.folded is not None:
             return weight_EOI, bias_EO
         if bias_EO is not None:
             bias_EO = bias_EO + core.bias(layer)
