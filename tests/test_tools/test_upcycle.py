@@ -9,9 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import test as test_tool  # tools/test.py
 import torch
 import upcycle
-from commands import command
+from commands import command, miou, options
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
@@ -162,16 +163,25 @@ def test_folded_file_is_the_same_model(work, configs, source, rank, request,
     assert (expected - found).abs().max() < 1e-5
 
 
+def test_folded_file_scores_alike(work, configs, noisy, folded):
+    core = 'model.backbone.moe.core=False'
+    for name, checkpoint, *more in (('unfolded', noisy),
+                                    ('folded', folded, core)):
+        command(test_tool, configs['moe'], checkpoint,
+                *options(work, f'test-{name}', *more))
+    assert 0 < miou(work / 'test-folded') == miou(work / 'test-unfolded')
+
+
 def test_flags_of_a_folded_file_are_complete(work, configs, low_rank, folded,
                                              capsys):
-    options = 'model.backbone.moe.unrouted=core'
+    unrouted = 'model.backbone.moe.unrouted=core'
     convert(work, configs, low_rank, 'flags.pth', '--fold', *RANK,
-            '--cfg-options', options)
+            '--cfg-options', unrouted)
     flags = re.search(r'--cfg-options (.+)', capsys.readouterr().out)[1]
     cfg = Config.fromfile(configs['moe'])
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    for given in (f'{options} model.backbone.moe.rank=4', flags):
+    for given in (f'{unrouted} model.backbone.moe.rank=4', flags):
         cfg.merge_from_dict(parser.parse_args(
             ['--cfg-options', *given.split()]).cfg_options)
     cfg.dump(work / 'flags.py')

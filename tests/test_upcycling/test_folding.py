@@ -9,6 +9,7 @@ from routers import ROUTERS, SPARSE, B, D, E, H, S, build_layer, images
 from timm.layers import Mlp
 from torch import nn
 
+from rmoe import compat
 from rmoe.backbones import ViTMoE
 from rmoe.engine.roles import role_of
 from rmoe.moe import MoEFFN, MoEMixFFN, MoEMlp, moe_layers
@@ -116,6 +117,16 @@ def test_same_outputs_of_a_graph(router):
     fold(layer)
     compiled = torch.compile(layer, backend='eager', fullgraph=True)
     assert largest(compiled(x), expected) < 1e-5
+
+
+@pytest.mark.torch(compat.NEEDS['export by torch.export or to ONNX'])
+def test_same_outputs_of_an_export():
+    layer = build_layer(TOKEN_CHOICE, rank=4).eval()
+    x = images()
+    expected = layer(x)
+    fold(layer)
+    exported = torch.export.export(layer, (x, )).module()
+    assert largest(exported(x), expected) < 1e-5
 
 
 def test_experts_are_whole():
