@@ -5,6 +5,7 @@
     python tools/upcycle.py moe.pth --config CONFIG --out dense.pth --to-dense
     python tools/upcycle.py moe.pth --config CONFIG_WITH_4_EXPERTS \\
         --out moe4.pth --change-experts prune --images FOLDER
+    python tools/upcycle.py moe.pth --config CONFIG --out folded.pth --fold
 
 Reads what docs/checkpoints.md lists; what is in a file is never executed.
 Beside the output it writes a report of every key, with the measured
@@ -18,6 +19,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from _backbone import (
@@ -33,6 +35,7 @@ from _config import run
 from mmengine.config import Config, DictAction
 from torch import Tensor, nn
 
+from rmoe.moe import moe_layers
 from rmoe.upcycling import (
     Report,
     add_noise,
@@ -42,6 +45,7 @@ from rmoe.upcycling import (
     read_checkpoint,
     state_dict_of,
     to_dense,
+    to_plain,
     weightless,
     write_atomically,
     write_checkpoint,
@@ -73,6 +77,10 @@ def parse_args() -> argparse.Namespace:
                         help="from the file's number of experts to the "
                         "config's: repeat, take the first, merge similar "
                         'ones, or drop those with the least load')
+    parser.add_argument('--fold', action='store_true',
+                        help='bake core + residual into plain experts, for '
+                        'inference: a file for the same config with '
+                        'moe.core=False')
     parser.add_argument('--images',
                         help='folder of pictures to measure loads and '
                         'differences on (default: one random image)')
@@ -97,8 +105,11 @@ def parse_args() -> argparse.Namespace:
     if needs_images and not args.images:
         parser.error('the load of experts is measured on pictures: give '
                      '--images FOLDER')
-    if args.to_dense and args.change_experts:
-        parser.error('--to-dense and --change-experts exclude each other')
+    ways = [flag for flag, given in (
+        ('--to-dense', args.to_dense), ('--fold', args.fold),
+        ('--change-experts', args.change_experts)) if given]
+    if len(ways) > 1:
+        parser.error(f'{" and ".join(ways)} exclude each other')
     return args
 
 
@@ -131,6 +142,8 @@ def main() -> None:
     elif args.change_experts:
         before, after, report = change_experts(config, moe, backbone, images,
                                                args.change_experts)
+    elif args.fold:
+        before, after, report = make_folded(config, moe, backbone, args)
     else:
         before, after, report = make_moe(moe, dense, backbone, args)
     heads = (() if cfg.model.get('type', '').endswith('ImageClassifier')
@@ -159,13 +172,16 @@ def main() -> None:
           f'of {args.size}x{args.size}: {difference["largest"]:.3g} '
           f'({100 * difference["relative"]:.3g} % of their norm)')
     for mode, layers in changing.items():
-        if layers and not (args.to_dense or args.change_experts):
+        if layers and not (args.to_dense or args.change_experts or
+                           args.fold):
             print('warning: by its configuration the MoE model does not '
                   f'compute the dense function in {mode}: {layers}')
     print(f'wrote {args.out} ({cost["file_bytes"] / 1e9:.2f} GB) and '
           f'{report_path(args.out)} in {cost["seconds"]:.1f} s, '
           f'{cost["write_seconds"]:.1f} s of them writing; peak memory '
           f'{cost["peak_memory_bytes"] / 1e9:.2f} GB')
+    if args.fold:
+        print(how_to_load(config['moe'], before))
 
 
 def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
@@ -218,6 +234,71 @@ def change_experts(config: dict, moe: nn.Module, state: dict[str, Tensor],
     return before, moe, report
 
 
+def make_folded(config: dict, moe: nn.Module, state: dict[str, Tensor],
+                args: argparse.Namespace
+                ) -> tuple[nn.Module, nn.Module, Report]:
+    """The MoE model, the one with folded experts, and the report."""
+    if not config['moe'].get('core', True):
+        raise ValueError(
+            f'{args.config} has moe.core=False, so there is no core to fold; '
+            f'give the config that {args.checkpoint} was trained with')
+    fitted, found = fit(moe, state)
+    if not count_experts(moe, state):
+        raise ValueError(f'--fold needs a MoE checkpoint; {args.checkpoint} '
+                         'is dense. Without --fold it becomes a MoE one')
+    for key, status in found.status.items():
+        if status == 'upcycled':
+            raise ValueError(
+                f'{key} is of a dense FFN in {args.checkpoint} and of a MoE '
+                f'layer in {args.config}: give the config that the '
+                'checkpoint was trained with')
+        if status == 'converted':
+            raise ValueError(
+                f'{args.checkpoint} has no {key}: it is folded already, or '
+                'was trained with moe.core=False. It loads with moe.core='
+                'False as it is')
+    give_weights(moe, fitted)
+    plain_state = to_plain(moe)
+    with weightless():
+        plain = build(dict(config, moe=dict(
+            config['moe'], **plain_options(config['moe']))))
+    plain_fitted, report = fit(plain, plain_state)
+    give_weights(plain, plain_fitted)
+    for key in report.status:
+        if '.experts.residual_' in key:
+            report.status[key] = 'converted'
+    for key in fitted:
+        if key not in plain_state:
+            report.left_out[key] = 'part of every expert now'
+    return moe, plain, report
+
+
+def plain_options(moe: dict) -> dict[str, Any]:
+    """Settings of a config's ``moe`` that change when experts are folded."""
+    options: dict[str, Any] = dict(core=False)
+    if moe.get('rank') is not None:
+        options['rank'] = None
+    if moe.get('unrouted') == 'core':
+        options['unrouted'] = 'zero'
+    return options
+
+
+def how_to_load(moe: dict, model: nn.Module) -> str:
+    """The flags that make the config fit the folded file, and what they
+    change."""
+    options = ' '.join(f'model.backbone.moe.{key}={value}'
+                       for key, value in plain_options(moe).items())
+    text = f'load it with --cfg-options {options}'
+    if any(layer.core is not None and layer.unrouted == 'core'
+           for layer in moe_layers(model).values()):
+        text += ('\nwarning: padded tokens, which the core transformed, now '
+                 'get nothing. Where batches are padded (detectors, images '
+                 'of several sizes) results can move a little; load the '
+                 'unfolded file and call rmoe.upcycling.fold(model) to keep '
+                 'them')
+    return text
+
+
 def measure_cost(out: str, started: float, converted: float
                  ) -> dict[str, float]:
     """What the conversion took, in seconds and over the written file."""
@@ -240,7 +321,7 @@ def write_report(args: argparse.Namespace, report: Report,
     content = dict(
         checkpoint=args.checkpoint, config=args.config, source=report.source,
         to_dense=args.to_dense, change_experts=args.change_experts,
-        noise=args.noise, seed=args.seed,
+        fold=args.fold, noise=args.noise, seed=args.seed,
         largest_feature_difference=difference['largest'],
         relative_feature_difference=difference['relative'],
         preserves_function=not any(changing.values()),

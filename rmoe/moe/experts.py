@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rmoe import compat
 from rmoe.moe import blocks, grouped_mm
 from rmoe.moe.grouped import GroupedFFN, GroupedLinear
-from rmoe.moe.fold import fold
 from rmoe.moe.host import host_may_read
 from rmoe.moe.rows import Rows
+from rmoe.moe.weights import add_core
 
 
 @dataclass
@@ -60,9 +60,15 @@ class Experts(nn.Module):
             and starts as a normal layer would.
         fc2_bias: whether the second linear layer has a bias.
 
+    Attributes:
+        folded: None, or a buffer where the "residuals" hold core + residual
+            (:func:`rmoe.upcycling.fold`); a core is then passed but not
+            added again.
+
     Raises:
         ValueError: for a rank out of range, or a rank without a core.
     """
+    folded: Tensor | None
 
     def __init__(self,
                  embed_dims: int,
@@ -86,6 +92,8 @@ class Experts(nn.Module):
         self.core = core
         self.act = act
         self.dropout = nn.Dropout(dropout)
+        # A buffer, so that a state dict says what its "residuals" are.
+        self.register_buffer('folded', None)
         for layer, out_dim, in_dim in (
                 ('fc1', feedforward_channels, embed_dims),
                 ('fc2', embed_dims, feedforward_channels)):
@@ -144,6 +152,8 @@ class Experts(nn.Module):
             rows that nobody serves.
         """
         assert (core is None) == (not self.core)
+        if self.folded is not None:
+            core = None  # it is inside
         device = rows_ND.device.type
         if compat.is_autocast_enabled(device):
             rows_ND = rows_ND.to(compat.get_autocast_dtype(device))
@@ -237,7 +247,7 @@ class Experts(nn.Module):
 
     def weight(self, layer: str, core: Core | None,
                dtype: torch.dtype = torch.float32) -> Tensor:
-        """(E, out, in), the weights of every expert, folded with the core's;
+        """(E, out, in), the weights of every expert, core + residual;
         differentiable.
 
         For paths that need all experts at once: on the CPU the default one
@@ -248,14 +258,14 @@ class Experts(nn.Module):
             core: the dense FFN they are residuals of.
             dtype: of the result.
         """
-        if core is None:
+        if core is None or self.folded is not None:
             return self.residual_weight(layer).to(dtype)
-        return fold(core.weight(layer), self._residual(layer), dtype)
+        return add_core(core.weight(layer), self._residual(layer), dtype)
 
     def bias(self, layer: str, core: Core | None) -> Tensor | None:
         """(E, out), the biases, in their own type; None for none."""
         bias_EO = getattr(self, f'residual_{layer}_bias')
-        if core is None or bias_EO is None:
+        if core is None or bias_EO is None or self.folded is not None:
             return bias_EO
         return bias_EO + core.bias(layer)
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rmoe import compat
-from rmoe.moe.fold import add_and_round
 from rmoe.moe.host import host_may_read
 from rmoe.moe.rows import Rows
+from rmoe.moe.weights import add_and_round
 
 # Its rows of bfloat16 must begin at multiples of 16 bytes.
 MULTIPLE = 8

@@ -1,5 +1,6 @@
 """Dense checkpoints into MoE models and back."""
 from rmoe.upcycling.fit import count_experts, fit
+from rmoe.upcycling.folding import fold, to_plain
 from rmoe.upcycling.formats import (
     read_checkpoint,
     state_dict_of,
@@ -14,6 +15,7 @@ from rmoe.upcycling.weightless import give_weights, weightless
 
 __all__ = [
     'Report', 'add_noise', 'check_loading', 'check_prefix', 'count_experts',
-    'fit', 'give_weights', 'read_checkpoint', 'state_dict_of', 'to_dense',
-    'weightless', 'write_atomically', 'write_checkpoint'
+    'fit', 'fold', 'give_weights', 'read_checkpoint', 'state_dict_of',
+    'to_dense', 'to_plain', 'weightless', 'write_atomically',
+    'write_checkpoint'
 ]

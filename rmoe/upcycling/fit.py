@@ -38,8 +38,9 @@ def fit(model: Any, state: Mapping[str, Tensor],
 
     Raises:
         ValueError: if the file is of another architecture, another expert
-            count, or holds what the model has no place for. Names the first
-            mismatching key and both shapes.
+            count, or holds what the model has no place for, or if one of the
+            two is folded and the other is not. Names the first mismatching
+            key and both shapes.
     """
     architecture = model.architecture
     source = architecture.recognise(state)
@@ -87,6 +88,7 @@ def _convert_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
                    target: Mapping[str, Tensor], report: Report,
                    expert_mismatch: str, loads_E: Tensor | None) -> None:
     """Give ``renamed`` every expert key of one layer."""
+    _check_folded(name, layer, renamed)
     if not any(key.startswith(f'{name}.experts.') for key in renamed):
         _upcycle_layer(name, layer, renamed, target, report)
         return
@@ -122,6 +124,23 @@ def _convert_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
             except ValueError as error:
                 raise ValueError(f'{key}: {error}') from None
             report.status[key] = 'converted'
+
+
+def _check_folded(name: str, layer: MoELayer,
+                  renamed: Mapping[str, Tensor]) -> None:
+    """Whole experts beside a core look like residuals but for one mark."""
+    in_file = f'{name}.experts.folded' in renamed
+    in_model = layer.experts.folded is not None
+    if in_file and not in_model:
+        raise ValueError(
+            f'{name} was folded for inference before the checkpoint was '
+            'saved: its residuals are gone. Load the checkpoint that the '
+            'model had before rmoe.upcycling.fold')
+    if in_model and not in_file:
+        raise ValueError(
+            f'{name} of the model is folded for inference and the checkpoint '
+            'is not: load the checkpoint into a new model and call '
+            'rmoe.upcycling.fold after that')
 
 
 def _check_router(name: str, layer: MoELayer, renamed: Mapping[str, Tensor],

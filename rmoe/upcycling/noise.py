@@ -15,7 +15,8 @@ def add_noise(model: nn.Module, std: float, seed: int) -> None:
         seed: of the noise.
 
     Raises:
-        ValueError: for a layer without a core, or a negative ``std``.
+        ValueError: for a layer without a core, a folded one, or a negative
+            ``std``.
     """
     if std < 0:
         raise ValueError(f'noise={std} must not be negative')
@@ -24,6 +25,9 @@ def add_noise(model: nn.Module, std: float, seed: int) -> None:
         core = layer.core
         if core is None:
             raise ValueError(f'{key} has core=False: noise is for residuals')
+        if layer.experts.folded is not None:
+            raise ValueError(f'{key} is folded for inference and has no '
+                             'residuals: add noise before fold()')
         for name in ('fc1', 'fc2'):
             weight = getattr(core, name).weight.detach()
             with torch.no_grad():

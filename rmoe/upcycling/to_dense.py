@@ -61,7 +61,9 @@ def _share(name: str, loads_E: Tensor, how: str) -> Tensor:
 @torch.no_grad()
 def _blend(layer: MoELayer, share_E: Tensor) -> dict[str, Tensor]:
     """The weighted mean of core + residual under the core's names."""
-    core, weights = layer.core, {}
+    weights = {}
+    # Folded experts hold their core already.
+    core = layer.core if layer.experts.folded is None else None
     for name in ('fc1', 'fc2'):
         linear = core and getattr(core, name)
         for part, stacked in (

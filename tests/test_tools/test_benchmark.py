@@ -130,6 +130,18 @@ def test_memory(tables):
     assert moe['over unavoidable'] < 1.5
 
 
+def test_fold(tables):
+    layers, backbone = tables('fold', '--layers', TINY, '64,16,2', '--preset',
+                              'vit-tiny-p16', '--size', 32, '--batch', 1)
+    assert column(layers, 'folded') == 4 * [False, True]
+    assert column(layers[:4], 'residual') == (
+        2 * ['full rank'] + 2 * ['rank 16'])
+    assert column(backbone, 'backbone') == 4 * ['vit-tiny-p16']
+    for row in layers + backbone:
+        assert row['folded'] or row['over unfolded'] == 1
+
+
+@on_cpu
 def test_inference(tables):
     folded, capacity = tables('inference', '--layers', '64,16,4')
     assert column(folded, 'layer')[-1] == 'no core'

@@ -1,5 +1,7 @@
 """What else tools/upcycle.py turns checkpoints into, and what it costs."""
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import test as test_tool  # tools/test.py
 import torch
 import upcycle
-from commands import command
-from mmengine.config import Config
+from commands import command, miou, options
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
 
+from rmoe.registry import MODELS
 from rmoe.upcycling import read_checkpoint, state_dict_of
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +85,8 @@ def test_change_experts(work, configs, noisy, pictures, how, count, capsys):
 @pytest.mark.parametrize('args, message', [
     (['--to-dense', 'best'], 'give --images FOLDER'),
     (['--change-experts', 'prune'], 'give --images FOLDER'),
-    (['--change-experts', 'tile', '--to-dense'], 'exclude each other')])
+    (['--change-experts', 'tile', '--to-dense'], 'exclude each other'),
+    (['--fold', '--to-dense'], '--to-dense and --fold exclude each other')])
 def test_contradictory_flags(work, configs, noisy, args, message, capsys):
     with pytest.raises(SystemExit):
         convert(work, configs, noisy, 'never.pth', *args)
@@ -97,6 +104,120 @@ def test_dense_and_moe_files_are_told_apart(
         else:
             convert(work, configs, noisy, 'never.pth')
     assert not (work / 'never.pth').exists()
+
+
+RANK = ['--rank', 4]
+
+
+@pytest.fixture(scope='module')
+def low_rank(work, configs, dense_checkpoint):
+    """As ``noisy``, of a low rank."""
+    out = work / 'low_rank.pth'
+    command(upcycle, dense_checkpoint, '--config', configs['moe'], '--out',
+            out, '--noise', .3, '--size', 64, *RANK)
+    return out
+
+
+@pytest.fixture(scope='module')
+def folded(work, configs, noisy):
+    out = work / 'folded.pth'
+    command(upcycle, noisy, '--config', configs['moe'], '--out', out,
+            '--fold', '--size', 64)
+    return out
+
+
+def segmentor(config, checkpoint, **moe):
+    """A whole model; every key of the file must have a place in it."""
+    cfg = Config.fromfile(config)
+    init_default_scope('mmseg')
+    cfg.model.backbone.init_cfg = None
+    cfg.model.backbone.moe.update(moe)
+    model = MODELS.build(cfg.model).eval()
+    load_checkpoint(model, str(checkpoint), 'cpu', strict=True)
+    return model
+
+
+@pytest.mark.parametrize('source, rank', [('noisy', None), ('low_rank', 4)])
+def test_folded_file_is_the_same_model(work, configs, source, rank, request,
+                                       capsys):
+    checkpoint = request.getfixturevalue(source)
+    state, report = convert(work, configs, checkpoint, f'{source}_fold.pth',
+                            '--fold', *(RANK if rank else ()))
+    assert KEY + 'layers.0.0.weight' not in state
+    assert report['fold'] and not report['to_dense']
+    assert report['largest_feature_difference'] < 1e-5
+    name = KEY.removeprefix('backbone.')
+    assert report['keys'][name + 'experts.residual_fc2_weight'] == 'converted'
+    assert report['left_out'][name + 'layers.1.bias'] == (
+        'part of every expert now')
+    printed = capsys.readouterr().out
+    assert 'model.backbone.moe.core=False' in printed
+    assert ('model.backbone.moe.rank=None' in printed) == bool(rank)
+    assert 'warning: padded tokens' in printed
+    before = segmentor(configs['moe'], checkpoint, rank=rank)
+    after = segmentor(configs['moe'], work / f'{source}_fold.pth', core=False)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = before(x), after(x)
+    assert expected.std() > 1e-2
+    assert (expected - found).abs().max() < 1e-5
+
+
+def test_folded_file_scores_alike(work, configs, noisy, folded):
+    core = 'model.backbone.moe.core=False'
+    for name, checkpoint, *more in (('unfolded', noisy),
+                                    ('folded', folded, core)):
+        command(test_tool, configs['moe'], checkpoint,
+                *options(work, f'test-{name}', *more))
+    assert 0 < miou(work / 'test-folded') == miou(work / 'test-unfolded')
+
+
+def test_flags_of_a_folded_file_are_complete(work, configs, low_rank, folded,
+                                             capsys):
+    unrouted = 'model.backbone.moe.unrouted=core'
+    convert(work, configs, low_rank, 'flags.pth', '--fold', *RANK,
+            '--cfg-options', unrouted)
+    flags = re.search(r'--cfg-options (.+)', capsys.readouterr().out)[1]
+    cfg = Config.fromfile(configs['moe'])
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    for given in (f'{unrouted} model.backbone.moe.rank=4', flags):
+        cfg.merge_from_dict(parser.parse_args(
+            ['--cfg-options', *given.split()]).cfg_options)
+    cfg.dump(work / 'flags.py')
+    segmentor(work / 'flags.py', work / 'flags.pth')
+
+
+def test_padding_is_no_matter_where_it_gets_nothing(work, configs, noisy,
+                                                    capsys):
+    convert(work, configs, noisy, 'zero.pth', '--fold', '--cfg-options',
+            'model.backbone.moe.unrouted=zero')
+    assert 'padded' not in capsys.readouterr().out
+
+
+ROUTER = 'model.backbone.moe.router.type='
+
+
+@pytest.mark.parametrize('checkpoint, args, message', [
+    ('dense_checkpoint', [], r'--fold needs a MoE checkpoint; .* is dense'),
+    ('folded', [], r'folded\.pth has no stages\S+: it is folded already'),
+    ('noisy', ['--cfg-options', 'model.backbone.moe.core=False'],
+     r'has moe\.core=False, so there is no core to fold'),
+    ('noisy', ['--cfg-options', 'model.backbone.moe.num_experts=4'],
+     'has 8 experts in the checkpoint and 4'),
+    ('noisy', ['--layers', '((), (), (0, 1, 3), (1,))'],
+     r'is of a dense FFN in .*noisy\.pth and of a MoE'),
+    ('noisy', ['--cfg-options', ROUTER + 'SoftRouter'],
+     'router has the weights'),
+    ('noisy', ['--cfg-options', ROUTER + 'ExpertChoiceRouter'],
+     'needs its core in evaluation: ExpertChoiceRouter leaves out tokens')])
+def test_what_cannot_be_folded(configs, checkpoint, args, message, request,
+                               tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        command(upcycle, request.getfixturevalue(checkpoint), '--config',
+                configs['moe'], '--out', tmp_path / 'never.pth', '--size', 64,
+                '--fold', *args)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_pictures(work, configs, noisy, tmp_path):

@@ -6,6 +6,7 @@
         --preset swin-tiny cvt-13 vit-small-p16 --size 512 --batch 2
     python tools/analysis_tools/benchmark.py train-step --repeats 5
     python tools/analysis_tools/benchmark.py inference
+    python tools/analysis_tools/benchmark.py fold
     python tools/analysis_tools/benchmark.py memory
     python tools/analysis_tools/benchmark.py peers
 
@@ -22,8 +23,10 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
+# First of all: mmcv is imported below, and may have no operators of its own.
+import rmoe  # noqa: F401, I001
 import torch
-from _bench import inference, layers, peers, routers
+from _bench import folding, inference, layers, peers, routers
 from _bench.layers import Size
 from _bench.memory import benchmark_memory
 from _bench.models import (
@@ -103,6 +106,13 @@ def parse_args() -> argparse.Namespace:
     add_layers(infer, inference.SIZES)
     infer.add_argument('--images', type=int, default=2,
                        help='that the tokens belong to')
+    folds = add(commands, 'fold', measure_fold,
+                'folded experts over core + residual, in inference')
+    add_layers(folds, folding.SIZES)
+    folds.add_argument('--preset', nargs='+', choices=PRESETS,
+                       default=['swin-tiny'], metavar='NAME',
+                       help='see docs/backbones.md')
+    add_images(folds)
     peer = add(commands, 'peers', measure_peers,
                "other projects' MoE layers, and mmseg's Swin")
     add_layers(peer, peers.SIZES)
@@ -176,6 +186,13 @@ def measure_memory(args: argparse.Namespace) -> Iterator[list[Row]]:
 def measure_inference(args: argparse.Namespace) -> Iterator[list[Row]]:
     yield inference.benchmark_folded(args.repeats, args.layers)
     yield inference.benchmark_capacity(args.repeats, args.images, args.layers)
+
+
+def measure_fold(args: argparse.Namespace) -> Iterator[list[Row]]:
+    yield folding.benchmark_folded_layers(args.repeats, args.layers)
+    for name in args.preset:
+        yield folding.benchmark_folded_backbone(args.repeats, name, args.size,
+                                                args.batch)
 
 
 def measure_peers(args: argparse.Namespace) -> Iterator[list[Row]]:

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from rmoe import compat
 
 
-def fold(core_OI: Tensor, residual: tuple[Tensor, ...], dtype: torch.dtype
-         ) -> Tensor:
-    """(E, O, I), added up in float32 and rounded once.
+def add_core(core_OI: Tensor, residual: tuple[Tensor, ...], dtype: torch.dtype
+             ) -> Tensor:
+    """(E, O, I) core + residual, added up in float32 and rounded once.
 
     Args:
         core_OI: (O, I).
@@ -21,7 +21,7 @@ def fold(core_OI: Tensor, residual: tuple[Tensor, ...], dtype: torch.dtype
     """
     if len(residual) == 2:
         return torch.baddbmm(core_OI, *residual).to(dtype)
-    return _Fold.apply(core_OI, residual[0], dtype)
+    return _AddCore.apply(core_OI, residual[0], dtype)
 
 
 def add_and_round(core: Tensor, residual_E: Tensor, dtype: torch.dtype
@@ -34,7 +34,7 @@ def add_and_round(core: Tensor, residual_E: Tensor, dtype: torch.dtype
                      out=torch.empty_like(residual_E, dtype=dtype))
 
 
-class _Fold(torch.autograd.Function):
+class _AddCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, core_OI: Tensor, residual_EOI: Tensor,
                 dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,148 @@
+"""Core + residual baked into whole experts, for inference.
+
+Axis letters as in routing.py; O and I are the output and input width of a
+linear layer.
+"""
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmoe.moe import MoELayer, MoEMixFFN, moe_layers
+
+LINEARS = ('fc1', 'fc2')
+
+
+def fold(model: nn.Module) -> None:
+    """Make every expert whole, in place; outputs stay equal to rounding.
+
+    A MoE layer otherwise adds core and residual for each expert in each
+    forward pass. A folded model is for inference:
+
+    - It raises a ValueError if it runs in training mode, and its experts
+      take no gradient.
+    - Its state dict says that it is folded and loads into a model that is
+      folded alike; :func:`rmoe.upcycling.fit`, which every load of a backbone
+      goes through, refuses it anywhere else. Keep the checkpoint, or write
+      another with :func:`to_plain`.
+    - Load first, then fold: a folded model takes no other checkpoint.
+
+    The core stays, because it serves the tokens that no expert kept, padded
+    tokens, ``align='difference'``, the convolution of a MixFFN and
+    ``core_only``. So full-rank experts take the memory that they took. Those
+    of a low rank become (E, O, I), as large as the experts of ``rank=None``.
+    While a layer is folded it is in memory twice.
+
+    Call it before ``torch.compile``, export, or anything that keeps
+    references to parameters. Layers with ``core=False`` or folded ones stay
+    as they are.
+
+    Args:
+        model: a backbone or a whole model with MoE layers.
+
+    Raises:
+        ValueError: if there is no MoE layer.
+    """
+    for layer in _moe_layers(model).values():
+        if _is_whole(layer):
+            continue
+        experts = layer.experts
+        folded = _whole_experts(layer)
+        for name in [name for name, _ in experts.named_parameters(
+                recurse=False)]:
+            delattr(experts, name)
+        for name, value in folded.items():
+            experts.register_parameter(
+                name, nn.Parameter(value, requires_grad=False))
+        experts.rank = None
+        experts.folded = torch.ones(
+            (), dtype=torch.bool, device=folded['residual_fc1_weight'].device)
+        layer.register_forward_pre_hook(_refuse_training)
+
+
+def to_plain(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the same model with ``core=False``.
+
+    That model computes the same in evaluation, but for padded tokens where
+    ``unrouted='core'``: they get nothing instead of the core. It has
+    ``rank=None`` and ``unrouted='zero'``.
+
+    Args:
+        model: a backbone or a whole model with MoE layers.
+
+    Returns:
+        Tensors are shared with the model, but for the experts.
+
+    Raises:
+        ValueError: if there is no MoE layer, or one cannot be without its
+            core in evaluation.
+    """
+    layers = _moe_layers(model)
+    for name, layer in layers.items():
+        if layer.core is not None and (reason := _needs_core(layer)):
+            raise ValueError(
+                f'{name} needs its core in evaluation: {reason}. Load the '
+                'checkpoint as it is and call rmoe.upcycling.fold(model), '
+                'which keeps the core beside the folded experts')
+    state = model.state_dict()
+    for name, layer in layers.items():
+        if layer.core is None:
+            continue
+        own = tuple(f'{name}.experts.{key}' for key in ('residual_', 'folded'))
+        own += tuple(f'{name}.{layer.core_keys[linear]}.'
+                     for linear in LINEARS)
+        for key in [key for key in state if key.startswith(own)]:
+            del state[key]
+        for key, value in _whole_experts(layer).items():
+            state[f'{name}.experts.{key}'] = value
+    return state
+
+
+def _moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError('the model has no MoE layer to fold')
+    return layers
+
+
+def _is_whole(layer: MoELayer) -> bool:
+    return layer.core is None or layer.experts.folded is not None
+
+
+@torch.no_grad()
+def _whole_experts(layer: MoELayer) -> dict[str, Tensor]:
+    """Weights (E, O, I) and biases (E, O) under the names of plain experts."""
+    whole = {}
+    for linear in LINEARS:
+        weight_EOI = layer.experts.weight(linear, layer.core)
+        bias_EO = layer.experts.bias(linear, layer.core)
+        whole[f'residual_{linear}_weight'] = weight_EOI
+        if bias_EO is not None:
+            whole[f'residual_{linear}_bias'] = bias_EO
+    return whole
+
+
+def _needs_core(layer: MoELayer) -> str:
+    """Why a layer that has a core cannot be without in evaluation; empty if
+    it can."""
+    if isinstance(layer, MoEMixFFN):
+        return 'the experts of a MixFFN share the convolution of its core'
+    if layer.router.soft:
+        return ("align='difference' applies the core to tokens and slots"
+                if layer.align == 'difference' else '')
+    training = layer.router.training
+    layer.router.eval()
+    keeps = layer.router.keeps_every_token
+    layer.router.train(training)
+    if layer.unrouted == 'core' and not keeps:
+        return (f'{type(layer.router).__name__} leaves out tokens, which get '
+                "the core (unrouted='core')")
+    return ''
+
+
+def _refuse_training(layer: nn.Module, args: Any) -> None:
+    if layer.training:
+        raise ValueError(
+            f'{layer.name or "a MoE layer"} is folded for inference and was '
+            'called in training mode: call model.eval(), or train the model '
+            'that its checkpoint gives before rmoe.upcycling.fold')
