@@ -1,12 +1,14 @@
 """Auxiliary losses of MoE layers, for any segmentor or detector."""
 from typing import Any
 
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from rmoe.moe import collect_losses, moe_layers
+from rmoe.moe.finite import raise_not_finite, take_not_finite
 from rmoe.registry import HOOKS
 
 
@@ -18,21 +20,57 @@ class MoELossHook(Hook):
     while it computes losses. The terms go through the same sum, loss scale
     and gradient accumulation as every other loss, and show in the log.
 
+    On an accelerator it also looks, now and then, whether routers met nan or
+    inf: to look in every iteration would be to wait in every iteration.
+
+    Args:
+        interval: iterations from look to look; a look stops all ranks.
+
     Raises:
+        NotFiniteError: naming the layer, at most ``interval`` iterations
+            late; on the CPU the layer itself raises at once.
         ValueError: before training, if the model has no MoE layer, if the
             config's ``activation_checkpointing`` would take the gradient
             from its losses, or if experts would bypass a wrapped core.
     """
 
+    def __init__(self, interval: int = 50) -> None:
+        if interval < 1:
+            raise ValueError(f'interval={interval} must be at least 1')
+        self.interval = interval
+
     def before_train(self, runner: Runner) -> None:
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        model = _unwrapped(runner)
         _check_recomputation(
             model, runner.cfg.get('activation_checkpointing'))
         install(model)
         for key, layer in moe_layers(model).items():
             layer.check_core(key)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int,
+                         data_batch: Any = None, outputs: Any = None) -> None:
+        if self.every_n_train_iters(runner, self.interval):
+            _check_finite(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
+        _check_finite(runner)
+
+    def after_test_epoch(self, runner: Runner, metrics: Any = None) -> None:
+        _check_finite(runner)
+
+
+def _unwrapped(runner: Runner) -> nn.Module:
+    model = runner.model
+    return model.module if is_model_wrapper(model) else model
+
+
+def _check_finite(runner: Runner) -> None:
+    """All ranks raise, or none: one that stops alone lets the others wait."""
+    model = _unwrapped(runner)
+    if moe_layers(model):
+        counts = take_not_finite(model)
+        all_reduce(counts)
+        raise_not_finite(model, counts)
 
 
 def install(model: nn.Module) -> None:

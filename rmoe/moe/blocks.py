@@ -48,8 +48,9 @@ class Blocks:
 
     def fill(self, rows_ND: Tensor) -> Tensor:
         """(J, b, D), the rows in their places, zeros where there are none."""
-        return _Gather.apply(rows_ND, self.row_P, self.empty_P, self.place_N,
-                             self.unserved_N).unflatten(0, (len(self.expert_J), -1))
+        x_PD = _Gather.apply(rows_ND, self.row_P, self.empty_P, self.place_N,
+                             self.unserved_N)
+        return x_PD.unflatten(0, (len(self.expert_J), -1))
 
     def rows(self, x_JBD: Tensor) -> Tensor:
         """(N, D), what is in the rows' places."""

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerator import accelerated
 from mmengine.optim import OptimWrapper
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 from two_ranks import aux_gradient, run_two_ranks
@@ -13,6 +14,7 @@ from two_ranks import aux_gradient, run_two_ranks
 from rmoe.engine.moe_loss_hook import install
 from rmoe.engine.routing_stats_hook import normalised_entropy
 from rmoe.moe import moe_layers
+from rmoe.moe.routers.base import NotFiniteError
 
 STATS = dict(type='rmoe.RoutingStatsHook', interval=4)
 
@@ -68,6 +70,29 @@ def test_auxiliary_gradient_is_the_same_everywhere(tmp_path):
     for grads in run_two_ranks(aux_gradient, str(tmp_path),
                                copied_state(model)):
         torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize('when', ['training', 'evaluation'])
+def test_nan_on_an_accelerator_is_found_at_the_next_look(tmp_path, when):
+    """Nothing waits for the device in between."""
+    runner = toy_runner(tmp_path, max_iters=9, hooks=[
+        dict(type='rmoe.MoELossHook', interval=4)])
+    runner.load_or_resume()
+    layer = list(moe_layers(runner.model).values())[1]
+    if when == 'training':
+        with torch.no_grad():
+            layer.router.scorer.weight[0, 0] = float('nan')
+    with accelerated(), pytest.raises(
+            NotFiniteError, match=re.escape(layer.name) + ': router logits '
+            'are nan or inf for [1-9][0-9]* tokens.*clip_grad'):
+        if when == 'training':
+            runner.train()
+        else:
+            layer.router.not_finite += 3
+            runner.call_hook('after_val_epoch', metrics=None)
+    assert runner.iter == (3 if when == 'training' else 0)
+    assert all(each.router.not_finite == 0
+               for each in moe_layers(runner.model).values())
 
 
 def test_losses_are_logged_and_summed(tmp_path):

@@ -8,9 +8,10 @@ from accelerator import NoWaiting, Operators, accelerated
 from hypothesis import given
 from hypothesis import strategies as st
 from routers import ROUTERS, B, D, E, S, build_layer, images, route
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe import compat
-from rmoe.moe import MoEFFN, assignment, blocks
+from rmoe.moe import MoEFFN, assignment, blocks, grouped_mm
 from rmoe.moe.rows import Rows
 
 FIXED = {name: router for name, router in ROUTERS.items()
@@ -330,6 +331,65 @@ def test_the_same_input_gives_the_same_bits(name, kind):
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(second[key], value), key
+
+
+# What may add rows up, if its result is half precision.
+SUMS = ('sum', 'mean', 'index_add', 'index_add_', 'index_put', 'index_put_',
+        'scatter_add', 'scatter_add_', 'repeat_interleave', 'segment_reduce')
+
+
+class NoHalfSums(TorchDispatchMode):
+    """Fails where rows are summed in half precision. A CPU's kernels round
+    once, a GPU's atomic additions round each: values would not tell."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.num_rows = num_rows
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        over_rows = name == 'mm' and args[0].shape[1] >= self.num_rows
+        if (name in SUMS or over_rows) and out.dtype in (
+                torch.bfloat16, torch.float16):
+            raise AssertionError(f'{func} sums in {out.dtype}')
+        return out
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('name', FIXED)
+def test_bias_gradients_are_summed_in_float32(name, kind):
+    """So are the core's weights over experts, which follow from the same."""
+    layer = build_layer(FIXED[name], widths=(16, 24), **(
+        dict(align='none', core=False) if name == 'soft' else
+        dict(unrouted='zero')))
+    x = images(dim=16).requires_grad_()
+    with accelerated():
+        with torch.autocast('cpu', getattr(torch, kind)):
+            y = layer.mixture(x, None)
+        with NoHalfSums(B * S):
+            y.sum().backward()
+
+
+@pytest.mark.torch('2.10')
+@pytest.mark.parametrize('name', ['token choice', 'token choice, capacity',
+                                  'expert choice'])
+def test_the_grouped_product_in_a_graph(monkeypatch, name):
+    """On the CPU a trace takes blocks; on a GPU it takes this."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(grouped_mm, 'fits', lambda rows_ND, widths:
+                        rows_ND.dtype == torch.bfloat16)
+    layer = build_layer(FIXED[name], widths=(16, 24))
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    x = images(dim=16).requires_grad_()
+    gradients = []
+    for module in (layer, compiled):
+        layer.zero_grad()
+        with accelerated(), torch.autocast('cpu', torch.bfloat16):
+            module(x).square().mean().backward()
+        gradients.append(torch.cat([each.grad.flatten()
+                                    for each in layer.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < .02 * gradients[0].norm()
 
 
 # Operators of a forward and of a backward pass, views and allocations not

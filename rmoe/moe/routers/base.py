@@ -1,10 +1,10 @@
 """What routers share. Axis letters as in routing.py."""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmoe import compat
 from rmoe.moe.assignment import Capacity
@@ -21,15 +21,17 @@ class NotFiniteError(ValueError):
     """A router met nan or inf."""
 
 
-def not_finite(count: int, of: int | None = None) -> NotFiniteError:
+def not_finite(count: int, of: int | None = None, where: str = ''
+               ) -> NotFiniteError:
     """What to say of tokens with nan or inf.
 
     Args:
         count: how many they are.
         of: how many tokens there are; None if that is unknown.
+        where: the layer.
     """
     return NotFiniteError(
-        f'router logits are nan or inf for {count} '
+        f'{where and where + ": "}router logits are nan or inf for {count} '
         f'{"" if of is None else f"of {of} "}tokens: the features or the '
         'router diverged. Try a lower learning rate, clip_grad in '
         'optim_wrapper, or bfloat16 instead of float16')
@@ -57,7 +59,7 @@ class Router(ExactBuffers, ABC):
             looked at, on an accelerator; on the CPU they raise at once.
     """
     not_finite: Tensor
-    exact_buffers = ('not_finite', )
+    exact_buffers: ClassVar[tuple[str, ...]] = ('not_finite', )
     soft = False
     keeps_every_token = True
     balance_advice = 'a lower learning rate of the router, or fewer experts'
@@ -116,9 +118,8 @@ class Router(ExactBuffers, ABC):
     def _finite(self, values_TN: Tensor) -> Tensor:
         """The values, if they are finite.
 
-        On an accelerator they are counted, not looked at:
-        :func:`rmoe.moe.check_finite` reads the counts, which MoELossHook does
-        now and then.
+        On an accelerator they are counted, not looked at; MoELossHook reads
+        the counts now and then.
 
         Raises:
             NotFiniteError: for nan or inf, or values as large as that.

@@ -70,7 +70,8 @@ class SoftRouter(Router):
                num_groups: int) -> SoftRouting:
         slots_ND = self._normalise(self.embeddings.float()).flatten(0, 1)
         # Scaled where it is smaller.
-        logits_TN = F.linear(self._normalise(x_TD), self.scale.float() * slots_ND)
+        logits_TN = F.linear(self._normalise(x_TD),
+                             self.scale.float() * slots_ND)
         logits_TN = self._add_noise(self._finite(logits_TN))
         logits_GSN = logits_TN.unflatten(
             0, (num_groups, len(x_TD) // num_groups))
