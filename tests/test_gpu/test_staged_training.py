@@ -40,24 +40,24 @@ def test_each_stage_trains_its_roles(device, work, kind):
         assert value.isfinite().all(), key
     log, = (work / kind).glob('*/*.log')
     said = log.read_text()
-    assert 'loss_moe_' in said and 'nan' not in said.lower().replace(
-        'finance', '')
-    if device == 'cuda':
-        assert 'memory:' in said  # what CUDA's allocator has
+    assert 'loss_moe_' in said
+    # What CUDA's allocator has; mmengine tells it nowhere else.
+    assert (' memory: ' in said) == (device == 'cuda')
 
 
 def test_resume_in_a_stage(device, work):
-    """Stopped after three iterations, in the residual stage."""
+    """From the third iteration, inside the residual stage."""
     config = config_file(work, 'float32')
     iterations = ['train_cfg.max_iters=6',
                   'default_hooks.checkpoint.interval=1']
-    command(train, config, *options(work, 'resumed', *iterations[1:],
-                                    'train_cfg.max_iters=3'))
-    command(train, config, '--resume', *options(work, 'resumed',
-                                                *iterations))
-    states = [torch.load(work / 'resumed' / f'iter_{i}.pth',
-                         map_location='cpu', weights_only=True)['state_dict']
-              for i in (3, 4, 5)]
+    command(train, config, *options(work, 'whole', *iterations))
+    start = work / 'whole/iter_3.pth'
+    command(train, config, '--resume', start,
+            *options(work, 'resumed', *iterations))
+    states = [torch.load(path, map_location='cpu',
+                         weights_only=True)['state_dict']
+              for path in (start, *(work / f'resumed/iter_{i}.pth'
+                                    for i in (4, 5)))]
     assert changed(*states[:2]) == {'residual', 'router', 'head'}
     assert 'core' in changed(*states[1:])
 
