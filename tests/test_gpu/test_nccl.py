@@ -32,12 +32,11 @@ def group(tmp_path, device):
 @pytest.mark.parametrize('collapsed', [False, True])
 @pytest.mark.parametrize('name', ROUTERS)
 def test_two_steps(group, device, name, collapsed):
-    """The second step fails if the first left a gradient out. ``collapsed``:
-    no scores, so that some experts get nothing."""
+    """DDP refuses the second step if the first left a gradient out.
+    ``collapsed``: equal scores, so that some experts get nothing."""
     plain, wrapped = (Loss(build_backbone('Swin', device, ROUTERS[name]))
                       for _ in range(2))
     for model in (plain, wrapped):
-        # Out of reach of the loss: the map before the last stage's norm is.
         for key, parameter in model.named_parameters():
             if collapsed and key.endswith('scorer.weight'):
                 nn.init.zeros_(parameter)

@@ -60,7 +60,8 @@ SMALL_TABLES = {
                    '2', '3', *DEMO),
     'backbone': ('backbone', '--repeats', '1', '--size', '64', '--batch', '1',
                  '--preset', 'vit-tiny-p16'),
-    'routers': ('routers', '--repeats', '1', '--layer', '64,16,4'),
+    'routers': ('routers', '--repeats', '1', '--layer', '64,16,4',
+                '--images', '2'),
     'memory': ('memory', '--size', '32', *DEMO)}
 # One router of the table, without compiling.
 SMALL_TESTS = ('-k', 'cosine or overflows or 512')
@@ -154,6 +155,8 @@ def environment(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
     found = dict(os.environ, PYTHONUNBUFFERED='1',
                  PYTHONPATH=os.pathsep.join(filter(None, paths)),
                  RMOE_GPU_SUITE_DEVICE=args.device)
+    # Workers share the cores; a GPU's host has little to compute itself.
+    found.setdefault('OMP_NUM_THREADS', str(WORKERS))
     if args.device == 'cpu':
         found['CUDA_VISIBLE_DEVICES'] = ''
     return found
