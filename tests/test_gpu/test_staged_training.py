@@ -49,7 +49,8 @@ def test_resume_in_a_stage(device, work):
     """From the third iteration, inside the residual stage."""
     config = config_file(work, 'float32')
     iterations = ['train_cfg.max_iters=6',
-                  'default_hooks.checkpoint.interval=1']
+                  'default_hooks.checkpoint.interval=1',
+                  'default_hooks.checkpoint.max_keep_ckpts=-1']
     command(train, config, *options(work, 'whole', *iterations))
     start = work / 'whole/iter_3.pth'
     command(train, config, '--resume', start,
