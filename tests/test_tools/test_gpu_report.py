@@ -1,10 +1,12 @@
 """The report of a GPU: parts that fail or hang do not end it, what they left
 is kept, and wheels are installed from a folder alone."""
 import json
+import signal
 import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import gpu_report
@@ -38,7 +40,13 @@ def test_a_command_that_is_not_there(tmp_path):
     assert outcome.status.startswith('failed, ') and not outcome.ok
 
 
-def test_a_part_that_hangs_is_stopped_and_may_say_so(tmp_path):
+@pytest.mark.parametrize('ignored', [False, True])
+def test_a_part_that_hangs_is_stopped_and_may_say_so(tmp_path, request,
+                                                     ignored):
+    """``ignored``: as in a shell's background job."""
+    if ignored:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
     begin = time.monotonic()
     outcome, said = run(python(
         'import time\n'

@@ -76,7 +76,8 @@ def _run(command: Sequence[str], file: IO[bytes],
         # A session of its own: its children end with it.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            env=dict(environment), cwd=cwd, start_new_session=True)
+            env=dict(environment), cwd=cwd, start_new_session=True,
+            preexec_fn=_listen)
     except OSError as error:
         file.write(f'{error}\n'.encode())
         return f'failed, {error}'
@@ -89,6 +90,12 @@ def _run(command: Sequence[str], file: IO[bytes],
         _stop(process)
         raise
     return 'ok' if code == 0 else f'failed, exit status {code}'
+
+
+def _listen() -> None:
+    """To Ctrl-C, which a shell's background jobs ignore, and their children.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -155,8 +155,10 @@ def environment(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
     found = dict(os.environ, PYTHONUNBUFFERED='1',
                  PYTHONPATH=os.pathsep.join(filter(None, paths)),
                  RMOE_GPU_SUITE_DEVICE=args.device)
-    # Workers share the cores; a GPU's host has little to compute itself.
-    found.setdefault('OMP_NUM_THREADS', str(WORKERS))
+    # Workers share the cores, and a GPU's host has little to compute itself.
+    # Threads of a CPU that others use too wait for one another.
+    found.setdefault('OMP_NUM_THREADS',
+                     str(WORKERS) if args.device == 'cuda' else '1')
     if args.device == 'cpu':
         found['CUDA_VISIBLE_DEVICES'] = ''
     return found

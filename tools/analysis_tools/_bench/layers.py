@@ -73,7 +73,9 @@ def moe_layer(dim: int, experts: int, losses: bool = False, **options
         losses: whether its router makes auxiliary losses, if it has any.
         options: of MoEFFN.
     """
-    layer = MoEFFN(dim, 4 * dim, experts, **options).to(DEVICE)
+    # Made where it is used: a GPU draws large weights in no time.
+    with torch.device(DEVICE):
+        layer = MoEFFN(dim, 4 * dim, experts, **options)
     if not losses:
         layer.router.loss_weights = {}
     spread_load([layer])
