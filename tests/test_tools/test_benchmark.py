@@ -2,16 +2,14 @@
 have not become slow."""
 import json
 import sys
-from functools import partial
 
 import benchmark
 import pytest
 import torch
-from _bench import limit, models, peers, timing
+from _bench import ceilings, limit, models, peers, timing
 from _bench.layers import FastFFN, dense_ffn, moe_layer
-from _bench.limit import RateProbe, Rates, Work, work_of_ffn
-from _bench.memory import PeakOfTensors
-from _bench.timing import DEVICE, FORWARD, TRAIN, interleave, step
+from _bench.passes import FORWARD, LOSSES, TRAIN, step
+from _bench.timing import DEVICE, interleave
 from _bench.training import Training
 from commands import DENSE, MOE, command
 from mmengine.registry import DefaultScope
@@ -33,6 +31,8 @@ def _fast(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(timing, 'WARM_UP', 0)
     monkeypatch.setattr(limit, 'STREAM_ELEMENTS', 1024)
+    monkeypatch.setattr(ceilings, 'COPIED_ELEMENTS', 1024)
+    monkeypatch.setattr(ceilings, 'PRODUCT_SIDE', 8)
     monkeypatch.setattr(benchmark, 'keep_freed_memory', lambda: True)
     yield
     torch.set_num_threads(threads)
@@ -48,7 +48,7 @@ def tables(tmp_path):
                     tmp_path / 'out.json')
         found = json.loads((tmp_path / 'out.json').read_text())
         assert found['command'] == args[0] and found['repeats'] == 1
-        assert 'torch' in found['machine']
+        assert 'torch' in found['machine'] and 'torch' in found['versions']
         for rows in found['tables']:
             assert len({tuple(row) for row in rows}) == 1  # equal columns
         return found['tables']
@@ -64,12 +64,20 @@ def column(rows, name):
 def test_layer(tables, capsys):
     sizes, growth = tables('layer', '--layers', TINY, '64,16,2', '--growth',
                            1, 2)
-    assert len(sizes) == 2 * 2 * 5
-    assert column(sizes[:5], 'layer') == [
+    assert len(sizes) == 2 * 3 * 6
+    assert column(sizes[:6], 'layer') == [
         'dense FFN', 'dense, same products', 'no core', 'core + residual',
-        'rank 16']
+        'rank 16', 'K = 2']
+    assert column(sizes[::6], 'measured') == 2 * [LOSSES, TRAIN, FORWARD]
+    losses, plain, forward = (column(sizes[i:i + 6], 'operators')
+                              for i in (0, 6, 12))
+    # Losses cost a MoE layer something, and a dense one nothing.
+    assert losses[:2] == plain[:2]
+    assert all(a > b > c for a, b, c in zip(losses[2:], plain[2:],
+                                            forward[2:]))
     for row in sizes:
         assert row['limit over dense'] > 0
+        assert row['precision'] == 'fp32' and row['host syncs'] == ''
         if row['layer'] == 'dense FFN':
             assert row['over dense'] == 1
             assert row['parameters over dense'] == 1
@@ -94,8 +102,8 @@ def test_routers(tables):
     routers, soft = tables('routers', '--layer', '64,16,4', '--images', 2)
     assert len(routers) == 10
     assert set(routers[0]) == {
-        'router', 'routing, evaluation', 'routing, training',
-        'layer forward+backward'}
+        'precision', 'router', 'routing, evaluation', 'routing, training',
+        'layer forward+backward', 'operators', 'host syncs'}
     assert column(soft, 'slots per token') == ['', 1, 1, .25, .25]
 
 
@@ -115,6 +123,31 @@ def test_train_step(tables):
         'dense', 'MoE, core stage', 'MoE, residual stage',
         'MoE, joint stage']
     assert rows[0]['over dense'] == rows[3]['over joint'] == 1
+    assert rows[3]['operators'] > rows[1]['operators'] >= rows[0]['operators']
+
+
+def test_a_table_for_each_size_and_batch(tables, monkeypatch):
+    monkeypatch.setattr(benchmark, 'benchmark_train_step',
+                        lambda repeats, config, *sizes: [{'sizes': sizes}])
+    found = tables('train-step', '--size', 32, 64, '--batch', 2, 8,
+                   '--precision', 'bf16', 'fp32')
+    assert [(row['precision'], *row['sizes']) for row, in found] == [
+        (kind, size, batch) for kind in ('bf16', 'fp32')
+        for size in (32, 64) for batch in (2, 8)]
+
+
+def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
+    def train_step(repeats, config, size, batch):
+        if batch == 8:
+            raise ValueError('out of memory')
+        return [{'batch': batch}]
+
+    monkeypatch.setattr(benchmark, 'benchmark_train_step', train_step)
+    with pytest.raises(SystemExit, match='out of memory'):
+        command(benchmark, 'train-step', '--batch', 2, 8, '--json',
+                tmp_path / 'out.json')
+    kept = json.loads((tmp_path / 'out.json').read_text())['tables']
+    assert [row['batch'] for row, in kept] == [2]
 
 
 @on_cpu
@@ -193,121 +226,10 @@ def test_layers_that_are_no_sizes(capsys):
     assert "'2048,384' is not tokens,width,experts" in capsys.readouterr().err
 
 
-def test_interleave_takes_turns(monkeypatch):
-    monkeypatch.setattr(timing, 'WARM_UP', 1)
-    seen = []
-    times = {'a': iter([9, 1, 7, 3]), 'b': iter([9, 10, 20, 60])}
-    monkeypatch.setattr(timing, 'seconds_of',
-                        lambda run: run() or next(times[seen[-1]]))
-    steps = {name: partial(seen.append, name) for name in times}
-    assert interleave(steps, 3) == {'a': 3, 'b': 20}
-    turns = [''.join(seen[start:start + 2]) for start in range(0, 8, 2)]
-    assert set(turns) == {'ab', 'ba'}  # each in every turn, in both orders
-
-
-# T = 5, D = 2, H = 8, E = 3, R = 1
-@pytest.mark.parametrize('mode, options, flops, elements', [
-    # 4 * 5 * 2 * 8; 32 weights, 80 hidden, 20 in and out
-    (FORWARD, {}, 320, 132),
-    # three times; 96 weights, 80 + 120 hidden, 20 + 30
-    (TRAIN, {}, 960, 346),
-    # 2 * 5 * 2 * 3 of the router; 3 * 32 weights, 80, 6 * 10
-    (FORWARD, dict(experts=3, core=False), 380, 236),
-    # 4 * 32 weights
-    (FORWARD, dict(experts=3), 380, 268),
-    (TRAIN, dict(experts=3), 1140, 3 * 128 + 200 + 130),
-    # 4 * 5 * 1 * 10 more; 32 + 2 * 3 * 1 * 10 weights
-    (FORWARD, dict(experts=3, rank=1), 580, 92 + 80 + 60),
-])
-def test_work_by_hand(mode, options, flops, elements):
-    assert work_of_ffn(5, 2, 8, mode, activation_bytes=4, **options) == Work(
-        flops, 4 * elements)
-
-
-def test_small_activations_count_less():
-    # 132 elements: 32 of weights, 100 of activations
-    assert work_of_ffn(5, 2, 8, FORWARD, activation_bytes=2).bytes == (
-        4 * 32 + 2 * 100)
-
-
-def test_time_of_work():
-    assert Work(flops=600, bytes=80).seconds(
-        Rates(multiply=200, stream=40)) == 3 + 2
-
-
-def test_rates_by_hand():
-    probe = RateProbe(rows=5, dim=2, hidden=8, times=3)
-    assert probe.flops == 160
-    assert len(probe.steps()) == 1 + 4 * 2
-    seconds = {('stream', ): 2.}
-    for name, torch_s, rmoe_s in (('fc1', 4, 1), ('fc2', 2, 3),
-                                  ('fc1 weight', 5, 9),
-                                  ('fc2 weight', 6, 7)):
-        seconds[name, 'torch'], seconds[name, 'rmoe'] = torch_s, rmoe_s
-    # 1 and 2 seconds are the best of the forward's; backward adds the same
-    # shapes again, and 5 and 6 for the weights
-    assert probe.rates(seconds, FORWARD) == Rates(
-        2 * 3 * 160 / 3, 2 * 4 * 1024 / 2)
-    assert probe.rates(seconds, TRAIN).multiply == 6 * 3 * 160 / (6 + 11)
-
-
-def test_products_of_the_probe_have_the_shapes_of_the_layer():
-    """(N, I) times (O, I) transposed, all of 2 N I O operations."""
-    probe = RateProbe(rows=5, dim=2, hidden=8, times=1)
-    for left, right in probe.shapes.values():
-        assert left[1] == right[1]
-        assert 2 * left[0] * left[1] * right[0] == probe.flops
-
-
 @on_cpu
-def test_same_products_compute_the_same():
-    ffn = dense_ffn(16)
-    found = {}
-    for model in (ffn, FastFFN(ffn)):
-        x = torch.randn(6, 16, generator=torch.manual_seed(1)
-                        ).requires_grad_()
-        ffn.zero_grad()
-        y = model(x)
-        y.square().sum().backward()
-        found[model] = [y, x.grad, *(p.grad for p in ffn.parameters())]
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_step_in_training_gives_fresh_gradients():
-    layer = moe_layer(8, 2)
-    x = torch.randn(6, 8, device=DEVICE, requires_grad=True)
-    layer.router.noise_std = 0.
-    run = step(layer, x, TRAIN)
-    run()
-    assert layer.training
-    first = [x.grad.clone(), *(p.grad.clone() for p in layer.parameters())]
-    run()
-    again = [x.grad, *(p.grad for p in layer.parameters())]
-    assert all(map(torch.equal, first, again))
-    step(layer, x, FORWARD)()
-    assert not layer.training and torch.equal(x.grad, first[0])
-
-
-@on_cpu
-def test_peak_of_tensors_by_hand():
-    linear = torch.nn.Linear(1000, 2000)
-    x = torch.randn(500, 1000)
-    with PeakOfTensors() as peak:
-        y = linear(x)  # 500 * 2000
-        # + 500 * 2000 of ones, 2000 * 1000 and 2000 of gradients
-        y.backward(torch.ones_like(y))
-    assert peak.bytes == 4 * (1_000_000 + 1_000_000 + 2_000_000 + 2000)
-
-
-@on_cpu
-def test_peak_of_tensors_counts_what_is_released():
-    with PeakOfTensors() as peak:
-        torch.zeros(1500)  # released at once
-        held = torch.zeros(1000)
-        torch.zeros(700)
-    assert peak.bytes == 4 * 1700
-    assert len(held) == 1000
+def test_tf32_needs_a_gpu():
+    with pytest.raises(SystemExit, match='--precision tf32 needs a GPU'):
+        command(benchmark, 'layer', '--precision', 'tf32')
 
 
 def test_stages_of_training():

@@ -4,20 +4,23 @@
     python tools/analysis_tools/benchmark.py routers
     python tools/analysis_tools/benchmark.py backbone \\
         --preset swin-tiny cvt-13 vit-small-p16 --size 512 --batch 2
-    python tools/analysis_tools/benchmark.py train-step --repeats 5
+    python tools/analysis_tools/benchmark.py train-step --batch 2 8
     python tools/analysis_tools/benchmark.py inference
     python tools/analysis_tools/benchmark.py fold
     python tools/analysis_tools/benchmark.py memory
     python tools/analysis_tools/benchmark.py peers
 
 Contenders take turns and the median counts, so that a noisy machine disturbs
-all of them alike. On a GPU everything runs in bfloat16 by autocast.
+all of them alike. On a GPU everything is measured in bfloat16 by autocast, in
+TF32 and in float32 (--precision). Operators are those that a run dispatches,
+without views and allocations; host syncs are how often it waits for the GPU.
 """
 import argparse
 import json
 import platform
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent.parent
@@ -26,7 +29,7 @@ sys.path.insert(0, str(TOOLS))
 # First of all: mmcv is imported below, and may have no operators of its own.
 import rmoe  # noqa: F401, I001
 import torch
-from _bench import folding, inference, layers, peers, routers
+from _bench import folding, inference, layers, peers, precision, routers
 from _bench.layers import Size
 from _bench.memory import benchmark_memory
 from _bench.models import (
@@ -34,10 +37,13 @@ from _bench.models import (
     benchmark_backbone,
     benchmark_train_step,
 )
-from _bench.timing import DEVICE, Row, print_table
+from _bench.precision import PRECISIONS
+from _bench.tables import format_table
+from _bench.timing import DEVICE, Row
 from _bench.training import CONFIG
 from _config import run
 from _memory import keep_freed_memory
+from _steps import versions
 
 from rmoe.backbones import PRESETS
 
@@ -49,14 +55,21 @@ def main() -> None:
     if DEVICE == 'cpu':
         keep_freed_memory()  # as tools/train.py does
     print(f'{machine()}, median of {args.repeats}')
-    tables = []
-    for rows in args.measure(args):
-        print_table(rows)
-        tables.append(rows)
-    if args.json:
-        Path(args.json).write_text(json.dumps(
-            dict(machine=machine(), command=args.command,
-                 repeats=args.repeats, tables=tables), indent=1))
+    found = dict(machine=machine(), versions=versions(), command=args.command,
+                 repeats=args.repeats, tables=[])
+    for rows in measure(args):
+        print(format_table(rows), end='\n\n', flush=True)
+        found['tables'].append(rows)
+        if args.json:  # now: whoever is stopped later keeps it
+            Path(args.json).write_text(json.dumps(found, indent=1))
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """The tables of a command, in one precision after the other."""
+    for name in args.precision:
+        with precision.use(name):
+            for rows in args.measure(args):
+                yield [{'precision': name, **row} for row in rows]
 
 
 def machine() -> str:
@@ -100,7 +113,7 @@ def parse_args() -> argparse.Namespace:
         command.add_argument('--config', default=CONFIG,
                              help='of a MoE segmentor; Swin-T-MoE + UPerNet '
                              'by default')
-        add_images(command)
+        add_images(command, several=name == 'train-step')
     infer = add(commands, 'inference', measure_inference,
                 'folded experts, and dropping tokens')
     add_layers(infer, inference.SIZES)
@@ -120,19 +133,24 @@ def parse_args() -> argparse.Namespace:
                       help='that the tokens belong to')
     add_images(peer)
     # Also before the command, where it was once.
-    add_common(parser, repeats=15, json=None)
+    add_common(parser, repeats=15, json=None,
+               precision=list(precision.DEFAULTS))
     return parser.parse_args()
 
 
 def add(commands, name: str, measure, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(measure=measure)
-    add_common(command, repeats=argparse.SUPPRESS, json=argparse.SUPPRESS)
+    add_common(command, *3 * [argparse.SUPPRESS])
     return command
 
 
-def add_common(parser: argparse.ArgumentParser, repeats, json) -> None:
+def add_common(parser: argparse.ArgumentParser, repeats, json, precision
+               ) -> None:
     parser.add_argument('--repeats', type=int, default=repeats)
+    parser.add_argument('--precision', nargs='+', default=precision,
+                        choices=PRECISIONS, help='all on a GPU, float32 on '
+                        'the CPU')
     parser.add_argument('--json', metavar='FILE', default=json,
                         help='write the tables too')
 
@@ -143,10 +161,16 @@ def add_layers(parser: argparse.ArgumentParser, sizes: tuple[Size, ...]
                         metavar='T,D,E', help='tokens, width, experts')
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--size', type=int, default=512,
-                        help='of the square images')
-    parser.add_argument('--batch', type=int, default=2)
+def add_images(parser: argparse.ArgumentParser, several: bool = False
+               ) -> None:
+    """``several``: each size with each batch is a table."""
+    for name, default, text in (('--size', 512, 'of the square images'),
+                                ('--batch', 2, 'images')):
+        if several:
+            parser.add_argument(name, type=int, nargs='+', default=[default],
+                                help=f'{text}; several are a table each')
+        else:
+            parser.add_argument(name, type=int, default=default, help=text)
 
 
 def size_of(text: str) -> Size:
@@ -175,8 +199,8 @@ def measure_backbone(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def measure_train_step(args: argparse.Namespace) -> Iterator[list[Row]]:
-    yield benchmark_train_step(args.repeats, args.config, args.size,
-                               args.batch)
+    for size, batch in product(args.size, args.batch):
+        yield benchmark_train_step(args.repeats, args.config, size, batch)
 
 
 def measure_memory(args: argparse.Namespace) -> Iterator[list[Row]]:

@@ -7,7 +7,8 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from _bench.layers import Size, moe_layer, spread_load
-from _bench.timing import DEVICE, FORWARD, Row, interleave, step
+from _bench.passes import FORWARD, step
+from _bench.timing import DEVICE, Row, interleave
 from rmoe.backbones import preset
 from rmoe.registry import MODELS
 from rmoe.upcycling import fold

@@ -4,13 +4,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from _bench.ceilings import probe_of
+from _bench.counting import counts
 from _bench.layers import Size, benchmark_layers, moe_layer
-from _bench.limit import RateProbe, work_of_ffn
-from _bench.timing import DEVICE, FORWARD, Row, interleave, step
+from _bench.limit import work_of_ffn
+from _bench.passes import FORWARD, step
+from _bench.timing import DEVICE, Row, interleave
 from rmoe.moe import MoEFFN
 
 # Of the MoE layers of Swin-T at 512x512, batch 2, and a longer one.
-SIZES: tuple[Size, ...] = ((2048, 384, 8), (512, 768, 8), (8192, 384, 8))
+SIZES: tuple[Size, ...] = (
+    (8192, 384, 8), (65536, 1024, 32)) if DEVICE == 'cuda' else (
+    (2048, 384, 8), (512, 768, 8), (8192, 384, 8))
 CAPACITIES = (0.25, 0.5, 0.75, 1.)
 
 
@@ -31,7 +36,7 @@ def benchmark_capacity(repeats: int, images: int = 2,
     rows = []
     for tokens, dim, experts in sizes:
         x = torch.randn(images, tokens // images, dim, device=DEVICE)
-        probe = RateProbe(max(tokens // experts, 1), dim, 4 * dim, experts)
+        probe = probe_of(tokens, dim, 4 * dim, experts)
         for kind, core in (('folded', False), ('core + residual', True)):
             layers = {capacity: moe_layer(
                 dim, experts, core=core, unrouted='zero',
@@ -40,10 +45,9 @@ def benchmark_capacity(repeats: int, images: int = 2,
                 for capacity in (*capacities, 1.)}
             for layer in layers.values():  # the same tokens, the same choice
                 layer.load_state_dict(layers[1.].state_dict())
-            seconds = interleave(
-                {capacity: step(layer, x, FORWARD)
-                 for capacity, layer in layers.items()} | probe.steps(),
-                repeats)
+            steps = {capacity: step(layer, x, FORWARD)
+                     for capacity, layer in layers.items()}
+            seconds = interleave(steps | probe.steps(), repeats)
             rates = probe.rates(seconds, FORWARD)
             for capacity in capacities:
                 kept = tokens_kept(layers[capacity], x)
@@ -56,11 +60,12 @@ def benchmark_capacity(repeats: int, images: int = 2,
                     'ms': round(1e3 * seconds[capacity], 2),
                     'over capacity 1': round(
                         seconds[capacity] / seconds[1.], 3),
-                    'limit over capacity 1': round(limit / seconds[1.], 3)})
+                    'limit over capacity 1': round(limit / seconds[1.], 3),
+                    **counts(steps[capacity])})
     return rows
 
 
 @torch.no_grad()
 def tokens_kept(layer: MoEFFN, x_BTD: Tensor) -> int:
     routing = layer.router.eval()(x_BTD.flatten(0, 1), None, len(x_BTD))
-    return len(routing.token_ids_N)
+    return int(routing.counts_E.sum())

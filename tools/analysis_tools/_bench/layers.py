@@ -1,4 +1,4 @@
-"""MoE layers over the dense FFN of the same width, K = 1."""
+"""MoE layers over the dense FFN of the same width."""
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -6,20 +6,25 @@ from mmcv.cnn.bricks.transformer import FFN
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from _bench.limit import RateProbe, work_of_ffn
-from _bench.timing import DEVICE, FORWARD, TRAIN, Row, interleave, step
+from _bench.ceilings import probe_of
+from _bench.counting import counts
+from _bench.limit import work_of_ffn
+from _bench.passes import FORWARD, LOSSES, TRAIN, step
+from _bench.timing import DEVICE, Row, interleave
 from rmoe.moe import MoEFFN
 from rmoe.moe.products import linear
 
 Size = tuple[int, int, int]
-SIZES: tuple[Size, ...] = (
+SIZES: tuple[Size, ...] = ((
+    (2048, 384, 8), (8192, 384, 8), (32768, 192, 8), (8192, 768, 8),
+    (32768, 768, 16), (65536, 1024, 32)) if DEVICE == 'cuda' else (
     (2048, 384, 8), (512, 768, 8), (8192, 384, 8), (32768, 192, 8),
-    (8192, 384, 32))
+    (8192, 384, 32)))
 GROWTH = (8, 16, 32, 64)
 DENSE, SAME_PRODUCTS = 'dense FFN', 'dense, same products'
 # Without a core is also what experts folded for inference are.
 KINDS = {'no core': dict(core=False), 'core + residual': {},
-         'rank 16': dict(rank=16)}
+         'rank 16': dict(rank=16), 'K = 2': dict(top_k=2)}
 
 
 class FastFFN(nn.Module):
@@ -58,12 +63,31 @@ def dense_ffn(dim: int) -> FFN:
     return FFN(dim, 4 * dim, act_cfg=dict(type='GELU'))
 
 
-def moe_layer(dim: int, experts: int, **options) -> MoEFFN:
-    """On the device, without auxiliary losses; ``options`` are MoEFFN's."""
-    layer = MoEFFN(dim, 4 * dim, experts, **options).to(DEVICE)
-    layer.router.loss_weights = {}
+def moe_layer(dim: int, experts: int, losses: bool = False, **options
+              ) -> MoEFFN:
+    """On the device.
+
+    Args:
+        dim: D.
+        experts: E.
+        losses: whether its router makes auxiliary losses, if it has any.
+        options: of MoEFFN.
+    """
+    # Made where it is used: a GPU draws large weights in no time.
+    with torch.device(DEVICE):
+        layer = MoEFFN(dim, 4 * dim, experts, **options)
+    if not losses:
+        layer.router.loss_weights = {}
     spread_load([layer])
     return layer
+
+
+def layer_of(kind: str, dim: int, experts: int, losses: bool = False
+             ) -> MoEFFN:
+    """One of KINDS."""
+    options = dict(KINDS[kind])
+    router = dict(type='TokenChoiceRouter', top_k=options.pop('top_k', 1))
+    return moe_layer(dim, experts, losses, router=router, **options)
 
 
 def spread_load(modules: Iterable[nn.Module]) -> None:
@@ -76,22 +100,28 @@ def spread_load(modules: Iterable[nn.Module]) -> None:
 
 def benchmark_layers(repeats: int, sizes: Sequence[Size] = SIZES,
                      kinds: Sequence[str] = tuple(KINDS),
-                     modes: Sequence[str] = (TRAIN, FORWARD)) -> list[Row]:
+                     modes: Sequence[str] = (LOSSES, TRAIN, FORWARD)
+                     ) -> list[Row]:
     """Time over the dense FFN's, as PyTorch computes it and by the products
-    that MoE layers use, and the limit over the first."""
+    that MoE layers use, and the limit over the first.
+
+    As layers train, with their losses, and without them.
+    """
     rows = []
     for tokens, dim, experts in sizes:
         models: dict[str, nn.Module] = {DENSE: dense_ffn(dim).to(DEVICE)}
         if DEVICE == 'cpu':  # elsewhere it is PyTorch's
             models[SAME_PRODUCTS] = FastFFN(dense_ffn(dim))
-        models.update({kind: moe_layer(dim, experts, **KINDS[kind])
+        models.update({kind: layer_of(kind, dim, experts, losses=True)
                        for kind in kinds})
-        probe = RateProbe(max(tokens // experts, 1), dim, 4 * dim, experts)
+        probe = probe_of(tokens, dim, 4 * dim, experts)
         x = torch.randn(tokens, dim, device=DEVICE, requires_grad=True)
         for mode in modes:
-            seconds = interleave(
-                {name: step(model, x, mode)
-                 for name, model in models.items()} | probe.steps(), repeats)
+            for name in kinds if mode == TRAIN else ():
+                models[name] = layer_of(name, dim, experts)
+            steps = {name: step(model, x, mode)
+                     for name, model in models.items()}
+            seconds = interleave(steps | probe.steps(), repeats)
             rates = probe.rates(seconds, mode)
             same = seconds.get(SAME_PRODUCTS, seconds[DENSE])
             for name, model in models.items():
@@ -108,6 +138,7 @@ def benchmark_layers(repeats: int, sizes: Sequence[Size] = SIZES,
                     'over same products': round(seconds[name] / same, 3),
                     'parameters over dense': round(
                         parameters(model) / parameters(models[DENSE]), 3),
+                    **counts(steps[name]),
                     'GFLOP/s': round(rates.multiply / 1e9, 1),
                     'GB/s': round(rates.stream / 1e9, 1)})
     return rows
@@ -127,8 +158,7 @@ def benchmark_growth(repeats: int, experts: Sequence[int] = GROWTH,
         for count in experts:
             x = torch.randn(count * tokens_per_expert, dim, device=DEVICE,
                             requires_grad=True)
-            steps[count] = step(moe_layer(dim, count, **KINDS[kind]), x,
-                                TRAIN)
+            steps[count] = step(layer_of(kind, dim, count), x, TRAIN)
         seconds = interleave(steps, repeats)
         per_token = {count: seconds[count] / (count * tokens_per_expert)
                      for count in experts}

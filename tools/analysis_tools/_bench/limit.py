@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from _bench.timing import DEVICE, DTYPE, FORWARD, Run
+from _bench.passes import FORWARD, Run
+from _bench.precision import now
+from _bench.timing import DEVICE
 from rmoe.moe.products import linear
 
 PARAMETER_BYTES = 4
@@ -49,16 +51,16 @@ class Work:
 
 def work_of_ffn(tokens: int, dim: int, hidden: int, mode: str,
                 experts: int = 0, core: bool = True,
-                rank: int | None = None,
-                activation_bytes: int = DTYPE.itemsize) -> Work:
-    """Of one pass of a FFN, dense or MoE with one expert per token.
+                rank: int | None = None, top_k: int = 1,
+                activation_bytes: int | None = None) -> Work:
+    """Of one pass of a FFN, dense or MoE.
 
-    With T tokens, D and H widths, E experts, R the rank. Operations of the
-    forward pass:
+    With T tokens, D and H widths, E experts, K of them for each token (1 if
+    dense), R the rank. Operations of the forward pass:
 
-    - 4 T D H of the two linear layers,
+    - 4 T K D H of the two linear layers,
     - 2 T D E of the router,
-    - 4 T R (D + H) of low-rank residuals, applied beside the core.
+    - 4 T K R (D + H) of low-rank residuals, applied beside the core.
 
     Backward has two products for each of the forward's. Adding a core and
     residuals is no product; what it reads counts below.
@@ -67,16 +69,16 @@ def work_of_ffn(tokens: int, dim: int, hidden: int, mode: str,
     a core, E + 1 times with core and full rank, 2 D H + 2 E R (D + H) with
     low rank:
 
-    - forward: P read; hidden activations written and read, 2 T H; the input
-      read and the output written, 2 T D. A MoE layer gathers its rows (input
-      read, rows written and read) and combines them (outputs written and
-      read, the result written): 6 T D in place of 2.
+    - forward: P read; hidden activations written and read, 2 T K H; the
+      input read and the output written, 2 T D. A MoE layer gathers its rows
+      (input read, rows written and read) and combines them (outputs written
+      and read, the result written): 4 T K D more.
     - backward: P read again and as many gradients written; the hidden
-      activations read, their gradient written and read, 3 T H; the output's
+      activations read, their gradient written and read, 3 T K H; the output's
       gradient and the input read, the input's gradient written, 3 T D. A MoE
       layer gathers the gradient (read, written, read), reads its rows, and
-      combines the rows' gradients (written, read, the result written): 7 T D
-      in place of 3.
+      combines the rows' gradients (written, read, the result written):
+      5 T K D and 2 T D in place of 3.
 
     Biases, the activation function, what stands around the FFN, and who goes
     where are left out: no program reaches the limit.
@@ -89,27 +91,36 @@ def work_of_ffn(tokens: int, dim: int, hidden: int, mode: str,
         experts: E; 0 for the dense FFN.
         core: whether experts have one.
         rank: R; None for full rank.
-        activation_bytes: of an element of an activation; parameters have 4.
+        top_k: K.
+        activation_bytes: of an element of an activation; None for that of
+            the precision in use. Parameters have 4.
     """
+    if activation_bytes is None:
+        activation_bytes = now().dtype.itemsize
+    rows = tokens * top_k
     ffn = 2 * dim * hidden
-    flops = 2 * tokens * ffn + 2 * tokens * dim * experts
+    flops = 2 * rows * ffn + 2 * tokens * dim * experts
     weights = ffn
     if rank is not None:
-        flops += 4 * tokens * rank * (dim + hidden)
+        flops += 4 * rows * rank * (dim + hidden)
         weights += 2 * experts * rank * (dim + hidden)
     elif experts:
         weights = (experts + core) * ffn
-    wide, narrow = 2 * tokens * hidden, (6 if experts else 2) * tokens * dim
+    wide = 2 * rows * hidden
+    narrow = (2 * tokens + (4 * rows if experts else 0)) * dim
     if mode != FORWARD:
         flops, weights = 3 * flops, 3 * weights
-        wide += 3 * tokens * hidden
-        narrow += (7 if experts else 3) * tokens * dim
+        wide += 3 * rows * hidden
+        narrow += (2 * tokens + 5 * rows if experts else 3 * tokens) * dim
     return Work(flops, PARAMETER_BYTES * weights
                 + activation_bytes * (wide + narrow))
 
 
 class RateProbe:
-    """Measures the rates for a layer's shapes.
+    """Measures the rates for a layer's shapes, on the CPU.
+
+    A product of one expert's size is fast there, and what it reaches is what
+    this layer can. A GPU needs larger ones: see ceilings.py.
 
     Args:
         rows: that one expert gets.
@@ -137,7 +148,7 @@ class RateProbe:
         steps: dict[tuple[str, ...], Run] = {
             ('stream', ): lambda: self.target.copy_(self.source)}
         for name, (left, right) in self.shapes.items():
-            operands = [torch.randn(shape, device=DEVICE, dtype=DTYPE)
+            operands = [torch.randn(shape, device=DEVICE, dtype=now().dtype)
                         for shape in (left, right)]
             for kind, product in (('torch', F.linear), ('rmoe', linear)):
                 steps[name, kind] = partial(self._repeat, product, *operands)

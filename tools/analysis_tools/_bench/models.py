@@ -7,16 +7,10 @@ import torch
 from mmengine.registry import init_default_scope
 from torch import nn
 
+from _bench.counting import counts
 from _bench.layers import spread_load
-from _bench.timing import (
-    DEVICE,
-    FORWARD,
-    TRAIN,
-    Row,
-    Run,
-    interleave,
-    step,
-)
+from _bench.passes import FORWARD, TRAIN, Run, step
+from _bench.timing import DEVICE, Row, interleave
 from _bench.training import CONFIG, STAGES, Training
 from rmoe.backbones import preset
 from rmoe.backbones.swin_moe import ARCHITECTURES
@@ -49,7 +43,8 @@ def benchmark_backbone(repeats: int, name: str, size: int, batch: int
                   'image': size, 'batch': batch,
                   'ms': round(1e3 * value, 1),
                   'ratio': round(value / seconds[TWIN], 3),
-                  'over MoE': round(value / seconds[MOE], 3)}
+                  'over MoE': round(value / seconds[MOE], 3),
+                  **counts(steps[kind])}
                  for kind, value in seconds.items()]
     return rows
 
@@ -96,5 +91,6 @@ def benchmark_train_step(repeats: int, config: str | Path = CONFIG,
     return [{'training step': name, 'image': size, 'batch': batch,
              'ms': round(1e3 * value, 1),
              'over dense': round(value / seconds['dense'], 3),
-             'over joint': round(value / seconds['MoE, joint stage'], 3)}
+             'over joint': round(value / seconds['MoE, joint stage'], 3),
+             **counts(steps[name])}
             for name, value in seconds.items()]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from _bench.layers import KINDS, Size, dense_ffn, moe_layer
-from _bench.timing import DEVICE, TRAIN, Row, interleave, step
+from _bench.passes import TRAIN, step
+from _bench.timing import DEVICE, Row, interleave
 
 SIZES: tuple[Size, ...] = ((2048, 384, 8), (8192, 384, 8), (512, 768, 8))
 DENSE = 'dense FFN'

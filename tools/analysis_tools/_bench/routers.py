@@ -4,18 +4,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from _bench.counting import counts
 from _bench.layers import Size, dense_ffn, spread_load
-from _bench.timing import (
-    DEVICE,
-    DTYPE,
-    FORWARD,
-    TRAIN,
-    Row,
-    Run,
-    autocast,
-    interleave,
-    step,
-)
+from _bench.passes import FORWARD, TRAIN, Run, step
+from _bench.precision import autocast, now
+from _bench.timing import DEVICE, Row, interleave
 from rmoe.moe import MoEFFN
 
 SIZE: Size = (8192, 384, 8)
@@ -56,7 +49,8 @@ def benchmark_routers(repeats: int, images: int, size: Size = SIZE
     return [{'router': name, 'routing, evaluation':
              round(seconds['evaluation'][name], 3),
              'routing, training': round(seconds['training'][name], 3),
-             'layer forward+backward': round(times[name] / times['dense'], 2)}
+             'layer forward+backward': round(times[name] / times['dense'], 2),
+             **counts(steps[name])}
             for name in layers]
 
 
@@ -127,7 +121,7 @@ def benchmark_soft(repeats: int, images: int, size: Size = SIZE
 def products(batch: int, rows: int, inner: int, columns: int) -> list[Run]:
     """The three products of a linear map, forward and backward."""
     def matrix(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, device=DEVICE, dtype=DTYPE)
+        return torch.randn(batch, *shape, device=DEVICE, dtype=now().dtype)
 
     left, right, out = (matrix(rows, inner), matrix(inner, columns),
                         matrix(rows, columns))

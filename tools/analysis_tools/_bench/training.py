@@ -14,6 +14,7 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from _bench.layers import spread_load
+from _bench.precision import now
 from _bench.timing import DEVICE
 from rmoe.engine.moe_loss_hook import install
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
@@ -67,7 +68,7 @@ class Training:
         if dense:
             cfg.model.backbone = dense_twin(cfg.model.backbone)
         cfg.model.data_preprocessor.size = (size, size)
-        if DEVICE == 'cuda':
+        if now().dtype == torch.bfloat16:
             cfg.optim_wrapper.type = 'rmoe.BFloat16OptimWrapper'
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
         self.model.to(DEVICE).train()

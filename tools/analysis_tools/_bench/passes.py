@@ -1,0 +1,49 @@
+"""One pass of a model, as it is used."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from _bench.precision import autocast
+from rmoe.moe import collect_losses
+
+FORWARD, TRAIN = 'forward', 'forward+backward'
+# With the auxiliary losses, as MoELossHook has it.
+LOSSES = 'forward+backward, losses'
+Run = Callable[[], None]
+
+
+def step(model: nn.Module, x: Tensor, mode: str) -> Run:
+    """One pass of a model.
+
+    Args:
+        model: returns a tensor, or several.
+        x: its input. If it requires a gradient it gets one.
+        mode: FORWARD in evaluation; TRAIN: forward and backward in training,
+            from a gradient of ones to whatever needs one; LOSSES: the same,
+            with the auxiliary losses of MoE layers collected and their
+            gradients added. In training the layers count their loads.
+    """
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad(), autocast():
+            model(x)
+
+    def forward_backward() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        if mode == LOSSES:
+            collect_losses(model, start=True)
+        with autocast():
+            outs = model(x)
+        outs = list(outs) if isinstance(outs, (tuple, list)) else [outs]
+        if mode == LOSSES:
+            losses = collect_losses(model, start=False)
+            if losses:
+                outs.append(torch.stack(list(losses.values())).sum())
+        outs = [out for out in outs if out.requires_grad]
+        torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+
+    return forward if mode == FORWARD else forward_backward
