@@ -128,7 +128,7 @@ def losses_of(model: nn.Module, batch: Any
     with torch.no_grad():
         losses = model(**model.data_preprocessor(batch, True), mode='loss')
         _, logged = model.parse_losses(losses)
-    auxiliary = collect_losses(model, start=False)
+        auxiliary = collect_losses(model, start=False)
     return ({name: float(value) for name, value in logged.items()},
             list(auxiliary))
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rmoe.moe import Routing
+from rmoe.moe.rows import Rows, order_by_token
 from rmoe.visualization.recording import expert_map, token_map
 from rmoe.visualization.specialisation import (
     REARRANGEMENTS,
@@ -37,10 +38,14 @@ def routing(*experts_of_tokens, num_experts=3):
     experts_N = torch.tensor([expert for expert, _ in rows])
     counts_E = torch.bincount(experts_N, minlength=num_experts)
     scores_TE = torch.zeros(len(experts_of_tokens), num_experts)
+    token_ids_N = torch.tensor([token for _, token in rows])
     return Routing(
-        token_ids_N=torch.tensor([token for _, token in rows]),
-        weights_N=torch.ones(len(rows)), counts_E=counts_E, demand_E=counts_E,
-        logits_TE=scores_TE, scores_TE=scores_TE)
+        Rows(token_ids_N, experts_N, counts_E, counts_E.cumsum(0), counts_E,
+             len(experts_of_tokens), len(rows),
+             by_token=order_by_token(token_ids_N, len(experts_of_tokens),
+                                     None)),
+        weights_N=torch.ones(len(rows)), logits_TE=scores_TE,
+        scores_TE=scores_TE)
 
 
 @pytest.mark.parametrize('table, bits', [
