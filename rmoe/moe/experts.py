@@ -198,24 +198,26 @@ class Experts(nn.Module):
                  middle: Callable[[Tensor], Tensor] | None) -> Tensor:
         """(J, b, D), each block through its expert; without a plan block e is
         expert e's."""
-        for layer in ('fc1', 'fc2'):
-            weight = self.weight(layer, core, x_JBD.dtype)
-            bias = self.bias(layer, core)
-            if plan is not None:
-                weight = plan.weights(weight)
-                bias = None if bias is None else plan.weights(bias)
-            x_JBD = blocks.linear(x_JBD, weight, bias)
-            if layer == 'fc2':
-                break
-            if middle is not None:
-                # It takes rows, not blocks.
-                x_NH = x_JBD.flatten(0, 1) if plan is None else (
-                    plan.rows(x_JBD))
-                x_NH = middle(x_NH)
-                x_JBD = (x_NH.view_as(x_JBD) if plan is None
-                         else plan.fill(x_NH))
-            x_JBD = self._between(x_JBD, None)
-        return x_JBD
+        hidden_JBH = self._in_blocks('fc1', x_JBD, plan, core)
+        if middle is not None:
+            # It takes rows, not blocks.
+            if plan is None:
+                hidden_JBH = middle(hidden_JBH.flatten(0, 1)).view_as(
+                    hidden_JBH)
+            else:
+                hidden_JBH = plan.fill(middle(plan.rows(hidden_JBH)))
+        return self._in_blocks('fc2', self._between(hidden_JBH, None), plan,
+                               core)
+
+    def _in_blocks(self, layer: str, x_JBI: Tensor,
+                   plan: blocks.Blocks | None, core: Core | None) -> Tensor:
+        """(J, b, O), one batched product."""
+        weight = self.weight(layer, core, x_JBI.dtype)
+        bias = self.bias(layer, core)
+        if plan is not None:
+            weight = plan.weights(weight)
+            bias = None if bias is None else plan.weights(bias)
+        return blocks.linear(x_JBI, weight, bias)
 
     def _between(self, hidden: Tensor,
                  middle: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -45,8 +45,10 @@ class Rows:
     def even(self) -> bool:
         """Do all experts have the same number of rows, known without
         looking?"""
-        return self.unserved_N is None and (
-            len(self.counts_E) * self.max_rows == len(self.token_ids_N))
+        num_rows = len(self.token_ids_N)
+        return not num_rows or (
+            self.unserved_N is None and
+            len(self.counts_E) * self.max_rows == num_rows)
 
     def kept_per_token(self) -> Tensor:
         """(T,) int64, how many experts kept each token."""

@@ -2,9 +2,9 @@
 torch.use_deterministic_algorithms."""
 import pytest
 import torch
+from accelerator import accelerated
 from torch import nn
 
-from rmoe import compat
 from rmoe.registry import MODELS
 
 SWIN = dict(type='rmoe.SwinMoE', embed_dims=8, depths=(1, 2),
@@ -28,9 +28,8 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def train(router: dict, static: bool, monkeypatch) -> torch.Tensor:
+def train(router: dict) -> torch.Tensor:
     """All parameters after three steps."""
-    monkeypatch.setattr(compat, 'is_compiling', lambda: static)
     torch.manual_seed(0)
     model = MODELS.build(dict(
         SWIN, moe=dict(layers=((), (0, 1)), num_experts=4, router=router)))
@@ -49,9 +48,9 @@ def train(router: dict, static: bool, monkeypatch) -> torch.Tensor:
     return end
 
 
-@pytest.mark.parametrize('static', [False, True])
+@pytest.mark.parametrize('accelerator', [False, True])
 @pytest.mark.parametrize('name', ROUTERS)
-def test_two_runs_are_bit_identical(deterministic, monkeypatch, name, static):
-    first, second = (train(ROUTERS[name], static, monkeypatch)
-                     for _ in range(2))
+def test_two_runs_are_bit_identical(deterministic, name, accelerator):
+    with accelerated(accelerator):
+        first, second = (train(ROUTERS[name]) for _ in range(2))
     assert torch.equal(first, second)

@@ -131,7 +131,7 @@ def test_every_load(monkeypatch, load, rank, smallest):
         assert_same(results(layer, x), wanted)
 
 
-@pytest.mark.parametrize('tokens', [1, 3])
+@pytest.mark.parametrize('tokens', [0, 1, 3])
 @pytest.mark.parametrize('name', FIXED)
 def test_more_experts_than_tokens(name, tokens):
     layer = build_layer(FIXED[name], num_experts=16)
