@@ -157,7 +157,7 @@ grouped_mm: Callable[..., Tensor] | None = _since(
     '2.10', lambda: F.grouped_mm, None)
 
 # A product of half-precision matrices that is stored in float32, on CUDA.
-mm_keeps_float32: bool = has_torch('2.8')
+mm_keeps_float32: bool = has_torch('2.8') and torch.version.hip is None
 
 # What it runs, where torch's counter of operations does not know that.
 grouped_mm_operator: Any = _since('2.10', _uncounted_grouped_mm, None)
