@@ -59,3 +59,34 @@ class Operators(TorchDispatchMode):
     @property
     def total(self) -> int:
         return sum(self.counts.values())
+
+
+def results(layer, x, valid=None) -> dict[str, torch.Tensor]:
+    """Output, losses, counters and every gradient of one training step."""
+    torch.manual_seed(1)  # of the router's noise
+    x = x.clone().requires_grad_()
+    layer.losses = []
+    layer.zero_grad()
+    for counter in (layer.demand_E, layer.kept_E, layer.token_counts):
+        counter.zero_()
+    y = layer(x, valid=valid)
+    losses = {f'loss {i} {name}': loss
+              for i, found in enumerate(layer.losses)
+              for name, loss in found.items()}
+    if valid is not None:
+        y = y.masked_fill(~valid[..., None], 0)
+    (y.square().mean() + sum(losses.values())).backward()
+    gradients = {f'gradient of {name}': parameter.grad.clone()
+                 for name, parameter in layer.named_parameters()
+                 if parameter.grad is not None}
+    return {'y': y.detach(), 'x': x.grad, 'demand': layer.demand_E.clone(),
+            'kept': layer.kept_E.clone(), 'tokens': layer.token_counts.clone(),
+            **losses, **gradients}
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6,
+                                   msg=lambda text, name=name:
+                                   f'{name}: {text}')

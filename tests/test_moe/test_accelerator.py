@@ -5,15 +5,18 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from accelerator import NoWaiting, Operators, accelerated
-from hypothesis import given
-from hypothesis import strategies as st
-from routers import ROUTERS, B, D, E, S, build_layer, images, route
+from accelerator import (
+    NoWaiting,
+    Operators,
+    accelerated,
+    assert_same,
+    results,
+)
+from routers import ROUTERS, B, S, build_layer, images, route
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe import compat
-from rmoe.moe import MoEFFN, assignment, blocks, grouped_mm
-from rmoe.moe.rows import Rows
+from rmoe.moe import MoEFFN, grouped_mm
 
 FIXED = {name: router for name, router in ROUTERS.items()
          if not name.startswith('sparse')}
@@ -42,37 +45,6 @@ def under(dtype: torch.dtype) -> AbstractContextManager:
     """Autocast to that type; float32 is none."""
     return (nullcontext() if dtype == torch.float32
             else torch.autocast('cpu', dtype))
-
-
-def results(layer, x, valid=None) -> dict[str, torch.Tensor]:
-    """Output, losses, counters and every gradient of one training step."""
-    torch.manual_seed(1)  # of the router's noise
-    x = x.clone().requires_grad_()
-    layer.losses = []
-    layer.zero_grad()
-    for counter in (layer.demand_E, layer.kept_E, layer.token_counts):
-        counter.zero_()
-    y = layer(x, valid=valid)
-    losses = {f'loss {i} {name}': loss
-              for i, found in enumerate(layer.losses)
-              for name, loss in found.items()}
-    if valid is not None:
-        y = y.masked_fill(~valid[..., None], 0)
-    (y.square().mean() + sum(losses.values())).backward()
-    gradients = {f'gradient of {name}': parameter.grad.clone()
-                 for name, parameter in layer.named_parameters()
-                 if parameter.grad is not None}
-    return {'y': y.detach(), 'x': x.grad, 'demand': layer.demand_E.clone(),
-            'kept': layer.kept_E.clone(), 'tokens': layer.token_counts.clone(),
-            **losses, **gradients}
-
-
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6,
-                                   msg=lambda text, name=name:
-                                   f'{name}: {text}')
 
 
 def options_of(router: dict):
@@ -117,32 +89,6 @@ def test_equals_the_cpu(name, padding):
                                        equal_nan=True)
 
 
-LOADS = {
-    'all to one': [1, 1, 1, 1],
-    'two are empty': [0, 3, 0, 3],
-    'unequal': [0, 1, 1, 1, 1, 1, 1, 2, 3],
-}
-
-
-@pytest.mark.parametrize('smallest', [1, 2, 128])
-@pytest.mark.parametrize('load', LOADS)
-@pytest.mark.parametrize('rank', [None, 2])
-def test_every_load(monkeypatch, load, rank, smallest):
-    """Experts are read off the tokens: the router is an identity."""
-    monkeypatch.setattr(blocks, 'SMALLEST_BLOCK', smallest)
-    layer = build_layer(ROUTERS['token choice'], rank=rank)
-    with torch.no_grad():
-        layer.router.scorer.weight.copy_(9 * torch.eye(E, D))
-    wanted = torch.tensor(LOADS[load]).repeat(10)[:B * S].view(B, S)
-    x = images()
-    x[..., :E] = torch.nn.functional.one_hot(wanted, E)
-    counts = torch.bincount(wanted.flatten(), minlength=E)
-    assert route(layer, x).counts_E.tolist() == counts.tolist()
-    wanted = results(layer, x)
-    with accelerated():
-        assert_same(results(layer, x), wanted)
-
-
 @pytest.mark.parametrize('tokens', [0, 1, 3])
 @pytest.mark.parametrize('name', FIXED)
 def test_more_experts_than_tokens(name, tokens):
@@ -151,90 +97,6 @@ def test_more_experts_than_tokens(name, tokens):
     wanted = results(layer, x)
     with accelerated():
         assert_same(results(layer, x), wanted)
-
-
-@pytest.mark.parametrize('priority', assignment.PRIORITIES)
-@pytest.mark.parametrize('groups', [1, 3])
-@pytest.mark.parametrize('k', [1, 3])
-def test_rows_of_token_choice(priority, groups, k):
-    """Shapes do not depend on scores; rows that nobody serves come last."""
-    sizes = set()
-    for _ in range(5):
-        # few values: many ties, in choices and in priorities
-        scores = torch.randint(4, (12, 5)).float()
-        rows, pairs_N = assignment.choose_experts(
-            scores, assignment.top_k(scores, k), torch.rand(12) < .8,
-            torch.tensor([2, 1, 3])[:groups], 3, groups, priority)
-        served = int(rows.counts_E.sum())
-        assert rows.max_rows == min(12 * k, 3 * groups)
-        assert not rows.unserved_N[:served].any()
-        assert rows.unserved_N[served:].all()
-        assert rows.ends_E.tolist() == rows.counts_E.cumsum(0).tolist()
-        assert (rows.expert_ids_N[:served] == torch.arange(5)
-                .repeat_interleave(rows.counts_E)).all()
-        assert (rows.lonely_T == (rows.kept_per_token() == 0)).all()
-        assert len(set(pairs_N.tolist())) == len(pairs_N)
-        sizes.add(len(pairs_N))
-    assert sizes == {min(12 * k, 5 * rows.max_rows)}
-
-
-def test_what_cannot_be_served_is_cut_off():
-    """A lower capacity is less work: 12 tokens, 2 slots at 3 experts."""
-    scores = torch.rand(12, 3)
-    rows, _ = assignment.choose_experts(scores, assignment.top_k(scores, 1),
-                                        None, 2, 2)
-    assert len(rows.token_ids_N) == 6 and rows.max_rows == 2
-
-
-@pytest.mark.parametrize('masked', [False, True])
-def test_rows_of_expert_choice(masked):
-    scores = torch.randint(3, (2, 6, 4)).float()
-    allowed = torch.rand(2, 6, 1) < .6 if masked else None
-    rows, pairs_N = assignment.choose_tokens(scores, torch.tensor([3, 2]), 3,
-                                             allowed)
-    served = int(rows.counts_E.sum())
-    assert len(pairs_N) == 4 * 2 * 3 and rows.max_rows == 6
-    assert rows.unserved_N.tolist() == [
-        row >= served for row in range(len(pairs_N))]
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=9),
-       st.integers(0, 5), st.integers(1, 12), st.booleans())
-def test_blocks_hold_every_row_once(counts, spare, smallest, bounded):
-    num_rows = max(sum(counts) + spare, 1)
-    most = max(max(counts), 1) if bounded else num_rows
-    counts_E = torch.tensor(counts, dtype=torch.int32)
-    expert_of = [e for e, count in enumerate(counts) for _ in range(count)]
-    unserved = [0] * (num_rows - len(expert_of))
-    rows = Rows(torch.zeros(num_rows), torch.tensor(expert_of + unserved),
-                counts_E, counts_E.cumsum(0, dtype=torch.int32), counts_E,
-                num_tokens=1, max_rows=most)
-    default, blocks.SMALLEST_BLOCK = blocks.SMALLEST_BLOCK, smallest
-    try:
-        plan = blocks.lay_out(rows)
-    finally:
-        blocks.SMALLEST_BLOCK = default
-    size = len(plan.row_P) // len(plan.expert_J)
-    found = plan.row_P[~plan.empty_P].tolist()
-    assert found == list(range(sum(counts)))
-    experts = plan.expert_J.repeat_interleave(size)[~plan.empty_P]
-    assert experts.tolist() == expert_of
-    places = plan.place_N[:sum(counts)]
-    assert not plan.empty_P[places].any()
-    assert plan.row_P[places].tolist() == found
-
-
-@given(st.integers(1, 10**6), st.integers(1, 64))
-def test_products_stay_within_the_bound(num_rows, num_experts):
-    count, size = blocks.layout(num_rows, num_experts, num_rows)
-    assert count * size < 2 * num_rows + num_experts
-    if num_rows > num_experts * blocks.SMALLEST_BLOCK * (
-            blocks.BLOCKS_PER_EXPERT):
-        assert count * size < 1.25 * num_rows + num_experts
-    # where loads are bounded by their fair share nothing is wasted
-    fair = -(-num_rows // num_experts)
-    count, size = blocks.layout(num_rows, num_experts, fair)
-    assert count * size <= num_experts * fair
 
 
 def test_a_router_that_cannot_be_traced_says_so(monkeypatch):

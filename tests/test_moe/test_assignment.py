@@ -154,6 +154,51 @@ def test_sorting_for_an_export_is_sorting(monkeypatch, function):
     assert torch.equal(found[0], found[2]) and torch.equal(*found[1::2])
 
 
+@pytest.mark.parametrize('priority', assignment.PRIORITIES)
+@pytest.mark.parametrize('groups', [1, 3])
+@pytest.mark.parametrize('k', [1, 3])
+def test_rows_of_token_choice(priority, groups, k):
+    """Shapes do not depend on scores; rows that nobody serves come last."""
+    sizes = set()
+    for _ in range(5):
+        # few values: many ties, in choices and in priorities
+        scores = torch.randint(4, (12, 5)).float()
+        rows, pairs_N = assignment.choose_experts(
+            scores, assignment.top_k(scores, k), torch.rand(12) < .8,
+            torch.tensor([2, 1, 3])[:groups], 3, groups, priority)
+        served = int(rows.counts_E.sum())
+        assert rows.max_rows == min(12 * k, 3 * groups)
+        assert not rows.unserved_N[:served].any()
+        assert rows.unserved_N[served:].all()
+        assert rows.ends_E.tolist() == rows.counts_E.cumsum(0).tolist()
+        assert (rows.expert_ids_N[:served] == torch.arange(5)
+                .repeat_interleave(rows.counts_E)).all()
+        assert (rows.lonely_T == (rows.kept_per_token() == 0)).all()
+        assert len(set(pairs_N.tolist())) == len(pairs_N)
+        sizes.add(len(pairs_N))
+    assert sizes == {min(12 * k, 5 * rows.max_rows)}
+
+
+def test_what_cannot_be_served_is_cut_off():
+    """A lower capacity is less work: 12 tokens, 2 slots at 3 experts."""
+    scores = torch.rand(12, 3)
+    rows, _ = assignment.choose_experts(scores, assignment.top_k(scores, 1),
+                                        None, 2, 2)
+    assert len(rows.token_ids_N) == 6 and rows.max_rows == 2
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_rows_of_expert_choice(masked):
+    scores = torch.randint(3, (2, 6, 4)).float()
+    allowed = torch.rand(2, 6, 1) < .6 if masked else None
+    rows, pairs_N = assignment.choose_tokens(scores, torch.tensor([3, 2]), 3,
+                                             allowed)
+    served = int(rows.counts_E.sum())
+    assert len(pairs_N) == 4 * 2 * 3 and rows.max_rows == 6
+    assert rows.unserved_N.tolist() == [
+        row >= served for row in range(len(pairs_N))]
+
+
 @pytest.mark.parametrize('rows, experts, factor, multiple, expected', [
     (32 * 2, 32, 1., 4, 4),  # two rounded up to a multiple of four
     (128, 32, 2., 4, 8),
