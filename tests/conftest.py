@@ -1,6 +1,7 @@
 import mmengine.config.config
 import pytest
 import torch
+from accelerator import accelerated
 from mmengine.registry import DefaultScope
 from yapf.yapflib import yapf_api
 
@@ -16,6 +17,13 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers('torch'):
         if not compat.has_torch(mark.args[0]):
             pytest.skip(f'needs torch >= {mark.args[0]}')
+
+
+@pytest.fixture(params=[False, True], ids=['cpu', 'accelerator'])
+def both_paths(request):
+    """A test twice; whether it runs what an accelerator runs."""
+    with accelerated(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from rmoe.moe import MoEFFN, collect_losses
 from rmoe.registry import MODELS
 
+pytestmark = pytest.mark.usefixtures('both_paths')
+
 D, H, E, T = 12, 20, 4, 37
 ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
 

@@ -19,7 +19,10 @@ from routers import (
 )
 
 from rmoe.moe import collect_losses
+from rmoe.moe.finite import raise_not_finite, take_not_finite
 from rmoe.moe.routers.base import NotFiniteError
+
+pytestmark = pytest.mark.usefixtures('both_paths')
 
 every_router = pytest.mark.parametrize('name', ROUTERS)
 every_sparse_router = pytest.mark.parametrize('name', SPARSE)
@@ -300,14 +303,18 @@ def test_pure_bfloat16(name):
 
 @every_router
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_numbers_that_are_not_finite_name_the_layer(name, bad):
+def test_numbers_that_are_not_finite_name_the_layer(name, bad, both_paths):
     layer = build_layer(ROUTERS[name])
     layer.name = 'MoE layer of stage 2, block 1'
     x = images()
     x[1, 4, 0] = bad
-    with pytest.raises(NotFiniteError,
-                       match=r'stage 2, block 1: .* nan or inf for 1 of 30'):
+    # an accelerator counts, for Soft MoE in two places, and is asked later
+    with pytest.raises(NotFiniteError, match=(
+            r'stage 2, block 1: .* nan or inf for ' + (
+                '[12] tokens' if both_paths else '1 of 30'))):
         layer(x)
+        raise_not_finite(layer, take_not_finite(layer))
+    assert not take_not_finite(layer).any()
     # what is padding may be anything
     valid = torch.ones(B, S, dtype=torch.bool)
     valid[1, 4] = False
