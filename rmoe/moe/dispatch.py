@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from rmoe import compat
 from rmoe.moe.rows import Rows, kept_per_token
 
+# Where PyTorch sums bags of rows in one kernel. ONNX has no bags either.
+BAGS = ('cpu', 'cuda')
+
 
 def tokens_to_rows(x_TD: Tensor, rows: Rows) -> Tensor:
     """(N, D), each row's token."""
@@ -51,7 +54,7 @@ def _sum_rows(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
         if weights_N is not None:
             rows_ND = rows_ND * weights_N[:, None]
         return torch.empty_like(rows_ND).index_copy_(0, token_ids_N, rows_ND)
-    if compat.is_exporting():  # ONNX has no bags
+    if compat.is_exporting() or rows_ND.device.type not in BAGS:
         return _sum_by_adding(rows_ND, weights_N, mean, token_ids_N,
                               num_tokens, order_N, starts)
     if weights_N is not None:
