@@ -3,6 +3,7 @@ import os
 import socket
 import sys
 from multiprocessing import forkserver
+from types import SimpleNamespace
 
 import torch
 from mmengine.hooks import Hook
@@ -10,10 +11,11 @@ from torch.multiprocessing import start_processes
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 
 from rmoe.engine.balance_bias_hook import update_biases
-from rmoe.engine.moe_loss_hook import install
+from rmoe.engine.moe_loss_hook import _check_finite, install
 from rmoe.engine.roles import role_of
 from rmoe.engine.routing_stats_hook import _take_counts
 from rmoe.moe import BiasBalancedRouter, moe_layers
+from rmoe.moe.routers.base import NotFiniteError
 
 # rmoe first: mmcv may have no operators of its own.
 PRELOADED = ['rmoe', 'mmengine.runner', 'rmoe.backbones', 'rmoe.engine',
@@ -145,6 +147,17 @@ class Watch(Hook):
     def _demand(self, runner):
         return sum(int(layer.demand_E.sum())
                    for layer in moe_layers(runner.model).values())
+
+
+def who_stops(rank, work_dir):
+    """What each rank says of a nan that one of them met."""
+    layer = toy_model()
+    if rank == 1:
+        list(moe_layers(layer).values())[1].router.not_finite += 3
+    try:
+        _check_finite(SimpleNamespace(model=layer))
+    except NotFiniteError as error:
+        return str(error)
 
 
 def aux_gradient(rank, work_dir, state):

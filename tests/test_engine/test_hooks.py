@@ -9,7 +9,7 @@ import torch
 from accelerator import accelerated
 from mmengine.optim import OptimWrapper
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
-from two_ranks import aux_gradient, run_two_ranks
+from two_ranks import aux_gradient, run_two_ranks, who_stops
 
 from rmoe.engine.moe_loss_hook import install
 from rmoe.engine.routing_stats_hook import normalised_entropy
@@ -93,6 +93,12 @@ def test_nan_on_an_accelerator_is_found_at_the_next_look(tmp_path, when):
     assert runner.iter == (3 if when == 'training' else 0)
     assert all(each.router.not_finite == 0
                for each in moe_layers(runner.model).values())
+
+
+def test_ranks_stop_together(tmp_path):
+    first, second = run_two_ranks(who_stops, str(tmp_path))
+    assert first == second and 'block 1: router logits are nan' in first
+    assert 'for 3 tokens' in first
 
 
 def test_losses_are_logged_and_summed(tmp_path):
