@@ -113,8 +113,9 @@ def _is_whole(layer: MoELayer) -> bool:
 def _whole_experts(layer: MoELayer) -> dict[str, Tensor]:
     """Weights (E, O, I) and biases (E, O) under the names of plain experts."""
     whole = {}
+    dtype = next(layer.experts.parameters()).dtype
     for linear in LINEARS:
-        weight_EOI = layer.experts.weight(linear, layer.core)
+        weight_EOI = layer.experts.weight(linear, layer.core, dtype)
         bias_EO = layer.experts.bias(linear, layer.core)
         whole[f'residual_{linear}_weight'] = weight_EOI
         if bias_EO is not None:

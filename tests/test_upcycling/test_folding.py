@@ -302,3 +302,14 @@ def test_only_evaluation_decides_about_the_core():
     router = dict(TOKEN_CHOICE, capacity_factor=.5)
     layer = MoEFFN(D, H, E, router).train()
     assert 'layers.0.0.weight' not in to_plain(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize('rank', [None, 4])
+def test_folding_keeps_the_type(rank):
+    layer = build_layer(ROUTERS['token choice'], rank=rank).bfloat16().eval()
+    x = images().bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        fold(layer)
+        assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+        torch.testing.assert_close(layer(x), expected, rtol=.05, atol=.05)
