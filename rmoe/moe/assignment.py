@@ -253,7 +253,11 @@ def fill_order(scores_TE: Tensor, expert_ids_TK: Tensor,
             return None
         tokens_T = torch.arange(num_tokens, device=expert_ids_TK.device)
     else:
-        chosen = expert_ids_TK[:, :1] if priority == 'bpr' else expert_ids_TK
-        tokens_T = by_falling(scores_TE.detach().gather(1, chosen).sum(1))
+        chosen_TK = scores_TE.detach().gather(
+            1, expert_ids_TK[:, :1] if priority == 'bpr' else expert_ids_TK)
+        tokens_T = by_falling(chosen_TK[:, 0] if chosen_TK.shape[1] == 1
+                              else chosen_TK.sum(1))
+    if k == 1:
+        return tokens_T
     choices_K1 = torch.arange(k, device=tokens_T.device)[:, None]
-    return tokens_T if k == 1 else (tokens_T * k + choices_K1).flatten()
+    return (tokens_T * k + choices_K1).flatten()

@@ -42,11 +42,11 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
         # Where to look is free, work on rows that nobody serves is not.
         routing = routing.served()
     rows = routing.rows
+    x_TD = _autocast(x_TD)
     hidden = None
     if middle is not None:
         hidden = partial(middle, _best_first(routing))
-    rows_ND = experts(tokens_to_rows(_autocast(x_TD), rows), rows, core,
-                      hidden)
+    rows_ND = experts(tokens_to_rows(x_TD, rows), rows, core, hidden)
     gates_N = _gates(routing, align)
     y_TD = rows_to_tokens(rows_ND, gates_N, align == 'stopgrad', rows)
     if unrouted == 'core' and rows.lonely_T is not None:
