@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rmoe import compat
+from rmoe.moe.host import host_may_read
 from rmoe.moe.rows import Rows, kept_per_token
 
 # Where PyTorch sums bags of rows in one kernel. ONNX has no bags either.
@@ -53,7 +54,7 @@ def _sum_rows(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
         # Each token has one row.
         if weights_N is not None:
             rows_ND = rows_ND * weights_N[:, None]
-        return torch.empty_like(rows_ND).index_copy_(0, token_ids_N, rows_ND)
+        return _put(rows_ND, token_ids_N)
     if compat.is_exporting() or rows_ND.device.type not in BAGS:
         return _sum_by_adding(rows_ND, weights_N, mean, token_ids_N,
                               num_tokens, order_N, starts)
@@ -64,6 +65,16 @@ def _sum_rows(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
         rows_ND, order_N, starts[:-1], scale_grad_by_freq=False,
         mode=1 if mean else 0, sparse=False, per_sample_weights=weights_N,
         include_last_offset=False)[0][:num_tokens]
+
+
+def _put(rows_ND: Tensor, token_ids_N: Tensor) -> Tensor:
+    """(T, D), each row at its token."""
+    if not host_may_read(rows_ND):
+        return torch.empty_like(rows_ND).index_copy_(0, token_ids_N, rows_ND)
+    # Two operators more, in a quarter of the time on the CPU.
+    row_N = torch.arange(len(token_ids_N), device=token_ids_N.device)
+    return rows_ND.index_select(
+        0, torch.empty_like(row_N).scatter_(0, token_ids_N, row_N))
 
 
 def _sum_by_adding(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
