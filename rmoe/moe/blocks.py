@@ -37,14 +37,12 @@ class Blocks:
         place_N: (N,) int64, the place of each row; any valid index for a row
             that nobody serves.
         unserved_N: see :class:`rmoe.moe.rows.Rows`.
-        num_experts: E.
     """
     expert_J: Tensor
     row_P: Tensor
     empty_P: Tensor
     place_N: Tensor
     unserved_N: Tensor | None
-    num_experts: int
 
     def fill(self, rows_ND: Tensor) -> Tensor:
         """(J, b, D), the rows in their places, zeros where there are none."""
@@ -100,8 +98,7 @@ def lay_out(rows: Rows) -> Blocks:
     return Blocks(
         expert_J, row_JB.flatten().clamp_max(max(num_rows - 1, 0)),
         (inside_JB >= counts_E[expert_J][:, None]).flatten(),
-        place_N.clamp_max(max(count * size - 1, 0)), rows.unserved_N,
-        num_experts)
+        place_N.clamp_max(max(count * size - 1, 0)), rows.unserved_N)
 
 
 def _interval(position: Tensor, ends_E: Tensor) -> Tensor:

@@ -113,6 +113,19 @@ class _TwiceChosen(torch.autograd.Function):
         return slope_TE, grad_noisy, None, None, None
 
 
+def balance_losses(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
+                   noise_std: float, valid_T: Tensor | None = None
+                   ) -> tuple[Tensor, Tensor]:
+    """:func:`importance_loss` of the noise-free softmax and
+    :func:`load_loss`, in fewer operators than one after the other."""
+    mass_E = of_valid(logits_TE.softmax(1), valid_T).sum(0)
+    chosen_E = twice_chosen(logits_TE, noisy_logits_TE, top_k, noise_std,
+                            valid_T)
+    importance, load = squared_variation(
+        torch.stack([mass_E, chosen_E])).unbind()
+    return importance, load
+
+
 def gshard_loss(probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     """E * sum_e f_e P_e (2006.16668; equal to Switch's, 2101.03961, eq. 4).
 

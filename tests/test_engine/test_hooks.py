@@ -11,7 +11,7 @@ from mmengine.optim import OptimWrapper
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 from two_ranks import aux_gradient, run_two_ranks, who_stops
 
-from rmoe.engine.moe_loss_hook import install
+from rmoe.engine.moe_loss_hook import MoELossHook, install
 from rmoe.engine.routing_stats_hook import normalised_entropy
 from rmoe.moe import moe_layers
 from rmoe.moe.routers.base import NotFiniteError
@@ -93,6 +93,11 @@ def test_nan_on_an_accelerator_is_found_at_the_next_look(tmp_path, when):
     assert runner.iter == (3 if when == 'training' else 0)
     assert all(each.router.not_finite == 0
                for each in moe_layers(runner.model).values())
+
+
+def test_an_interval_that_never_comes_is_refused():
+    with pytest.raises(ValueError, match='interval=0 must be at least 1'):
+        MoELossHook(interval=0)
 
 
 def test_ranks_stop_together(tmp_path):

@@ -52,3 +52,43 @@ def test_gradient_pushes_towards_balance():
     logits = torch.tensor([[2., 0.], [2., 0.], [2., 1.]], requires_grad=True)
     losses.importance_loss(logits.softmax(1)).backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1] < 0).all()
+
+
+def random_logits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 for numerical gradients, with noise of deviation .3."""
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    noisy = logits + .3 * torch.randn_like(logits)
+    return logits.requires_grad_(), noisy.requires_grad_()
+
+
+VALID = pytest.mark.parametrize('valid', [
+    None, torch.tensor([True, False, True, True, True, False])],
+    ids=['all valid', 'padded'])
+
+
+def test_gradient_of_the_variation():
+    values = (1 + torch.rand(2, 5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(losses.squared_variation, values)
+
+
+@VALID
+@pytest.mark.parametrize('k', [1, 2, 4])
+def test_gradients_of_the_load(k, valid):
+    """Of the logits, and of the threshold, which is a noisy one."""
+    assert torch.autograd.gradcheck(
+        lambda *inputs: losses.load_loss(*inputs, k, .3, valid),
+        random_logits())
+
+
+@VALID
+@pytest.mark.parametrize('k', [1, 2])
+def test_both_balance_losses_are_one_and_the_other(k, valid):
+    found, wanted = [], []
+    logits, noisy = random_logits()
+    for out, (importance, load) in (
+            (found, losses.balance_losses(logits, noisy, k, .3, valid)),
+            (wanted, (losses.importance_loss(logits.softmax(1), valid),
+                      losses.load_loss(logits, noisy, k, .3, valid)))):
+        out += [importance, load, *torch.autograd.grad(
+            2 * importance + 3 * load, (logits, noisy))]
+    torch.testing.assert_close(found, wanted)

@@ -151,10 +151,10 @@ class TokenChoiceRouter(ScoredRouter):
         # A loss of weight 0 is skipped, not multiplied: 0 * inf is nan.
         weights = {name: weight for name, weight in self.loss_weights.items()
                    if weight}
-        if not self.tutel_compat and {'importance', 'load'} <= {*weights}:
-            computed = self._balance_losses(logits_TE, noisy_TE, valid_T)
-        else:
-            computed = {}
+        computed: dict[str, Tensor] = {}
+        if not self.tutel_compat and {'importance', 'load'} <= weights.keys():
+            computed['importance'], computed['load'] = losses.balance_losses(
+                logits_TE, noisy_TE, self.top_k, self.noise_sd, valid_T)
         source = tutel if self.tutel_compat else losses
         compute = {
             'importance': lambda: source.importance_loss(
@@ -167,16 +167,6 @@ class TokenChoiceRouter(ScoredRouter):
         return {name: weight * (computed[name] if name in computed
                                 else compute[name]())
                 for name, weight in weights.items()}
-
-    def _balance_losses(self, logits_TE: Tensor, noisy_TE: Tensor,
-                        valid_T: Tensor | None) -> dict[str, Tensor]:
-        """V-MoE's two losses at once: both are variations."""
-        mass_E = losses.of_valid(logits_TE.softmax(1), valid_T).sum(0)
-        chosen_E = losses.twice_chosen(logits_TE, noisy_TE, self.top_k,
-                                       self.noise_sd, valid_T)
-        importance, load = losses.squared_variation(
-            torch.stack([mass_E, chosen_E])).unbind()
-        return {'importance': importance, 'load': load}
 
     def _check(self) -> None:
         check_top_k(self.top_k, self.num_experts)
