@@ -205,6 +205,34 @@ def test_the_same_input_gives_the_same_bits(name, kind):
         assert torch.equal(second[key], value), key
 
 
+@pytest.mark.torch('2.10')
+@pytest.mark.parametrize('padding', ['all valid', 'padded'])
+@pytest.mark.parametrize('name', [
+    'token choice', 'token choice, capacity', 'expert choice c=2'])
+def test_what_a_gpu_leaves_unwritten_reaches_nothing(monkeypatch, name,
+                                                     padding):
+    """Behind the last offset a GPU's kernel writes nothing, so that anything
+    stands there; the CPU's writes zeros, which would hide it."""
+    product = compat.grouped_mm
+
+    def unwritten(*args, offs):
+        out = product(*args, offs=offs)
+        if out.dim() == 2:
+            out[int(offs[-1]):] = float('nan')
+        return out
+
+    layer = build_layer(FIXED[name], widths=(16, 24))
+    x, valid = images(dim=16), some_padding(padding)
+    found = []
+    for kernel in (product, unwritten):
+        monkeypatch.setattr(compat, 'grouped_mm', kernel)
+        with accelerated(), under(torch.bfloat16):
+            found.append(results(layer, x, valid))
+    for key, value in found[0].items():
+        assert value.isfinite().all(), key
+        assert torch.equal(found[1][key], value), key
+
+
 # What may add rows up, if its result is half precision.
 SUMS = ('sum', 'mean', 'index_add', 'index_add_', 'index_put', 'index_put_',
         'scatter_add', 'scatter_add_', 'repeat_interleave', 'segment_reduce')
