@@ -2,6 +2,7 @@
 import copy
 
 import torch
+from accelerator import accelerated
 from toy import ToyImages, ToySegmentor
 from torch import nn
 
@@ -19,6 +20,10 @@ LAYOUTS = {
     'experts': dict(shard=1, expert_parallel=2),
     'both': dict(expert_parallel=2),
     'copies': dict(shard=1),
+    # Of four ranks.
+    'two copies': dict(shard=2),
+    'two copies of both': dict(shard=2, expert_parallel=2),
+    'an expert each': dict(shard=1, expert_parallel=4),
 }
 STEPS = 5
 
@@ -92,7 +97,6 @@ def train_alone(case: dict, ranks: int, joined: bool, steps: int = STEPS
     """One process on the batches of all ranks, joined or one by one."""
     model = build(**case['model'])
     prepare(model, case)
-    install(model)
     parts = 1 if joined else ranks
     return train(model, model,
                  lambda step: [batch(step, part, parts)
@@ -102,6 +106,8 @@ def train_alone(case: dict, ranks: int, joined: bool, steps: int = STEPS
 
 
 def prepare(model: nn.Module, case: dict) -> None:
+    if case.get('balanced'):
+        install(model)
     if case.get('collapsed'):
         for layer in moe_layers(model).values():
             # The first expert wins every tie.
@@ -119,12 +125,57 @@ def train_sharded(rank: int, work_dir: str, cases: dict) -> dict:
             model = build(**case['model'])
             prepare(model, case)
             wrapper = FullySharded(model, **LAYOUTS[layout])
-            install(model)
-            result = train(
-                wrapper, model, lambda step: [batch(step, rank, ranks)],
-                clip_grad_norm_, case.get('padded', False))
+            with accelerated(case.get('accelerated', False)):
+                result = train(
+                    wrapper, model, lambda step: [batch(step, rank, ranks)],
+                    clip_grad_norm_, case.get('padded', False))
             result['local'] = sum(
                 getattr(parameter, 'to_local', lambda p=parameter: p)().numel()
                 for parameter in model.parameters())
             results[name, layout] = result
     return results
+
+
+def evaluate(rank: int, work_dir: str, layouts: tuple[str, ...]) -> dict:
+    """Maps of a rank's images, of which rank 1 has fewer; a step after it."""
+    from rmoe.parallel import FullySharded
+    results = {}
+    for layout in layouts:
+        model = build(dict(type='TokenChoiceRouter', top_k=2))
+        wrapper = FullySharded(model, **LAYOUTS[layout])
+        wrapper.eval()
+        with torch.no_grad(), wrapper.gathered():
+            maps = [model(batch(step, rank, 2)[0])
+                    for step in range(3 - 2 * rank)]
+        wrapper.train()
+        wrapper(*batch(0, rank, 2), mode='loss')['loss_ce'].backward()
+        results[layout] = dict(
+            maps=maps, local=sum(
+                parameter.to_local().numel()
+                for parameter in model.parameters()))
+    return results
+
+
+def compute_in_bfloat16(rank: int, work_dir: str) -> dict:
+    """A step with parameters gathered in bfloat16."""
+    from rmoe.parallel import FullySharded
+    model = build(dict(type='TokenChoiceRouter', noise_std=0.))
+    wrapper = FullySharded(model, param_dtype='bfloat16')
+    seen = {}
+
+    def look(name):
+        def hook(module, args):
+            seen[name] = {key: parameter.dtype for key, parameter
+                          in module.named_parameters(recurse=False)}
+            seen[f'{name} input'] = next(
+                arg.dtype for arg in args if isinstance(arg, torch.Tensor))
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(('scorer', 'experts', 'attn.w_msa.qkv', 'norm1')):
+            module.register_forward_pre_hook(look(name))
+    loss = wrapper(*batch(0, rank, 2), mode='loss')['loss_ce']
+    loss.backward()
+    return dict(seen=seen, loss=float(loss.detach()), grads={
+        name: full(parameter.grad)
+        for name, parameter in model.named_parameters()})

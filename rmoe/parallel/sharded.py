@@ -2,7 +2,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,8 @@ from rmoe.moe.experts import Experts
 from rmoe.parallel.clipping import clip_grad_norm_
 from rmoe.parallel.exchange import ExpertParallel
 from rmoe.parallel.mesh import Layout, lay_out
-from rmoe.parallel.scalars import ScalarGradients
-from rmoe.parallel.units import (
-    blocks_of,
-    divisible_dimension,
-    keeps_statistics,
-)
+from rmoe.parallel.replicated import ReplicatedGradients
+from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
 from rmoe.registry import MODEL_WRAPPERS
 
 PARAM_DTYPES = (None, 'bfloat16')
@@ -52,9 +48,10 @@ class FullySharded(nn.Module):
         expert_parallel: divide the experts of a layer among so many
             processes, to which their rows travel; 1 divides none. The number
             of experts must be a multiple.
-        param_dtype: 'bfloat16' gathers and computes blocks in bfloat16.
-            Weights, the sum of gradients over processes, routers, blocks with
-            BatchNorm and all outside blocks stay in float32.
+        param_dtype: 'bfloat16' gathers blocks in bfloat16, and computes them
+            under autocast to it. What the optimizer steps, the sum of
+            gradients over processes, routers, norms and all outside blocks
+            stay in float32.
         reshard_after_forward: False keeps what was gathered until backward:
             more memory, fewer bytes on their way.
 
@@ -84,6 +81,9 @@ class FullySharded(nn.Module):
             if layout.expert is not None]
         self._units = _shard(inner, layers, layout, param_dtype,
                              reshard_after_forward)
+        # mmengine would initialise weights after it has wrapped the model.
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (_Initialised, kind), {})
         self._reshard_after_forward = reshard_after_forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +130,16 @@ class FullySharded(nn.Module):
                 unit.reshard()
                 unit.set_reshard_after_forward(
                     self._reshard_after_forward, recurse=False)
+
+
+class _Initialised(nn.Module):
+    """Mixed into a model whose weights are divided: there is nothing left to
+    initialise, and no process could."""
+
+    @property
+    def init_weights(self) -> NoReturn:
+        raise AttributeError('weights were initialised before they were '
+                             'divided among processes')
 
 
 def _check(layers: dict[str, MoELayer], expert_parallel: int,
@@ -185,27 +195,25 @@ def _shard(model: nn.Module, layers: dict[str, MoELayer], layout: Layout,
            ) -> list[FSDPModule]:
     """Units from the inside out; the model itself is the last one."""
     units: list[Any] = []
-    scalars = {parameter for parameter in model.parameters()
-               if not parameter.dim()}
-    if scalars:
-        ScalarGradients(one for one in model.parameters()
-                        if one in scalars and one.requires_grad)
-    plain = MixedPrecisionPolicy()
-    low = plain if param_dtype is None else MixedPrecisionPolicy(
-        param_dtype=getattr(torch, param_dtype), reduce_dtype=torch.float32,
-        cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy() if param_dtype is None else (
+        MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype),
+                             reduce_dtype=torch.float32,
+                             cast_forward_inputs=False))
+    blocks = blocks_of(model)
+    whole = kept_whole(model, [] if param_dtype is None else blocks)
+    trained = [one for one in whole if one.requires_grad]
+    if trained:
+        ReplicatedGradients(trained)
 
-    def add(module: nn.Module, policy: MixedPrecisionPolicy, **options: Any
-            ) -> None:
-        options.setdefault('mesh', layout.dense)
+    def add(module: nn.Module, **options: Any) -> None:
+        options = dict(mesh=layout.dense, mp_policy=policy) | options
         units.append(fully_shard(
-            module, mp_policy=policy, ignored_params=scalars,
+            module, ignored_params=set(whole),
             reshard_after_forward=reshard_after_forward, **options))
 
-    for block in blocks_of(model):
-        policy = plain if keeps_statistics(block) else low
+    for block in blocks:
         for layer in moe_layers(block).values():
-            add(layer.experts, policy, mesh=layout.experts,
+            add(layer.experts, mesh=layout.experts,
                 shard_placement_fn=partial(
                     _placement, layout.experts.size(1),
                     layout.expert is not None))
@@ -214,12 +222,10 @@ def _shard(model: nn.Module, layers: dict[str, MoELayer], layout: Layout,
                 # gradient is the mean over all.
                 layer.experts.set_gradient_divide_factor(
                     float(dist.get_world_size()))
-            if policy is not plain:
-                add(layer.router, plain)
-        add(block, policy)
-        if policy is not plain:
+        add(block)
+        if policy.param_dtype is not None:
             _compute_in(block, policy.param_dtype)
-    add(model, plain)
+    add(model, mp_policy=MixedPrecisionPolicy())
     return units
 
 

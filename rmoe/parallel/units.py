@@ -2,10 +2,11 @@
 from collections.abc import Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
-from rmoe.moe import moe_layers
+from rmoe.moe import MoELayer, moe_layers
 
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -38,10 +39,22 @@ def _block_around(name: str, modules: dict[str, nn.Module]) -> nn.Module:
     return modules[name]
 
 
-def keeps_statistics(block: nn.Module) -> bool:
-    """Has it a norm whose running statistics are in float32, which wants
-    weights of the same type?"""
-    return any(isinstance(module, _BatchNorm) for module in block.modules())
+def kept_whole(model: nn.Module, in_low_precision: Sequence[nn.Module]
+               ) -> list[nn.Parameter]:
+    """Parameters that no unit may hold, in order.
+
+    Args:
+        model: whose parameters without a dimension these are.
+        in_low_precision: blocks whose norms and routers are among them.
+    """
+    kept = [one for one in model.parameters() if not one.dim()]
+    for block in in_low_precision:
+        for module in block.modules():
+            if isinstance(module, NORMS):
+                kept += module.parameters(recurse=False)
+            elif isinstance(module, MoELayer):
+                kept += module.router.parameters()
+    return list(dict.fromkeys(kept))
 
 
 def divisible_dimension(shape: Sequence[int], parts: int, first: int
