@@ -19,6 +19,7 @@ ALLOWED = {
     'safe_loading': {'upcycling'},
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat',
                   'safe_loading'},
+    'parallel': {'parallel', 'moe', 'registry', 'compat'},
     'engine': {'engine', 'upcycling', 'moe', 'registry', 'compat',
                'safe_loading'},
     'classification': {'classification', 'registry'},

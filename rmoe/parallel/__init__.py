@@ -2,6 +2,6 @@
 
 What is in here knows the layer (rmoe.moe), which does not know it.
 """
-from rmoe.parallel.sharded import FullySharded
+from rmoe.parallel.fully_sharded import FullySharded
 
 __all__ = ['FullySharded']

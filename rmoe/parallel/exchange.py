@@ -45,6 +45,7 @@ class ExpertParallel:
         # A group of processes exists once.
         return self
 
+    @torch.no_grad()
     def gather(self, experts: Experts) -> None:
         """Until :meth:`release`, compute with all experts in this process."""
         for name, parameter in experts.named_parameters(recurse=False):

@@ -1,29 +1,15 @@
 """Fully sharded training of MoE models inside mmengine's runner."""
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from mmengine.dist import broadcast
-from mmengine.model import BaseTTAModel
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import Shard, distribute_tensor
 
+from rmoe import compat
 from rmoe.moe import MoELayer, moe_layers
-from rmoe.moe.experts import Experts
-from rmoe.parallel.clipping import clip_grad_norm_
-from rmoe.parallel.exchange import ExpertParallel
-from rmoe.parallel.mesh import Layout, lay_out
-from rmoe.parallel.replicated import ReplicatedGradients
-from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
 from rmoe.registry import MODEL_WRAPPERS
 
 PARAM_DTYPES = (None, 'bfloat16')
@@ -59,28 +45,28 @@ class FullySharded(nn.Module):
         module: the model.
 
     Raises:
-        ValueError: for a model without MoE layers, or numbers that do not
-            divide each other.
+        ValueError: for a model without MoE layers, numbers that do not
+            divide each other, or a torch older than 2.6.
     """
 
     def __init__(self, module: nn.Module, shard: int | None = None,
                  expert_parallel: int = 1, param_dtype: str | None = None,
                  reshard_after_forward: bool = True) -> None:
         super().__init__()
+        compat.require('rmoe.FullySharded')
+        from rmoe.parallel import mesh, sharding
         layers = moe_layers(module)
         _check(layers, expert_parallel, param_dtype)
-        device = next(module.parameters()).device.type
-        layout = lay_out(device, dist.get_world_size(), shard,
-                         expert_parallel)
-        _initialise(module)
-        # The model for test-time augmentation never computes itself.
-        inner = module.module if isinstance(module, BaseTTAModel) else module
+        layout = mesh.lay_out(
+            next(module.parameters()).device.type, dist.get_world_size(),
+            shard, expert_parallel)
+        sharding.initialise(module)
         self.module = module
         self._parallel = [
-            _divide(layer.experts, layout) for layer in layers.values()
-            if layout.expert is not None]
-        self._units = _shard(inner, layers, layout, param_dtype,
-                             reshard_after_forward)
+            sharding.divide(layer.experts, layout)
+            for layer in layers.values() if layout.expert is not None]
+        self._units = sharding.shard(module, layout, param_dtype,
+                                     reshard_after_forward)
         # mmengine would initialise weights after it has wrapped the model.
         kind = type(module)
         module.__class__ = type(kind.__name__, (_Initialised, kind), {})
@@ -93,6 +79,7 @@ class FullySharded(nn.Module):
                    ) -> dict[str, Tensor]:
         """As mmengine's; gradients are clipped by their norm over all
         processes."""
+        from rmoe.parallel.clipping import clip_grad_norm_
         if getattr(optim_wrapper, 'clip_func', None) is (
                 torch.nn.utils.clip_grad_norm_):
             optim_wrapper.clip_func = clip_grad_norm_
@@ -164,95 +151,3 @@ def _check(layers: dict[str, MoELayer], expert_parallel: int,
                 f'expert_parallel={expert_parallel} cannot serve {name}, a '
                 f'{type(layer).__name__} that looks at the hidden rows of '
                 'neighbouring tokens: leave it at 1, which shards its experts')
-
-
-def _initialise(module: nn.Module) -> None:
-    """What mmengine does after wrapping: it would be too late."""
-    if not getattr(module, 'is_init', False) and hasattr(
-            module, 'init_weights'):
-        module.init_weights()
-    for tensor in module.state_dict().values():
-        broadcast(tensor)
-
-
-def _divide(experts: Experts, layout: Layout
-            ) -> tuple[Experts, ExpertParallel]:
-    """Leave to each process its experts."""
-    assert layout.expert is not None
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        divided = nn.Parameter(
-            distribute_tensor(parameter.data, layout.expert, [Shard(0)],
-                              src_data_rank=None),
-            requires_grad=parameter.requires_grad)
-        setattr(experts, name, divided)
-    parallel = ExpertParallel(layout.expert, experts.num_experts)
-    experts.elsewhere = parallel
-    return experts, parallel
-
-
-def _shard(model: nn.Module, layers: dict[str, MoELayer], layout: Layout,
-           param_dtype: str | None, reshard_after_forward: bool
-           ) -> list[FSDPModule]:
-    """Units from the inside out; the model itself is the last one."""
-    units: list[Any] = []
-    policy = MixedPrecisionPolicy() if param_dtype is None else (
-        MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype),
-                             reduce_dtype=torch.float32,
-                             cast_forward_inputs=False))
-    blocks = blocks_of(model)
-    whole = kept_whole(model, [] if param_dtype is None else blocks)
-    trained = [one for one in whole if one.requires_grad]
-    if trained:
-        ReplicatedGradients(trained)
-
-    def add(module: nn.Module, **options: Any) -> None:
-        options = dict(mesh=layout.dense, mp_policy=policy) | options
-        units.append(fully_shard(
-            module, ignored_params=set(whole),
-            reshard_after_forward=reshard_after_forward, **options))
-
-    for block in blocks:
-        for layer in moe_layers(block).values():
-            add(layer.experts, mesh=layout.experts,
-                shard_placement_fn=partial(
-                    _placement, layout.experts.size(1),
-                    layout.expert is not None))
-            if layout.expert is not None:
-                # The rows of all processes come to their expert, and its
-                # gradient is the mean over all.
-                layer.experts.set_gradient_divide_factor(
-                    float(dist.get_world_size()))
-        add(block)
-        if policy.param_dtype is not None:
-            _compute_in(block, policy.param_dtype)
-    add(model, mp_policy=MixedPrecisionPolicy())
-    return units
-
-
-def _placement(parts: int, divided: bool, parameter: nn.Parameter
-               ) -> Shard | None:
-    """Along which dimension a stack of experts is sharded: one that comes out
-    even, as a short dimension would be padded."""
-    dimension = divisible_dimension(parameter.shape, parts, int(divided))
-    if dimension is None and divided:
-        raise ValueError(
-            f'no width of a stack of experts {tuple(parameter.shape)} is a '
-            f'multiple of {parts} processes: set shard to expert_parallel')
-    return None if dimension is None else Shard(dimension)
-
-
-def _compute_in(block: nn.Module, dtype: torch.dtype) -> None:
-    """Autocast inside a block: its parameters are of that type, and what
-    comes in and leaves is not."""
-    stacks: list[ExitStack] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        stacks.append(ExitStack())
-        device = next(module.parameters()).device.type
-        stacks[-1].enter_context(torch.autocast(device, dtype))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stacks.pop().close()
-
-    block.register_forward_pre_hook(enter)
-    block.register_forward_hook(leave, always_call=True)

@@ -1,0 +1,138 @@
+"""Divides the parameters of a model among processes.
+
+Needs a torch that has ``fully_shard``.
+"""
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.dist import broadcast
+from mmengine.model import BaseTTAModel
+from torch import nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from rmoe.moe import moe_layers
+from rmoe.moe.experts import Experts
+from rmoe.parallel.exchange import ExpertParallel
+from rmoe.parallel.mesh import Layout
+from rmoe.parallel.replicated import ReplicatedGradients
+from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
+
+
+def initialise(module: nn.Module) -> None:
+    """Initialise the weights of a model, equally in all processes.
+
+    mmengine does so after wrapping, when no process has them all.
+    """
+    if not getattr(module, 'is_init', False) and hasattr(
+            module, 'init_weights'):
+        module.init_weights()
+    for tensor in module.state_dict().values():
+        broadcast(tensor)
+
+
+def divide(experts: Experts, layout: Layout
+            ) -> tuple[Experts, ExpertParallel]:
+    """Leave to each process its experts.
+
+    Args:
+        experts: of one layer, whole; changed in place.
+        layout: with an ``expert`` mesh.
+    """
+    assert layout.expert is not None
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        divided = nn.Parameter(
+            distribute_tensor(parameter.data, layout.expert, [Shard(0)],
+                              src_data_rank=None),
+            requires_grad=parameter.requires_grad)
+        setattr(experts, name, divided)
+    parallel = ExpertParallel(layout.expert, experts.num_experts)
+    experts.elsewhere = parallel
+    return experts, parallel
+
+
+def shard(model: nn.Module, layout: Layout, param_dtype: str | None,
+          reshard_after_forward: bool) -> list[FSDPModule]:
+    """Shard what is gathered together, unit by unit.
+
+    Args:
+        model: with MoE layers; changed in place.
+        layout: over which processes.
+        param_dtype: in which blocks are gathered; None for their own.
+        reshard_after_forward: whether they are given up before backward.
+
+    Returns:
+        The units from the inside out; the model itself is the last one.
+    """
+    if isinstance(model, BaseTTAModel):
+        # Which never computes itself.
+        model = model.module
+    units: list[Any] = []
+    policy = MixedPrecisionPolicy() if param_dtype is None else (
+        MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype),
+                             reduce_dtype=torch.float32,
+                             cast_forward_inputs=False))
+    blocks = blocks_of(model)
+    whole = kept_whole(model, [] if param_dtype is None else blocks)
+    trained = [one for one in whole if one.requires_grad]
+    if trained:
+        ReplicatedGradients(trained)
+
+    def add(module: nn.Module, **options: Any) -> None:
+        options = dict(mesh=layout.dense, mp_policy=policy) | options
+        units.append(fully_shard(
+            module, ignored_params=set(whole),
+            reshard_after_forward=reshard_after_forward, **options))
+
+    for block in blocks:
+        for layer in moe_layers(block).values():
+            add(layer.experts, mesh=layout.experts,
+                shard_placement_fn=partial(
+                    _placement, layout.experts.size(1),
+                    layout.expert is not None))
+            if layout.expert is not None:
+                # The rows of all processes come to their expert, and its
+                # gradient is the mean over all.
+                layer.experts.set_gradient_divide_factor(
+                    float(dist.get_world_size()))
+        add(block)
+        if policy.param_dtype is not None:
+            _compute_in(block, policy.param_dtype)
+    add(model, mp_policy=MixedPrecisionPolicy())
+    return units
+
+
+def _placement(parts: int, divided: bool, parameter: nn.Parameter
+               ) -> Shard | None:
+    """Along which dimension a stack of experts is sharded: one that comes out
+    even, as a short dimension would be padded."""
+    dimension = divisible_dimension(parameter.shape, parts, int(divided))
+    if dimension is None and divided:
+        raise ValueError(
+            f'no width of a stack of experts {tuple(parameter.shape)} is a '
+            f'multiple of {parts} processes: set shard to expert_parallel')
+    return None if dimension is None else Shard(dimension)
+
+
+def _compute_in(block: nn.Module, dtype: torch.dtype) -> None:
+    """Autocast inside a block: its parameters are of that type, and what
+    comes in and leaves is not."""
+    stacks: list[ExitStack] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stacks.append(ExitStack())
+        device = next(module.parameters()).device.type
+        stacks[-1].enter_context(torch.autocast(device, dtype))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stacks.pop().close()
+
+    block.register_forward_pre_hook(enter)
+    block.register_forward_hook(leave, always_call=True)

@@ -1,0 +1,64 @@
+"""What cannot be served is refused before training, by name."""
+import pytest
+import torch
+from mmengine.registry import MODEL_WRAPPERS
+from routers import ROUTERS
+from sharded_ranks import build
+from torch import nn
+
+from rmoe import compat
+from rmoe.moe import MoEMixFFN
+from rmoe.parallel import FullySharded
+
+needs_fully_shard = pytest.mark.torch('2.6')
+
+
+@needs_fully_shard
+@pytest.mark.parametrize('options, message', [
+    (dict(expert_parallel=3), 'expert_parallel=3 does not divide the 4 '
+     'experts of backbone.stages.1.blocks.0.ffn'),
+    (dict(param_dtype='float16'), "param_dtype='float16' is not one of")])
+def test_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        FullySharded(build(ROUTERS['token choice']), **options)
+
+
+@needs_fully_shard
+def test_a_dense_model():
+    with pytest.raises(ValueError, match='found no MoE layer in the model.*'
+                       'or remove model_wrapper_cfg'):
+        FullySharded(nn.Linear(2, 2))
+
+
+@needs_fully_shard
+def test_a_layer_that_looks_at_its_neighbours():
+    from mmseg.models.backbones.mit import MixFFN
+    ffn = MixFFN(8, 16, dict(type='GELU'))
+    with pytest.raises(ValueError, match='expert_parallel=2 cannot serve 0, a '
+                       'MoEMixFFN'):
+        FullySharded(nn.Sequential(MoEMixFFN(ffn, num_experts=4)),
+                     expert_parallel=2)
+
+
+@needs_fully_shard
+@pytest.mark.parametrize('ranks, shard, expert_parallel, message', [
+    (8, 3, 1, 'shard=3 does not divide the 8 processes'),
+    (8, 0, 1, 'shard=0 does not divide the 8 processes'),
+    (8, None, 16, 'expert_parallel=16 does not divide the 8 processes'),
+    (8, None, 3, 'expert_parallel=3 does not divide the 8 processes'),
+    (8, 2, 4, 'expert_parallel=4 does not divide shard=2')])
+def test_numbers_of_processes(ranks, shard, expert_parallel, message):
+    from rmoe.parallel.mesh import lay_out
+    with pytest.raises(ValueError, match=message):
+        lay_out('cpu', ranks, shard, expert_parallel)
+
+
+def test_an_old_torch(monkeypatch):
+    monkeypatch.setattr(compat, 'has_torch', lambda version: False)
+    with pytest.raises(ValueError, match=r'rmoe.FullySharded needs torch >= '
+                       rf'2\.6, this is torch {torch.__version__}'[:60]):
+        FullySharded(build(ROUTERS['token choice']))
+
+
+def test_configs_name_it():
+    assert MODEL_WRAPPERS.get('rmoe.FullySharded') is FullySharded
