@@ -13,6 +13,6 @@ else
              --master_addr="${MASTER_ADDR:-127.0.0.1}"
              --master_port="${PORT:-29500}")
 fi
-"${PYTHON:-python}" -m torch.distributed.run "${MEETING[@]}" \
+exec "${PYTHON:-python}" -m torch.distributed.run "${MEETING[@]}" \
     --nproc_per_node="$PROCESSES" \
     "$(dirname "$0")/train.py" "$CONFIG" --launcher pytorch "${@:3}"

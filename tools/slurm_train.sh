@@ -14,7 +14,7 @@ PER_NODE=$((GPUS < PER_NODE ? GPUS : PER_NODE))
 GRES=${GRES-gpu:$PER_NODE}
 export MASTER_PORT=${PORT:-${MASTER_PORT:-29500}}
 # shellcheck disable=SC2086
-srun -p "$PARTITION" --job-name="$JOB_NAME" \
+exec srun -p "$PARTITION" --job-name="$JOB_NAME" \
     ${GRES:+--gres="$GRES"} --ntasks="$GPUS" \
     --ntasks-per-node="$PER_NODE" \
     --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 \

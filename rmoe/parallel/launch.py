@@ -87,7 +87,7 @@ def start(launcher: str, dist_cfg: Mapping[str, Any] | None = None) -> str:
         backend = 'gloo'
         note = ('there is no GPU: the processes compute on CPUs and '
                 f'exchange by gloo, not by {wanted}')
-    limits = {}
+    limits: dict[str, Any] = {}
     if (seconds := options.get('timeout')) is not None:
         limits['timeout'] = timedelta(seconds=seconds)
     distributed.init_process_group(backend, **limits)
