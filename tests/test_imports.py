@@ -20,7 +20,7 @@ ALLOWED = {
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat',
                   'safe_loading'},
     'parallel': {'parallel', 'moe', 'registry', 'compat'},
-    'engine': {'engine', 'upcycling', 'moe', 'registry', 'compat',
+    'engine': {'engine', 'parallel', 'upcycling', 'moe', 'registry', 'compat',
                'safe_loading'},
     'classification': {'classification', 'registry'},
     'datasets': {'datasets'},

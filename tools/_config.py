@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py share: flags and config."""
+"""What tools/train.py and tools/test.py share: flags, config, processes."""
 import argparse
 import os
 import sys
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+
+from rmoe.parallel import launch
+from rmoe.parallel.data_parallel import choose_wrapper
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +40,37 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def start_processes(cfg: Config) -> str:
+    """Start the group of ``cfg.launcher``, and wrap the model for it.
+
+    Returns:
+        What is to be logged; see :func:`rmoe.parallel.launch.start`.
+    """
+    note = launch.start(cfg.launcher, (cfg.get('env_cfg') or {}).get(
+        'dist_cfg'))
+    if cfg.launcher != 'none':
+        choose_wrapper(cfg)
+    return note
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a tool; what the user can mend is one message, not a traceback."""
     try:
         main()
-    except (FileNotFoundError, ValueError) as error:
-        if os.environ.get('RMOE_TRACEBACK'):
+    except (Exception, KeyboardInterrupt) as error:
+        message = explain(error)
+        if launch.is_distributed():
+            launch.give_up(error, message)
+        if not message:
             raise
-        sys.exit(f'error: {error}\n(RMOE_TRACEBACK=1 shows where)')
+        sys.exit(message)
+    launch.stop()
+
+
+def explain(error: BaseException) -> str:
+    """What the user is told; '' where it takes a traceback."""
+    if os.environ.get('RMOE_TRACEBACK') or not isinstance(
+            error, (FileNotFoundError, ValueError)):
+        return ''
+    rank = f'rank {number}: ' if (number := launch.get_rank()) else ''
+    return f'error: {rank}{error}\n(RMOE_TRACEBACK=1 shows where)'

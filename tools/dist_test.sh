@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [test.py arguments]
+# Usage: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [test.py arguments]
+# PROCESSES on this machine: one for each GPU, or on CPUs as many as you like.
 # For several nodes set NNODES, NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
-CONFIG=$1
-CHECKPOINT=$2
-GPUS=$3
-torchrun \
-    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
-    --nproc_per_node="$GPUS" \
-    "$(dirname "$0")/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch "${@:4}"
+USAGE='Usage: dist_test.sh CONFIG CHECKPOINT PROCESSES [test.py arguments]'
+CONFIG=${1:?$USAGE}
+CHECKPOINT=${2:?$USAGE}
+PROCESSES=${3:?$USAGE}
+if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
+    MEETING=(--standalone)  # on a free port
+else
+    MEETING=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
+             --master_addr="${MASTER_ADDR:-127.0.0.1}"
+             --master_port="${PORT:-29500}")
+fi
+exec "${PYTHON:-python}" -m torch.distributed.run "${MEETING[@]}" \
+    --nproc_per_node="$PROCESSES" \
+    "$(dirname "$0")/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch \
+    "${@:4}"

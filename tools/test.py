@@ -1,7 +1,7 @@
 """Evaluate a checkpoint with the evaluator of its config: mIoU or AP."""
 import argparse
 
-from _config import add_common_arguments, load_config, run
+from _config import add_common_arguments, load_config, run, start_processes
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
+    note = start_processes(cfg)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         paint(cfg, args.show_dir)
@@ -31,7 +32,10 @@ def main() -> None:
     if args.tta:
         use_tta(cfg)
     safe_loading.install()
-    Runner.from_cfg(cfg).test()
+    runner = Runner.from_cfg(cfg)
+    if note:
+        runner.logger.info(note)
+    runner.test()
 
 
 def paint(cfg: Config, folder: str) -> None:

@@ -2,7 +2,7 @@
 import argparse
 
 import torch
-from _config import add_common_arguments, load_config, run
+from _config import add_common_arguments, load_config, run, start_processes
 from _memory import keep_freed_memory
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -41,9 +41,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
+    notes = [start_processes(cfg)]
     if cfg.get('compile'):
         compat.require('compile=True')
-    note = set_precision(cfg, args.amp)
+    notes.append(set_precision(cfg, args.amp))
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError('--auto-scale-lr needs '
@@ -60,7 +61,7 @@ def main() -> None:
         keep_freed_memory()
     runner = (RUNNERS.build(cfg) if 'runner_type' in cfg
               else Runner.from_cfg(cfg))
-    if note:
+    for note in filter(None, notes):
         runner.logger.info(note)
     runner.train()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from rmoe.engine.coco_check import CocoUse, check_coco
@@ -17,20 +18,20 @@ from rmoe.engine.image_check import (
     check_listed_images,
     is_local,
 )
+from rmoe.parallel.together import together
 from rmoe.registry import DATASETS, type_name
 
 MAX_IMAGES = 200
-# Who numbers the processes before torch.distributed does.
-RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 
 
 def check_data(cfg: Config, splits: tuple[str, ...],
                max_images: int | None = MAX_IMAGES) -> list[str]:
     """Is the data of a config there, whole, and what the config says?
 
-    Beyond folders and files, it is looked into by the first process only: COCO
-    annotations (:func:`rmoe.engine.coco_check.check_coco`), and of COCO's and
-    of mmseg's data sets the images.
+    Each rank looks for folders and files, for it may have a disk of its own.
+    Into them looks the first rank alone: COCO annotations
+    (:func:`rmoe.engine.coco_check.check_coco`), and of COCO's and of mmseg's
+    data sets the images. All ranks raise, or none.
 
     Args:
         cfg: a whole config.
@@ -39,15 +40,21 @@ def check_data(cfg: Config, splits: tuple[str, ...],
             None for all.
 
     Returns:
-        What mmdet does to the data without saying so; logged, too.
+        What mmdet does to the data without saying so; logged by the first
+        rank, too.
 
     Raises:
         FileNotFoundError: names the first folder or file that is missing,
             and the option that points elsewhere.
         ValueError: names file, mistake and fix, one line for each.
     """
+    return together(lambda: _check(cfg, splits, max_images))[0]
+
+
+def _check(cfg: Config, splits: tuple[str, ...], max_images: int | None
+           ) -> list[str]:
     check_roots(cfg, splits)
-    if any(int(os.environ.get(name, 0)) for name in RANKS):
+    if not is_main_process():
         return []
     # The next split often reads the same file.
     read = lru_cache(maxsize=1)(read_coco)

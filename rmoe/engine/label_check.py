@@ -3,18 +3,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from rmoe.engine.image_check import evenly_spaced
+from rmoe.parallel.together import together
 from rmoe.registry import HOOKS
 
 
 @HOOKS.register_module()
 class LabelCheckHook(Hook):
     """Looks at label maps before the first iteration of a segmentor.
+
+    Ranks share the files, and all of them raise or none.
 
     Args:
         max_files: label maps that are read, evenly spaced over the dataset.
@@ -34,13 +38,19 @@ class LabelCheckHook(Hook):
         head = decode_head(model.module if is_model_wrapper(model) else model)
         if head is None:
             return
-        checked = total = 0
-        for dataset in leaf_datasets(runner.train_dataloader.dataset):
-            for index in evenly_spaced(len(dataset), self.max_files):
+        datasets = list(leaf_datasets(runner.train_dataloader.dataset))
+        files = [(dataset, index) for dataset in datasets for index in
+                 evenly_spaced(len(dataset), self.max_files)]
+
+        def check_share() -> int:
+            share = files[get_rank()::get_world_size()]
+            for dataset, index in share:
                 check_labels(dataset, index, head.num_classes,
                              head.ignore_index)
-                checked += 1
-            total += len(dataset)
+            return len(share)
+
+        checked = sum(together(check_share))
+        total = sum(map(len, datasets))
         runner.logger.info(f'labels of {checked} of {total} training images '
                            f'lie in 0 to {head.num_classes - 1}')
 

@@ -57,15 +57,15 @@ class FullySharded(nn.Module):
         from rmoe.parallel import mesh, sharding
         layers = moe_layers(module)
         _check(layers, expert_parallel, param_dtype)
-        layout = mesh.lay_out(
+        meshes = mesh.lay_out(
             next(module.parameters()).device.type, dist.get_world_size(),
             shard, expert_parallel)
         sharding.initialise(module)
         self.module = module
         self._parallel = [
-            sharding.divide(layer.experts, layout)
-            for layer in layers.values() if layout.expert is not None]
-        self._units = sharding.shard(module, layout, param_dtype,
+            sharding.divide(layer.experts, meshes)
+            for layer in layers.values() if meshes.expert is not None]
+        self._units = sharding.shard(module, meshes, param_dtype,
                                      reshard_after_forward)
         # mmengine would initialise weights after it has wrapped the model.
         kind = type(module)

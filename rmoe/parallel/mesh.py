@@ -13,7 +13,7 @@ COPIES = ('replicate', 'shard')
 
 
 @dataclass(frozen=True)
-class Layout:
+class Meshes:
     """Meshes of processes.
 
     Attributes:
@@ -29,7 +29,7 @@ class Layout:
 
 
 def lay_out(device: str, world_size: int, shard: int | None,
-            expert_parallel: int) -> Layout:
+            expert_parallel: int) -> Meshes:
     """Arrange all processes; a collective call.
 
     Args:
@@ -59,9 +59,9 @@ def lay_out(device: str, world_size: int, shard: int | None,
     dense = init_device_mesh(device, (world_size // size, size),
                              mesh_dim_names=COPIES)
     if expert_parallel == 1:
-        return Layout(dense, dense, None)
+        return Meshes(dense, dense, None)
     inside = max(size // expert_parallel, 1)
     root = init_device_mesh(
         device, (world_size // (inside * expert_parallel), inside,
                  expert_parallel), mesh_dim_names=(*COPIES, 'expert'))
-    return Layout(dense, root[COPIES], root['expert'])
+    return Meshes(dense, root[COPIES], root['expert'])

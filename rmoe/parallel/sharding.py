@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from rmoe.moe import moe_layers
 from rmoe.moe.experts import Experts
 from rmoe.parallel.exchange import ExpertParallel
-from rmoe.parallel.mesh import Layout
+from rmoe.parallel.mesh import Meshes
 from rmoe.parallel.replicated import ReplicatedGradients
 from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
 
@@ -38,33 +38,33 @@ def initialise(module: nn.Module) -> None:
         broadcast(tensor)
 
 
-def divide(experts: Experts, layout: Layout
+def divide(experts: Experts, meshes: Meshes
             ) -> tuple[Experts, ExpertParallel]:
     """Leave to each process its experts.
 
     Args:
         experts: of one layer, whole; changed in place.
-        layout: with an ``expert`` mesh.
+        meshes: with an ``expert`` mesh.
     """
-    assert layout.expert is not None
+    assert meshes.expert is not None
     for name, parameter in list(experts.named_parameters(recurse=False)):
         divided = nn.Parameter(
-            distribute_tensor(parameter.data, layout.expert, [Shard(0)],
+            distribute_tensor(parameter.data, meshes.expert, [Shard(0)],
                               src_data_rank=None),
             requires_grad=parameter.requires_grad)
         setattr(experts, name, divided)
-    parallel = ExpertParallel(layout.expert, experts.num_experts)
+    parallel = ExpertParallel(meshes.expert, experts.num_experts)
     experts.elsewhere = parallel
     return experts, parallel
 
 
-def shard(model: nn.Module, layout: Layout, param_dtype: str | None,
+def shard(model: nn.Module, meshes: Meshes, param_dtype: str | None,
           reshard_after_forward: bool) -> list[FSDPModule]:
     """Shard what is gathered together, unit by unit.
 
     Args:
         model: with MoE layers; changed in place.
-        layout: over which processes.
+        meshes: over which processes.
         param_dtype: in which blocks are gathered; None for their own.
         reshard_after_forward: whether they are given up before backward.
 
@@ -86,18 +86,18 @@ def shard(model: nn.Module, layout: Layout, param_dtype: str | None,
         ReplicatedGradients(trained)
 
     def add(module: nn.Module, **options: Any) -> None:
-        options = dict(mesh=layout.dense, mp_policy=policy) | options
+        options = dict(mesh=meshes.dense, mp_policy=policy) | options
         units.append(fully_shard(
             module, ignored_params=set(whole),
             reshard_after_forward=reshard_after_forward, **options))
 
     for block in blocks:
         for layer in moe_layers(block).values():
-            add(layer.experts, mesh=layout.experts,
+            add(layer.experts, mesh=meshes.experts,
                 shard_placement_fn=partial(
-                    _placement, layout.experts.size(1),
-                    layout.expert is not None))
-            if layout.expert is not None:
+                    _placement, meshes.experts.size(1),
+                    meshes.expert is not None))
+            if meshes.expert is not None:
                 # The rows of all processes come to their expert, and its
                 # gradient is the mean over all.
                 layer.experts.set_gradient_divide_factor(
