@@ -1,0 +1,1 @@
+"""Parameters laid out over processes, and what files make of that."""
