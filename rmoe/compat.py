@@ -19,6 +19,7 @@ OLDEST_TORCH = '2.1'
 NEEDS = {
     'compile=True': '2.6',
     'rmoe.FullySharded': '2.6',
+    'CheckpointHook(sharded=True)': '2.6',
     'export by torch.export or to ONNX': '2.11',
 }
 

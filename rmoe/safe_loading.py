@@ -5,8 +5,9 @@ loaders for their process, MoE backbones use them for their own ``init_cfg``.
 A program of its own that loads files by mmengine's functions, such as mmseg's
 ``init_model``, calls :func:`install` first.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +18,9 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from rmoe.upcycling.formats import read_checkpoint
+
+# (file name, map_location) -> the file's content
+Loader = Callable[[str, Any], dict[str, Any]]
 
 
 def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
@@ -32,12 +36,17 @@ def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
     return read_checkpoint(filename, map_location, mapped=False)
 
 
-def load_from_http(filename: str, map_location: Any = None
-                   ) -> dict[str, Any]:
+def load_from_http(filename: str, map_location: Any = None,
+                   local: Loader = load_from_local) -> dict[str, Any]:
     """mmengine's loader of URLs, which would execute what it downloads.
 
     Files are kept where torch.hub keeps them, so what was downloaded before
     is found again.
+
+    Args:
+        filename: the URL.
+        map_location: as for torch.load.
+        local: loads the file that was downloaded.
     """
     path = Path(torch.hub.get_dir(), 'checkpoints',
                 Path(urlparse(filename).path).name)
@@ -46,7 +55,7 @@ def load_from_http(filename: str, map_location: Any = None
     barrier()
     # On another machine than the first rank's.
     _download(filename, path)
-    return load_from_local(str(path), map_location)
+    return local(str(path), map_location)
 
 
 def _download(url: str, path: Path) -> None:
@@ -55,14 +64,22 @@ def _download(url: str, path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path))
 
 
-def install() -> None:
+def install(local: Loader = load_from_local) -> None:
     """Make mmengine's load_from, resume and init_cfg read safely, in this
-    process, from now on."""
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http,
+    process, from now on.
+
+    Args:
+        local: loads local files, and those that were downloaded.
+    """
+    # mmengine logs a loader's name.
+    http = update_wrapper(partial(load_from_http, local=local),
+                          load_from_http)
+    CheckpointLoader.register_scheme(
+        '', update_wrapper(partial(local), load_from_local), force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), http,
                                      force=True)
     # What the loaders of torchvision:// and open-mmlab:// call.
-    mmengine_checkpoint.load_from_http = load_from_http
+    mmengine_checkpoint.load_from_http = http
 
 
 @contextmanager

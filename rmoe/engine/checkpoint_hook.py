@@ -1,11 +1,12 @@
 """Checkpoints that are whole, and that load under weights_only=True."""
 import os
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import HistoryBuffer
@@ -13,9 +14,23 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
-from rmoe import safe_loading
+from rmoe import compat, safe_loading
+from rmoe.engine.collective_checkpoint import (
+    install_loaders,
+    save_on_all_ranks,
+)
 from rmoe.engine.head_check import unfilled
+from rmoe.engine.random_state import (
+    State,
+    own_state,
+    random_state,
+    restore,
+    separate_ranks,
+    states_of_all_ranks,
+)
 from rmoe.moe import moe_layers
+from rmoe.parallel.folder import clear_leftovers
+from rmoe.parallel.layout import is_laid_out
 from rmoe.registry import HOOKS
 from rmoe.upcycling import check_prefix, state_dict_of, write_atomically
 
@@ -34,7 +49,7 @@ register_backend(ATOMIC_BACKEND, AtomicLocalBackend)
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's CheckpointHook, with its arguments, and five differences.
+    """mmengine's CheckpointHook, with its arguments, and these differences.
 
     Files are written under a temporary name and renamed, and old ones are
     removed after the new one is safe: a full disk or a kill leaves the
@@ -42,36 +57,83 @@ class CheckpointHook(MMEngineCheckpointHook):
     log buffers) is saved as tensors and built again after loading, so that
     torch >= 2.6 can resume; the file loads anywhere under weights_only=True.
     Files are read, not executed (:mod:`rmoe.safe_loading`).
-    The random state is saved, so that router noise and stochastic depth go on
-    after a resume as if nothing had happened.
+    The random state of every rank is saved, so that router noise and
+    stochastic depth go on after a resume as if nothing had happened. Ranks
+    that were seeded alike draw different numbers from the start of training.
     What a checkpoint cannot fill is no secret of the log: a backbone under
     another prefix raises; a head of another class count is told of before
     training, and raises before an evaluation and in a resumed run.
+    A checkpoint does not depend on how parameters lie over processes: a
+    sharded model is gathered on rank 0, tensor by tensor, into the file that
+    one process would have written, and loads from such a file.
+
+    Args:
+        sharded: write folders instead, every rank its part: faster, and no
+            rank holds the whole model. They resume in any layout and number
+            of ranks; tools/gather_checkpoint.py makes a plain file of one.
+        arguments: mmengine's.
+
+    Raises:
+        ValueError: for sharded=True with a torch that is too old, with
+            ``published_keys``, or with a store that is no folder.
     """
     backend_args: dict | None
+    filename_tmpl: str
     keep_ckpt_ids: deque
-    _rng_state: dict[str, torch.Tensor] | None = None
-    _all_rng_states: list[dict[str, torch.Tensor]] | None = None
+    _rng_state: State | None = None
+    _all_rng_states: list[State] | None = None
     _unfilled = ''
+
+    def __init__(self, *arguments: Any, sharded: bool = False,
+                 **named_arguments: Any) -> None:
+        super().__init__(*arguments, **named_arguments)
+        self.sharded = sharded
+        if not sharded:
+            return
+        compat.require('CheckpointHook(sharded=True)')
+        if self.published_keys is not None:
+            raise ValueError(
+                f'published_keys={self.published_keys} needs a file, and '
+                'sharded=True writes folders: leave one of them out, and make '
+                'the file with tools/gather_checkpoint.py')
+        # What a user did not choose.
+        if named_arguments.get('filename_tmpl') is None:
+            self.filename_tmpl = self.filename_tmpl.removesuffix('.pth')
 
     def before_run(self, runner: Runner) -> None:
         # Before anything is loaded.
-        safe_loading.install()
+        install_loaders(runner, _unwrapped(runner.model))
 
     def before_train(self, runner: Runner) -> None:
-        if self.backend_args is None and '://' not in str(
-                self.out_dir or runner.work_dir):
+        safe_loading.install()
+        out_dir = str(self.out_dir or runner.work_dir)
+        if self.backend_args is None and '://' not in out_dir:
             self.backend_args = dict(backend=ATOMIC_BACKEND)
+        atomic = (self.backend_args or {}).get('backend') == ATOMIC_BACKEND
+        if self.sharded and not atomic:
+            raise ValueError(
+                f'sharded=True needs a folder that all ranks see, not '
+                f'out_dir={out_dir!r} with backend_args={self.backend_args}: '
+                'leave sharded out, or give a local out_dir')
         super().before_train(runner)
+        if self.sharded and is_main_process():
+            clear_leftovers(Path(self.out_dir))
+        if self.sharded or is_laid_out(runner.model):
+            save_on_all_ranks(runner, self.sharded, atomic)
         if self._unfilled:
             runner.logger.warning('the checkpoint leaves as they are '
                                   f'initialised {self._unfilled}')
             self._unfilled = ''
+        # After the weights were initialised alike.
+        if self._rng_state is None:
+            separate_ranks()
 
     def before_val(self, runner: Runner) -> None:
+        safe_loading.install()
         self._check_head()
 
     def before_test(self, runner: Runner) -> None:
+        safe_loading.install()
         self._check_head()
 
     def _check_head(self) -> None:
@@ -94,7 +156,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _restore_rng_state(self) -> None:
         if self._rng_state is not None:
-            _set_rng_state(self._rng_state)
+            restore(self._rng_state)
             self._rng_state = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -104,13 +166,11 @@ class CheckpointHook(MMEngineCheckpointHook):
         }
         for part in ('message_hub', 'meta'):
             checkpoint[part] = _plain(checkpoint[part])
-        # Of every rank; save_best may come before any other checkpoint.
-        checkpoint['rng_state'] = self._all_rng_states or [_rng_state()]
+        # Somebody else than this hook may save: then it is this rank's.
+        checkpoint['rng_state'] = self._all_rng_states or [random_state()]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = _unwrapped(runner.model)
         # Other backbones' checkpoints look like anything.
         backbone = getattr(model, 'backbone', nn.Identity())
         if moe_layers(backbone):
@@ -127,7 +187,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             if isinstance(states, dict):  # an earlier version's
                 states = [states]
             if states:
-                self._rng_state = states[get_rank() % len(states)]
+                self._rng_state = own_state(states)
         hub = checkpoint.get('message_hub')
         if hub is not None:
             hub['log_scalars'] = {
@@ -140,12 +200,42 @@ class CheckpointHook(MMEngineCheckpointHook):
                 'resume: start from its weights instead, with '
                 'load_from=CHECKPOINT and without --resume')
 
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        # Rank 0 alone writes, and what it writes is of this moment.
+        self._all_rng_states = states_of_all_ranks()
+        before = self._best_checkpoints()
+        # mmengine would remove them before the better ones are safe.
+        self._set_best_checkpoints(dict.fromkeys(before))
+        super().after_val_epoch(runner, metrics)
+        self._all_rng_states = None
+        now = self._best_checkpoints()
+        self._set_best_checkpoints({
+            name: now[name] or before[name] for name in before})
+        if is_main_process():
+            for name, path in before.items():
+                if path and now[name] and path != now[name]:
+                    self._remove(path)
+
+    def _best_checkpoints(self) -> dict[str, str | None]:
+        """Path of the best checkpoint by the metric."""
+        if len(self.key_indicators) == 1:
+            return {'': self.best_ckpt_path}
+        return dict(self.best_ckpt_path_dict)
+
+    def _set_best_checkpoints(self, paths: dict[str, str | None]) -> None:
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = paths['']
+        else:
+            self.best_ckpt_path_dict = paths
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int,
                                    meta: dict) -> None:
         # What the run draws before its next iteration, as validation does, a
         # resumed run does not: both go on from the state of this moment.
-        self._rng_state = _rng_state()
-        self._all_rng_states = all_gather_object(self._rng_state)
+        self._rng_state = random_state()
+        self._all_rng_states = states_of_all_ranks()
         outdated: list[int] = []
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]
@@ -163,28 +253,26 @@ class CheckpointHook(MMEngineCheckpointHook):
             save_param_scheduler=self.save_param_scheduler, meta=meta,
             by_epoch=self.by_epoch, backend_args=self.backend_args,
             **self.args)
+        self._all_rng_states = None
         if not is_main_process():
             return
         write_atomically(os.path.join(runner.work_dir, 'last_checkpoint'),
                          self.last_ckpt.encode())
         for old in outdated:
-            path = self.file_backend.join_path(
-                self.out_dir, self.filename_tmpl.format(old))
-            if self.file_backend.isfile(path):
-                self.file_backend.remove(path)
+            self._remove(self.file_backend.join_path(
+                self.out_dir, self.filename_tmpl.format(old)))
+
+    def _remove(self, path: str) -> None:
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):
+            self.file_backend.rmtree(path)
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {'cpu': torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state['cpu'].cpu())
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'].cpu())
+def _unwrapped(model: Any) -> Any:
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _pack(buffer: HistoryBuffer) -> dict[str, Any]:

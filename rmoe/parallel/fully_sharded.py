@@ -54,7 +54,7 @@ class FullySharded(nn.Module):
                  reshard_after_forward: bool = True) -> None:
         super().__init__()
         compat.require('rmoe.FullySharded')
-        from rmoe.parallel import mesh, sharding
+        from rmoe.parallel import copies, mesh, sharding, state
         layers = moe_layers(module)
         _check(layers, expert_parallel, param_dtype)
         meshes = mesh.lay_out(
@@ -67,6 +67,8 @@ class FullySharded(nn.Module):
             for layer in layers.values() if meshes.expert is not None]
         self._units = sharding.shard(module, meshes, param_dtype,
                                      reshard_after_forward)
+        state.accept_full_tensors(module)
+        copies.allow_copies(module)
         # mmengine would initialise weights after it has wrapped the model.
         kind = type(module)
         module.__class__ = type(kind.__name__, (_Initialised, kind), {})

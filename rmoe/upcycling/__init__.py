@@ -6,6 +6,7 @@ from rmoe.upcycling.formats import (
     state_dict_of,
     write_atomically,
     write_checkpoint,
+    write_content,
 )
 from rmoe.upcycling.loading import check_loading, check_prefix
 from rmoe.upcycling.noise import add_noise
@@ -17,5 +18,5 @@ __all__ = [
     'Report', 'add_noise', 'check_loading', 'check_prefix', 'count_experts',
     'fit', 'fold', 'give_weights', 'read_checkpoint', 'state_dict_of',
     'to_dense', 'to_plain', 'weightless', 'write_atomically',
-    'write_checkpoint'
+    'write_checkpoint', 'write_content'
 ]

@@ -197,7 +197,10 @@ def _upcycle_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
         # factor of a low-rank residual must stay random.
         if layer.experts.core and '.residual_' in key and (
                 not key.endswith('_down')):
-            renamed[key] = current.new_zeros(()).expand_as(current)
+            # Whole and without memory, whatever part of it a rank keeps.
+            renamed[key] = torch.zeros(
+                (), dtype=current.dtype,
+                device=current.device).expand(current.shape)
     for core, expert in _core_pairs(name, layer):
         if core not in renamed:
             continue

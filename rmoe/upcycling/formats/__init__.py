@@ -11,10 +11,14 @@ from rmoe.upcycling.formats.flax import is_flax, read_flax
 from rmoe.upcycling.formats.hub import download, is_hub
 from rmoe.upcycling.formats.pickles import read_pickle
 from rmoe.upcycling.formats.tutel import rank_files, read_rank_files
-from rmoe.upcycling.formats.writing import write_atomically, write_checkpoint
+from rmoe.upcycling.formats.writing import (
+    write_atomically,
+    write_checkpoint,
+    write_content,
+)
 
 __all__ = ['read_checkpoint', 'state_dict_of', 'write_atomically',
-           'write_checkpoint']
+           'write_checkpoint', 'write_content']
 
 # Where the weights of a training checkpoint lie, by who wrote it.
 STATE_KEYS = ('state_dict', 'model', 'module')
@@ -39,8 +43,8 @@ def read_checkpoint(path: str | os.PathLike,
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, cut short, no checkpoint, or asks
-            for code to be run; if a file of a set is missing; or if a
+        ValueError: if the file is empty, cut short, a folder, no checkpoint,
+            or asks for code to be run; if a file of a set is missing; or if a
             download fails.
     """
     if is_hub(str(path)):
@@ -52,6 +56,11 @@ def read_checkpoint(path: str | os.PathLike,
         return read_flax(path)
     if rank_files(path):
         return read_rank_files(path, map_location)
+    if path.is_dir():
+        raise ValueError(
+            f'checkpoint {path} is a folder. If CheckpointHook(sharded=True) '
+            'wrote it, python tools/gather_checkpoint.py '
+            f'{path} OUT.pth makes one file of it')
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
     if path.stat().st_size == 0:

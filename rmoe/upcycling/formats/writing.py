@@ -33,6 +33,17 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     _write(path, lambda file: file.write_bytes(data))
 
 
+def write_content(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a checkpoint's content as .pth, whole or not at all, as it is
+    made: the bytes are never in memory beside the tensors."""
+    def write(temporary: Path) -> None:
+        # Given a name, torch.save would write it into the file.
+        with open(temporary, 'wb') as file:
+            torch.save(content, file)
+
+    _write(path, write)
+
+
 def _write(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,82 @@
+"""Copies of sharded models, for averages of weights (mmengine's EMAHook)."""
+import copy
+from typing import Any
+
+from torch import nn
+
+# What FSDP writes into a module beside hooks and parameters.
+MARKS = ('_is_fsdp_managed_module', '_fsdp_use_orig_params')
+HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
+         '_backward_hooks', '_state_dict_pre_hooks', '_state_dict_hooks',
+         '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
+
+
+def allow_copies(model: nn.Module) -> None:
+    """Let copy.deepcopy copy a model that fully_shard has sharded.
+
+    The copy has parameters of the same layout and the model's own hooks, but
+    nothing of FSDP: parameters and buffers are read, written and saved, and
+    it must not compute.
+
+    Args:
+        model: a sharded model; its sharded modules' classes, which
+            fully_shard made, are given a ``__deepcopy__``.
+    """
+    for module in sharded_modules(model):
+        type(module).__deepcopy__ = _copy  # type: ignore
+
+
+def reshard(model: nn.Module) -> None:
+    """Put away whole parameters that a forward pass without a backward pass
+    has left, so that ``parameters()`` are the parts again.
+
+    Who writes to parameters after an evaluation, as EMAHook does, would
+    otherwise write to what the next forward pass does not read.
+    """
+    for module in sharded_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that fully_shard was called with."""
+    from torch.distributed.fsdp import FSDPModule
+    return [module for module in model.modules()
+            if isinstance(module, FSDPModule)]
+
+
+def _copy(module: Any, memo: dict[int, Any]) -> nn.Module:
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    plain = _class_before_sharding(type(module))
+    twin = plain.__new__(plain)
+    memo[id(module)] = twin
+    for parameter in module.parameters():
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(
+                parameter.detach().clone(), parameter.requires_grad)
+    left_out = {REGISTRY_KEY, STATE_KEY, *MARKS}
+    state = {key: _own(value) if key in HOOKS else value
+             for key, value in vars(module).items() if key not in left_out}
+    twin.__setstate__(copy.deepcopy(state, memo))
+    # Modules inside, which are no FSDPModules, were copied with its hooks.
+    for inside in twin.modules():
+        for name in HOOKS:
+            setattr(inside, name, _own(getattr(inside, name)))
+    return twin
+
+
+def _class_before_sharding(sharded: type) -> type[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+    return next(base for base in sharded.__mro__[1:]
+                if issubclass(base, nn.Module) and
+                not issubclass(base, FSDPModule))
+
+
+def _own(hooks: Any) -> Any:
+    """The hooks that are not FSDP's."""
+    kept = type(hooks)()
+    for key, hook in hooks.items():
+        function = getattr(hook, 'hook', hook)  # load hooks are wrapped
+        if not getattr(function, '__module__', '').startswith(
+                'torch.distributed.'):
+            kept[key] = hook
+    return kept
