@@ -18,7 +18,7 @@ OLDEST_TORCH = '2.1'
 # What nothing stands in for, and the torch it needs.
 NEEDS = {
     'compile=True': '2.6',
-    'rmoe.FullySharded': '2.6',
+    'rmoe.FullySharded': '2.8',
     'CheckpointHook(sharded=True)': '2.6',
     'export by torch.export or to ONNX': '2.11',
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rmoe import compat
 from rmoe.moe import MoELayer, moe_layers
+from rmoe.parallel.layout import layout_of
 from rmoe.registry import MODEL_WRAPPERS
 
 PARAM_DTYPES = (None, 'bfloat16')
@@ -46,7 +47,7 @@ class FullySharded(nn.Module):
 
     Raises:
         ValueError: for a model without MoE layers, numbers that do not
-            divide each other, or a torch older than 2.6.
+            divide each other, or a torch older than 2.8.
     """
 
     def __init__(self, module: nn.Module, shard: int | None = None,
@@ -72,6 +73,7 @@ class FullySharded(nn.Module):
         # mmengine would initialise weights after it has wrapped the model.
         kind = type(module)
         module.__class__ = type(kind.__name__, (_Initialised, kind), {})
+        self._ready = False
         self._reshard_after_forward = reshard_after_forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,12 +82,31 @@ class FullySharded(nn.Module):
     def train_step(self, data: Any, optim_wrapper: OptimWrapper
                    ) -> dict[str, Tensor]:
         """As mmengine's; gradients are clipped by their norm over all
-        processes."""
+        processes.
+
+        Raises:
+            ValueError: for an optimizer that cannot step this model.
+        """
+        if not self._ready:
+            self._prepare(optim_wrapper)
+            self._ready = True
+        return self.module.train_step(data, optim_wrapper)
+
+    def _prepare(self, optim_wrapper: OptimWrapper) -> None:
         from rmoe.parallel.clipping import clip_grad_norm_
         if getattr(optim_wrapper, 'clip_func', None) is (
                 torch.nn.utils.clip_grad_norm_):
             optim_wrapper.clip_func = clip_grad_norm_
-        return self.module.train_step(data, optim_wrapper)
+        for group in optim_wrapper.param_groups:
+            kinds = {layout_of(parameter) is None
+                     for parameter in group['params']}
+            for option in ('foreach', 'fused'):
+                if group.get(option) and len(kinds) > 1:
+                    raise ValueError(
+                        f'optimizer.{option}=True takes no group of '
+                        'parameters of which some are divided and some kept '
+                        'whole, as scalars are, and with param_dtype norms '
+                        'and routers: leave it out')
 
     def val_step(self, data: Any) -> list:
         """As mmengine's, see :meth:`gathered`."""
@@ -121,7 +142,7 @@ class FullySharded(nn.Module):
                     self._reshard_after_forward, recurse=False)
 
 
-class _Initialised(nn.Module):
+class _Initialised:
     """Mixed into a model whose weights are divided: there is nothing left to
     initialise, and no process could."""
 

@@ -16,11 +16,12 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 from rmoe.moe import moe_layers
 from rmoe.moe.experts import Experts
 from rmoe.parallel.exchange import ExpertParallel
+from rmoe.parallel.layout import Layout
 from rmoe.parallel.mesh import Meshes
 from rmoe.parallel.replicated import ReplicatedGradients
 from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
@@ -47,10 +48,10 @@ def divide(experts: Experts, meshes: Meshes
         meshes: with an ``expert`` mesh.
     """
     assert meshes.expert is not None
+    layout = Layout(meshes.expert, (Shard(0), ))
     for name, parameter in list(experts.named_parameters(recurse=False)):
         divided = nn.Parameter(
-            distribute_tensor(parameter.data, meshes.expert, [Shard(0)],
-                              src_data_rank=None),
+            layout.cut(parameter.data),
             requires_grad=parameter.requires_grad)
         setattr(experts, name, divided)
     parallel = ExpertParallel(meshes.expert, experts.num_experts)

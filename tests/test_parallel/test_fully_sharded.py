@@ -12,7 +12,7 @@ from sharded_ranks import (
 )
 from two_ranks import run_ranks, run_two_ranks
 
-pytestmark = pytest.mark.torch('2.6')
+pytestmark = pytest.mark.torch('2.8')
 OF_TWO = ('sharded', 'experts', 'both', 'copies')
 OF_FOUR = (*OF_TWO, 'two copies', 'two copies of both', 'an expert each')
 ONE = ROUTERS['token choice']

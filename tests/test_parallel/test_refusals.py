@@ -10,7 +10,7 @@ from rmoe import compat
 from rmoe.moe import MoEMixFFN
 from rmoe.parallel import FullySharded
 
-needs_fully_shard = pytest.mark.torch('2.6')
+needs_fully_shard = pytest.mark.torch('2.8')
 
 
 @needs_fully_shard
@@ -56,7 +56,7 @@ def test_numbers_of_processes(ranks, shard, expert_parallel, message):
 def test_an_old_torch(monkeypatch):
     monkeypatch.setattr(compat, 'has_torch', lambda version: False)
     with pytest.raises(ValueError, match=r'rmoe.FullySharded needs torch >= '
-                       rf'2\.6, this is torch {torch.__version__}'[:60]):
+                       rf'2\.8, this is torch {torch.__version__}'[:60]):
         FullySharded(build(ROUTERS['token choice']))
 
 
