@@ -3,7 +3,7 @@ import copy
 
 import torch
 from accelerator import accelerated
-from toy import ToyImages, ToySegmentor
+from toy import STAGES, ToyImages, ToySegmentor, toy_config
 from torch import nn
 
 from rmoe.backbones.padding import ValidArea
@@ -179,3 +179,46 @@ def compute_in_bfloat16(rank: int, work_dir: str) -> dict:
     return dict(seen=seen, loss=float(loss.detach()), grads={
         name: full(parameter.grad)
         for name, parameter in model.named_parameters()})
+
+
+def train_by_runner(rank: int, work_dir: str, wrappers: dict) -> dict:
+    """All stages, with what hooks do; the same run with each wrapper."""
+    from mmengine.runner import Runner
+    hooks = [dict(type='rmoe.ResidualMoEHook', stages=STAGES),
+             dict(type='rmoe.MoELossHook'), dict(type='rmoe.CostHook'),
+             dict(type='rmoe.RoutingStatsHook', interval=2),
+             dict(type='EMAHook', momentum=.1)]
+    written = {}
+    for name, wrapper in wrappers.items():
+        cfg = toy_config(f'{work_dir}/{name}', max_iters=8, hooks=hooks,
+                         launcher='pytorch', model_wrapper_cfg=wrapper)
+        cfg.optim_wrapper.update(
+            accumulative_counts=2, clip_grad=dict(max_norm=.1))
+        cfg.optim_wrapper.optimizer.eps = 1e-3
+        cfg.default_hooks.checkpoint.interval = 1
+        cfg.experiment_name += f'{rank}'
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        hub = runner.message_hub
+        written[name] = dict(
+            norm=hub.get_scalar('train/grad_norm').data[0].tolist(),
+            balance=hub.get_scalar('train/loss_moe_importance').data[0]
+            .tolist(), entropy=hub.get_scalar('train/moe_entropy').current())
+    return written
+
+
+def overlap(rank: int, work_dir: str) -> list:
+    """In which order rows arrive, and the core computes."""
+    from rmoe.parallel import FullySharded
+    model = build(dict(type='TokenChoiceRouter', capacity_factor=.5,
+                       capacity_multiple=1))
+    wrapper = FullySharded(model, expert_parallel=2)
+    seen = []
+    for layer in moe_layers(model).values():
+        layer.experts.register_forward_hook(
+            lambda module, args, rows: seen.append(type(rows).__name__))
+        dense = layer._dense
+        layer._dense = lambda x, dense=dense: (seen.append('core'),
+                                               dense(x))[1]
+    wrapper(*batch(0, rank, 2), mode='loss')
+    return seen
