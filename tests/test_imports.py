@@ -19,9 +19,9 @@ ALLOWED = {
     'safe_loading': {'upcycling'},
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat',
                   'safe_loading'},
-    'engine': {'engine', 'upcycling', 'moe', 'registry', 'compat',
-               'safe_loading'},
-    'classification': {'classification', 'registry'},
+    'engine': {'engine', 'backbones', 'upcycling', 'moe', 'registry',
+               'compat', 'safe_loading'},
+    'classification': {'classification', 'engine', 'registry'},
     'datasets': {'datasets'},
     'visualization': {'visualization', 'moe'},
 }
