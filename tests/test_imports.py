@@ -20,9 +20,9 @@ ALLOWED = {
     'parallel': {'parallel', 'upcycling', 'moe', 'registry', 'compat'},
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat',
                   'safe_loading'},
-    'engine': {'engine', 'parallel', 'upcycling', 'moe', 'registry',
-               'compat', 'safe_loading'},
-    'classification': {'classification', 'registry'},
+    'engine': {'engine', 'parallel', 'backbones', 'upcycling', 'moe',
+               'registry', 'compat', 'safe_loading'},
+    'classification': {'classification', 'engine', 'registry'},
     'datasets': {'datasets'},
     'visualization': {'visualization', 'moe'},
 }

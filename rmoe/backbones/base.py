@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from rmoe import compat, safe_loading
-from rmoe.backbones.padding import ValidArea
+from rmoe.backbones.padding import KnownBatch
 from rmoe.moe import MoELayer
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture
@@ -21,15 +21,17 @@ class MoEBackbone(BaseModule):
 
     Attributes:
         architecture: what checkpoints it can load.
-        valid_area: of the batch it is called with next; None means that
-            nothing is padded.
+        known_batches: those of which a model around it knows the padding,
+            while it is called; see :mod:`rmoe.backbones.padding`.
     """
     # Of the class: an instance must pickle, and key maps hold functions.
     architecture: ClassVar[Architecture]
-    valid_area: ValidArea | None = None
+    known_batches: tuple[KnownBatch, ...] = ()
 
     def finish(self, moe: Mapping | None) -> None:
         """To be called when all modules are built."""
+        # Of the instance: that marks it as one that wants to be told.
+        self.known_batches = ()
         check_loading(self, (moe or {}).get('expert_mismatch', 'raise'))
         # At construction, so that DDP and the optimizer see it.
         for module in self.frozen_modules():
@@ -40,11 +42,6 @@ class MoEBackbone(BaseModule):
         """Load what ``init_cfg`` names; files are read, not executed."""
         with safe_loading.installed():
             super().init_weights()
-
-    def valid_area_of(self, images: Tensor) -> ValidArea | None:
-        """What is known of the padding of (B, C, height, width) images."""
-        area = self.valid_area
-        return area if area and area.covers(images) else None
 
     def frozen_modules(self) -> list[nn.Module]:
         """What ``frozen_stages`` freezes."""

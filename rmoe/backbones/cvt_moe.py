@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.conv_attention import ConvAttention
 from rmoe.backbones.ffn import FFNPlan
-from rmoe.backbones.padding import ValidArea
+from rmoe.backbones.padding import ValidArea, area_of
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import CVT
 
@@ -212,7 +212,7 @@ class CvTMoE(MoEBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
         stages in ``out_indices``."""
-        area = self.valid_area_of(x)
+        area = area_of(self, x)
         outs = []
         for i, stage in enumerate(self.stages):
             tokens, hw = stage(x, area)

@@ -2,16 +2,16 @@
 
 mmdet and mmseg pad the images of a batch at the right and at the bottom to one
 size and note each image's own size in its data sample. A backbone is handed
-the pixels alone; so whatever module takes a MoE backbone as its ``backbone``
-(a detector, a segmentor) tells it the sizes at every forward pass, in
-training, evaluation and inferencers alike.
+the pixels alone; so the model that is called with the data samples tells every
+MoE backbone inside the sizes, at every forward pass, in training, evaluation
+and inferencers alike.
 
 T tokens, B images.
 """
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from rmoe import compat
 from rmoe.moe import MoEFFN, MoEMlp, moe_layers
 
 # Strides of the maps of foreign backbones.
@@ -62,50 +63,126 @@ class ValidArea:
         return torch.cat([first_BT, map_BT], 1).to(device)
 
 
-def valid_area(images: Any, samples: Any) -> ValidArea | None:
-    """From a padded batch and what is known of its images; None if there is
-    no padding, or nothing is known.
+def image_sizes(images: Any, samples: Any) -> tuple[tuple[int, int], ...]:
+    """Height and width of each image of a batch without its padding; empty
+    if they are not known.
 
     Args:
         images: (B, C, height, width).
         samples: B data samples with ``img_shape`` in their metainfo.
     """
     if not isinstance(samples, Sequence) or not isinstance(images, Tensor):
-        return None
+        return ()
     shapes = [shape for sample in samples if (
         shape := getattr(sample, 'metainfo', {}).get('img_shape'))]
     if not len(images) == len(samples) == len(shapes):
-        return None
+        return ()
+    return tuple((int(shape[0]), int(shape[1])) for shape in shapes)
+
+
+def valid_area(images: Tensor, sizes: Sequence[tuple[int, int]]
+               ) -> ValidArea | None:
+    """Of a batch and the sizes of its images; None if nothing is padded."""
     padded = (images.shape[2], images.shape[3])
-    sizes = tuple((int(shape[0]), int(shape[1])) for shape in shapes)
     if all(height >= padded[0] and width >= padded[1]
            for height, width in sizes):
         return None
     return ValidArea(torch.tensor(sizes), padded)
 
 
+@dataclass(frozen=True)
+class KnownBatch:
+    """A batch of which a model knows what is padding.
+
+    Attributes:
+        teller: id of the module that knows it.
+        images: (B, C, height, width).
+        area: None if nothing is padded.
+    """
+    teller: int
+    images: Tensor
+    area: ValidArea | None
+
+
+def install_padding(model: nn.Module) -> None:
+    """Let a model tell its MoE backbones, wherever they are in it and
+    whatever is around them, which part of a batch is padding.
+
+    The model is called with ``inputs`` and ``data_samples``, or with dicts of
+    both by branch, as semi-supervised models are. A second call changes
+    nothing. A module that has a MoE backbone as its ``backbone`` needs no
+    call.
+
+    Args:
+        model: the top model, or what is called with the data samples.
+    """
+    if _tell not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_tell, with_kwargs=True)
+        model.register_forward_hook(_forget, always_call=True)
+
+
 def _become_owner(owner: nn.Module, name: str, module: nn.Module | None
                   ) -> None:
-    """Called for every module that is put into another."""
-    if name != 'backbone' or module is None or not moe_layers(module):
-        return
-    if _tell not in owner._forward_pre_hooks.values():
-        owner.register_forward_pre_hook(_tell, with_kwargs=True)
-        owner.register_forward_hook(_forget, always_call=True)
+    """Called for every module that is put into another. For inferencers and
+    models in use by themselves, in which nobody installs anything."""
+    if name == 'backbone' and module is not None and moe_layers(module):
+        install_padding(owner)
 
 
 register_module_module_registration_hook(_become_owner)
 
 
 # Hooks are functions of the module they get, so that copies of a model work.
-def _tell(owner: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _tell(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     named = dict(zip(('inputs', 'data_samples'), args), **kwargs)
-    owner.backbone.valid_area = valid_area(named.get('inputs'),
-                                           named.get('data_samples'))
+    inputs, samples = named.get('inputs'), named.get('data_samples')
+    if not isinstance(inputs, Mapping) or not isinstance(samples, Mapping):
+        inputs, samples = {'': inputs}, {'': samples}
+    batches = tuple(
+        KnownBatch(id(owner), images, valid_area(images, sizes))
+        for branch, images in inputs.items()
+        if (sizes := image_sizes(images, samples.get(branch))))
+    # What is called inside another that told more leaves that alone.
+    if batches:
+        for backbone in _backbones(owner):
+            backbone.known_batches = batches + backbone.known_batches
 
 
-def _forget(owner: Any, args: tuple, output: Any) -> None:
-    owner.backbone.valid_area = None
+def _forget(owner: nn.Module, args: tuple, output: Any) -> None:
+    for backbone in _backbones(owner):
+        backbone.known_batches = tuple(
+            batch for batch in backbone.known_batches
+            if batch.teller != id(owner))
+
+
+def _backbones(model: nn.Module) -> list[Any]:
+    # Not hasattr: wrappers have the attributes of what they wrap.
+    return [module for module in model.modules()
+            if 'known_batches' in vars(module)]
+
+
+def area_of(backbone: Any, images: Tensor) -> ValidArea | None:
+    """What a backbone was told of (B, C, height, width) images; None means
+    that nothing is padded, or that nothing is known."""
+    known: tuple[KnownBatch, ...] = backbone.known_batches
+    # Branches may have one shape. A trace compares no tensors if there is
+    # only one batch.
+    if len(known) > 1:
+        for batch in known:
+            if batch.images is images:
+                return batch.area
+    for batch in known:
+        if batch.area and batch.area.covers(images):
+            return batch.area
+    # Windows of sliding inference are not masked; training has none.
+    if backbone.training and not compat.is_compiling() and any(
+            batch.area for batch in known):
+        warnings.warn(
+            f'{type(backbone).__name__} got images of another shape than the '
+            'padded ones its model was called with: which of their tokens '
+            'are padding is not known, and all of them are routed',
+            stacklevel=3)
+    return None
 
 
 def mask_foreign_layers(backbone: Any) -> None:
@@ -114,7 +191,7 @@ def mask_foreign_layers(backbone: Any) -> None:
     Their grid is read off the number of their tokens. A MixFFN is left out:
     its convolution needs the outputs of all tokens.
     """
-    backbone.valid_area = None
+    backbone.known_batches = ()
     backbone.register_forward_pre_hook(_share)
     layers: Any = moe_layers(backbone).values()
     for layer in layers:
@@ -124,10 +201,10 @@ def mask_foreign_layers(backbone: Any) -> None:
 
 
 def _share(backbone: Any, args: tuple) -> None:
-    area = backbone.valid_area
+    area = area_of(backbone, args[0])
     layers: Any = moe_layers(backbone).values()
     for layer in layers:
-        layer.valid_area = area if area and area.covers(args[0]) else None
+        layer.valid_area = area
 
 
 def _mask(layer: Any, args: tuple, kwargs: dict[str, Any]

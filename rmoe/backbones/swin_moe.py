@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.ffn import FFNPlan
+from rmoe.backbones.padding import area_of
 from rmoe.backbones.window_attention import (
     ShiftedWindowAttention,
     WindowAttention,
@@ -260,7 +261,7 @@ class SwinMoE(MoEBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
         stages in ``out_indices``."""
-        area = self.valid_area_of(x)
+        area = area_of(self, x)
         x, hw = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
             x = x + self._position_table(self.absolute_pos_embed, hw)

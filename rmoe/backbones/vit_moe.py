@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rmoe.backbones.base import MoEBackbone, PreNormBlock
 from rmoe.backbones.ffn import FFNPlan, choose_blocks
+from rmoe.backbones.padding import area_of
 from rmoe.moe.ffn import LayerScale
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import VIT
@@ -249,7 +250,7 @@ class ViTMoE(MoEBackbone):
         """(B, C, height, width) image -> maps (B, D, h, w) of the blocks in
         ``out_indices``, each with its class token (B, D) if
         ``output_cls_token``."""
-        area = self.valid_area_of(x)
+        area = area_of(self, x)
         x, hw = self.patch_embed(x)
         valid = area and area.tokens(
             hw, self.patch_size, x.device,

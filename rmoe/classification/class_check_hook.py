@@ -3,9 +3,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from rmoe.engine.wrappers import unwrapped
 from rmoe.registry import HOOKS
 
 
@@ -40,9 +40,7 @@ class ClassCheckHook(Hook):
 
 def _check(runner: Runner, split: str, dataloader: Any) -> tuple[str, ...]:
     """The classes of a split; empty if none are named."""
-    model = runner.model
-    if is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(runner.model)
     classes: tuple[str, ...] = ()
     for dataset in _leaf_datasets(dataloader.dataset):
         classes = tuple(getattr(dataset, 'metainfo', {}).get('classes', ()))

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
+from rmoe.engine.wrappers import unwrapped
 from rmoe.registry import OPTIM_WRAPPERS
 
 
@@ -39,8 +39,7 @@ class BFloat16OptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         device = next(model.parameters()).device.type
-        inner: Any = model.module if is_model_wrapper(model) else model
-        neck = getattr(inner, 'neck', None)
+        neck = getattr(unwrapped(model), 'neck', None)
         handle = neck and neck.register_forward_hook(_in_float32)
         try:
             with super().optim_context(model), float32_nms(), torch.autocast(

@@ -5,6 +5,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
+from rmoe.engine.wrappers import check_buffers
 from rmoe.moe import BiasBalancedRouter
 from rmoe.registry import HOOKS
 
@@ -23,6 +24,7 @@ class BalanceBiasHook(Hook):
                 'BalanceBiasHook found no BiasBalancedRouter in the model: '
                 "set moe.router=dict(type='BiasBalancedRouter'), or remove "
                 'the hook')
+        check_buffers(runner.model)
 
     def after_train_iter(self, runner: Runner, batch_idx: int,
                          data_batch: object = None,

@@ -1,12 +1,15 @@
 """Auxiliary losses of MoE layers, for any segmentor or detector."""
 from typing import Any
 
-from mmengine.dist import all_reduce
+import torch
+from mmengine.dist import all_gather, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from rmoe.backbones.padding import install_padding
+from rmoe.engine.group_check import check_groups
+from rmoe.engine.wrappers import check_buffers, unwrapped
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.moe.finite import raise_not_finite, take_not_finite
 from rmoe.registry import HOOKS
@@ -20,36 +23,64 @@ class MoELossHook(Hook):
     while it computes losses. The terms go through the same sum, loss scale
     and gradient accumulation as every other loss, and show in the log.
 
-    On an accelerator it also looks, now and then, whether routers met nan or
-    inf: to look in every iteration would be to wait in every iteration.
+    The model also tells its MoE backbones which tokens are padding, and on an
+    accelerator the hook looks, now and then, whether routers met nan or inf:
+    to look in every iteration would be to wait in every iteration.
 
     Args:
         interval: iterations from look to look; a look stops all ranks.
 
     Raises:
-        NotFiniteError: naming the layer, at most ``interval`` iterations
-            late; on the CPU the layer itself raises at once.
+        NotFiniteError: naming the layer, on all ranks alike, at most
+            ``interval`` iterations late. Ranks on CPUs look after every
+            iteration; a single process on a CPU stops where it happens.
         ValueError: before training, if the model has no MoE layer, if the
             config's ``activation_checkpointing`` would take the gradient
-            from its losses, or if experts would bypass a wrapped core.
+            from its losses, if experts would bypass a wrapped core, if DDP
+            broadcasts buffers, or if a router's groups will not divide a
+            batch.
     """
 
     def __init__(self, interval: int = 50) -> None:
         if interval < 1:
             raise ValueError(f'interval={interval} must be at least 1')
         self.interval = interval
+        self._looks_always = False
 
     def before_train(self, runner: Runner) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         _check_recomputation(
             model, runner.cfg.get('activation_checkpointing'))
         install(model)
         for key, layer in moe_layers(model).items():
             layer.check_core(key)
+        check_buffers(runner.model)
+        check_groups(model, 'group', 'train', runner.train_dataloader)
+        if runner.val_loop is not None:
+            check_groups(model, 'eval_group', 'val', runner.val_dataloader)
+        self._prepare(model)
+
+    def before_val(self, runner: Runner) -> None:
+        self._prepare(unwrapped(runner.model))
+
+    def before_test(self, runner: Runner) -> None:
+        model = unwrapped(runner.model)
+        check_groups(model, 'eval_group', 'test', runner.test_dataloader)
+        self._prepare(model)
+
+    def _prepare(self, model: nn.Module) -> None:
+        install_padding(model)
+        routers = [layer.router for layer in moe_layers(model).values()]
+        alone = get_world_size() == 1
+        for router in routers:
+            router.raises_at_once = alone
+        self._looks_always = not alone and all(
+            router.not_finite.device.type == 'cpu' for router in routers)
 
     def after_train_iter(self, runner: Runner, batch_idx: int,
                          data_batch: Any = None, outputs: Any = None) -> None:
-        if self.every_n_train_iters(runner, self.interval):
+        if self._looks_always or self.every_n_train_iters(
+                runner, self.interval):
             _check_finite(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
@@ -59,18 +90,12 @@ class MoELossHook(Hook):
         _check_finite(runner)
 
 
-def _unwrapped(runner: Runner) -> nn.Module:
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model
-
-
 def _check_finite(runner: Runner) -> None:
     """All ranks raise, or none: one that stops alone lets the others wait."""
-    model = _unwrapped(runner)
+    model = unwrapped(runner.model)
     if moe_layers(model):
-        counts = take_not_finite(model)
-        all_reduce(counts)
-        raise_not_finite(model, counts)
+        counts_RL = torch.stack(all_gather(take_not_finite(model)))
+        raise_not_finite(model, counts_RL)
 
 
 def install(model: nn.Module) -> None:

@@ -1,10 +1,8 @@
 """Staged training of core and residual (2204.09636)."""
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -14,6 +12,7 @@ from rmoe.engine.roles import (
     role_of,
     trainable_table,
 )
+from rmoe.engine.wrappers import check_wrapper, unwrapped, wrap_again
 from rmoe.moe import moe_layers
 from rmoe.registry import HOOKS
 
@@ -33,8 +32,9 @@ class ResidualMoEHook(Hook):
     While neither residual nor router trains, MoE layers run their core alone,
     at dense cost, and nothing routes. At a switch the hook changes what
     requires a gradient and wraps the model for DDP afresh: unfreezing behind
-    a wrapped model lets ranks drift apart without a word. What is frozen
-    stays bit-identical, norm statistics included.
+    a wrapped model lets ranks drift apart without a word. A model sharded by
+    ``fully_shard`` stays as it is wrapped. What is frozen stays
+    bit-identical, norm statistics included.
 
     The stage follows from the iteration, so a resumed run is in the stage it
     was in.
@@ -48,7 +48,8 @@ class ResidualMoEHook(Hook):
 
     Raises:
         ValueError: for an unknown role, ends that do not rise, a model
-            without MoE layers, or a wrapped core that experts would bypass.
+            without MoE layers, a wrapped core that experts would bypass, or
+            a model wrapper under which what trains cannot change.
     """
     # Before hooks that look at the model in the same iteration.
     priority = 'ABOVE_NORMAL'
@@ -66,6 +67,7 @@ class ResidualMoEHook(Hook):
         self._frozen_norms: list[nn.Module] = []
 
     def before_train(self, runner: Runner) -> None:
+        check_wrapper(runner)
         self.plan = self._resolve(runner)
         self._check_resumed(runner)
         self._enter(runner, self._stage_at(runner.iter))
@@ -130,10 +132,7 @@ class ResidualMoEHook(Hook):
                 'without --resume')
 
     def _enter(self, runner: Runner, stage: Stage) -> None:
-        model = runner.model
-        wrapped = is_model_wrapper(model)
-        if wrapped:
-            model = model.module
+        model = unwrapped(runner.model)
         layers = moe_layers(model)
         if not layers:
             raise ValueError('ResidualMoEHook found no MoE layer in the '
@@ -153,12 +152,11 @@ class ResidualMoEHook(Hook):
             parameter.requires_grad_(role_of(name) in stage.roles)
             if not parameter.requires_grad:
                 parameter.grad = None
-        self._frozen_norms = norms_with_statistics(
-            model, set(ROLES) - set(stage.roles))
         self.current = stage
-        if wrapped:
-            del model
-            self._wrap_again(runner)
+        wrap_again(runner)
+        # Wrapping with sync_bn makes new norms.
+        self._frozen_norms = norms_with_statistics(
+            unwrapped(runner.model), set(ROLES) - set(stage.roles))
         runner.logger.info(
             f'stage {stage.name!r} trains {", ".join(stage.roles)} until '
             f'iteration {stage.end}\n' + trainable_table(runner.model))
@@ -170,16 +168,6 @@ class ResidualMoEHook(Hook):
                 name for name, parameter in model.named_parameters()
                 if not parameter.requires_grad}
         return self._config_frozen
-
-    @staticmethod
-    def _wrap_again(runner: Runner) -> None:
-        # The old wrapper's reducer must be gone before the new one puts its
-        # hooks on the same parameters.
-        inner = runner.model.module
-        runner.model = inner
-        gc.collect()
-        runner.model = runner.wrap_model(
-            runner.cfg.get('model_wrapper_cfg'), inner)
 
 
 def _check_stage(index: int, stage: Mapping, last: bool

@@ -5,10 +5,10 @@ import math
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
+from rmoe.engine.wrappers import check_buffers, unwrapped
 from rmoe.moe import MoELayer, moe_layers
 from rmoe.registry import HOOKS
 
@@ -27,7 +27,8 @@ class RoutingStatsHook(Hook):
             fair share over a window.
 
     Raises:
-        ValueError: for an interval below 1 or a part outside [0, 1).
+        ValueError: for an interval below 1, a part outside [0, 1), or a DDP
+            wrapper that broadcasts buffers.
     """
 
     def __init__(self, interval: int = 200, dead_below: float = 0.01) -> None:
@@ -40,6 +41,7 @@ class RoutingStatsHook(Hook):
         self._warned: set[tuple[str, int]] = set()
 
     def before_train(self, runner: Runner) -> None:
+        check_buffers(runner.model)
         _take_counts(self._layers(runner))
 
     def after_train_iter(self, runner: Runner, batch_idx: int,
@@ -83,8 +85,7 @@ class RoutingStatsHook(Hook):
 
     @staticmethod
     def _layers(runner: Runner) -> dict[str, MoELayer]:
-        model = runner.model
-        layers = moe_layers(model.module if is_model_wrapper(model) else model)
+        layers = moe_layers(unwrapped(runner.model))
         if not layers:
             raise ValueError('RoutingStatsHook found no MoE layer in the '
                              'model: give the backbone a moe=dict(layers=...)'

@@ -1,4 +1,4 @@
-"""Tokens with nan or inf, where nothing may wait to look at them."""
+"""Tokens with nan or inf, where nobody may stop at once to look at them."""
 import torch
 from torch import nn
 
@@ -22,12 +22,15 @@ def raise_not_finite(model: nn.Module, counts: torch.Tensor) -> None:
 
     Args:
         model: any module with MoE layers inside.
-        counts: (L,) from :func:`take_not_finite`, perhaps summed over ranks.
+        counts: (L,) from :func:`take_not_finite`, or (R, L) those of R ranks.
 
     Raises:
-        NotFiniteError: that names the first such layer.
+        NotFiniteError: that names the first such layer, and the ranks.
     """
-    for (key, layer), count in zip(moe_layers(model).items(),
-                                   counts.tolist(), strict=True):
-        if count:
-            raise not_finite(count, where=layer.name or key)
+    of_ranks = counts.view(-1, counts.shape[-1]).T.tolist()
+    for (key, layer), each in zip(moe_layers(model).items(), of_ranks,
+                                  strict=True):
+        if any(each):
+            ranks = ', '.join(str(r) for r, count in enumerate(each) if count)
+            raise not_finite(sum(each), where=layer.name or key,
+                             ranks=ranks if len(each) > 1 else '')

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmoe.backbones.padding import ValidArea
+from rmoe.backbones.padding import KnownBatch, ValidArea
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.registry import MODELS
 from rmoe.visualization.recording import record_routing
@@ -94,7 +94,8 @@ def test_padding_of_another_size_is_the_same_graph(name):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for width in (28, 33, 40):
             sizes = torch.tensor([[48, 48], [20, width]])
-            backbone.valid_area = ValidArea(sizes, (48, 48))
+            backbone.known_batches = (
+                KnownBatch(0, images, ValidArea(sizes, (48, 48))), )
             wanted = backbone(images)
             torch.testing.assert_close(compiled(images), wanted)
             assert not torch.allclose(plain[-1], wanted[-1])

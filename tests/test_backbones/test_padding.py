@@ -1,19 +1,28 @@
 """Padding an image changes nothing for its own tokens: not what they are
 routed to, not what is counted, not what balance costs."""
 import copy
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
+from padding_ranks import count_padded
 from routers import ROUTERS
 from torch import nn
+from two_ranks import run_two_ranks
 
-from rmoe.backbones.padding import ValidArea, valid_area
+from rmoe.backbones.padding import (
+    ValidArea,
+    image_sizes,
+    install_padding,
+    valid_area,
+)
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.registry import MODELS
 
@@ -159,15 +168,20 @@ def test_sides_that_are_no_multiple_of_the_stride(name):
     assert torch.equal(padded[:, -2], alone[:, -2])
 
 
+def test_no_padding_no_area():
+    sizes = image_sizes(torch.zeros(2, 3, 8, 8), samples((8, 8), (8, 9)))
+    assert sizes == ((8, 8), (8, 9))
+    assert valid_area(torch.zeros(2, 3, 8, 8), sizes) is None
+
+
 @pytest.mark.parametrize('images, known', [
-    (torch.zeros(2, 3, 8, 8), samples((8, 8), (8, 8))),  # nothing padded
     (torch.zeros(1, 3, 8, 8), [DetDataSample()]),  # sizes unknown
     (torch.zeros(1, 3, 8, 8), None),
     (torch.zeros(2, 3, 8, 8), samples((4, 4))),  # about another batch
     (torch.zeros(2, 3, 8, 8), torch.zeros(2)),  # labels, not samples
 ])
-def test_no_padding_no_area(images, known):
-    assert valid_area(images, known) is None
+def test_sizes_that_are_not_known(images, known):
+    assert image_sizes(images, known) == ()
 
 
 @pytest.mark.parametrize('name', ['vit', 'foreign'])
@@ -189,10 +203,10 @@ def test_windows_of_sliding_inference_are_not_masked(name, recwarn):
 def test_the_area_is_forgotten_even_after_an_error():
     model = owner('swin')
     model(torch.zeros(1, 3, 32, 32), samples((16, 16)))
-    assert model.backbone.valid_area is None
+    assert model.backbone.known_batches == ()
     with pytest.raises(RuntimeError):
         model(torch.zeros(1, 5, 32, 32), samples((16, 16)))
-    assert model.backbone.valid_area is None
+    assert model.backbone.known_batches == ()
 
 
 def test_copies_of_a_model_tell_their_own_backbone():
@@ -213,11 +227,8 @@ def test_a_foreign_grid_that_fits_no_stride_is_reported():
         model(torch.randn(1, 3, 60, 60), samples((30, 60)))
 
 
-def test_a_detector_and_a_segmentor_tell_the_sizes_themselves():
-    """Through their own preprocessors, which pad."""
-    counted = {}
-    image = torch.randint(256, (3, 64, 36), dtype=torch.uint8)
-    detector = Config(dict(
+def small_detector() -> Config:
+    return Config(dict(
         type='mmdet.FCOS', backbone=SWIN, neck=dict(
             type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2),
         data_preprocessor=dict(type='mmdet.DetDataPreprocessor',
@@ -228,6 +239,13 @@ def test_a_detector_and_a_segmentor_tell_the_sizes_themselves():
         test_cfg=dict(nms_pre=10, min_bbox_size=0, score_thr=0.,
                       nms=dict(type='nms', iou_threshold=.5),
                       max_per_img=5)))
+
+
+def test_a_detector_and_a_segmentor_tell_the_sizes_themselves():
+    """Through their own preprocessors, which pad."""
+    counted = {}
+    image = torch.randint(256, (3, 64, 36), dtype=torch.uint8)
+    detector = small_detector()
     segmentor = Config(dict(
         type='mmseg.EncoderDecoder', backbone=SWIN,
         data_preprocessor=dict(type='mmseg.SegDataPreProcessor',
@@ -255,3 +273,136 @@ def test_a_detector_and_a_segmentor_tell_the_sizes_themselves():
                           for layer in moe_layers(model).values()]
     # 36 columns are 9 of stride 4, and reach into a fifth of stride 8
     assert counted['mmdet'] == counted['mmseg'] == [16 * 9, 8 * 5]
+
+
+class Encoder(nn.Module):
+    """A wrapper that knows nothing of data samples."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+class Elsewhere(BaseModel):
+    """A model whose backbone has another name, with something around it."""
+
+    def __init__(self, backbone, around=nn.Sequential):
+        super().__init__()
+        self.image_encoder = around(backbone)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.image_encoder(inputs)
+
+
+def nothing(module):
+    return module
+
+
+def compiled(module):
+    return torch.compile(module, backend='eager')
+
+
+@pytest.mark.parametrize('name', ['swin', 'foreign'])
+@pytest.mark.parametrize('around', [
+    nothing, nn.Sequential, Encoder,
+    pytest.param(compiled, marks=pytest.mark.torch('2.6'))],
+    ids=lambda around: around.__name__)
+def test_a_backbone_elsewhere_is_told(name, around):
+    backbone = owner(
+        name, dict(type='TokenChoiceRouter', noise_std=0.)).backbone
+    model = Elsewhere(backbone, around)
+    _, padded = padded_pair()
+    _, blind, _ = measure(model.train(), padded, samples((64, 32)))
+    install_padding(model), install_padding(model)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        _, counts, _ = measure(each, padded, samples((64, 32)))
+        assert not torch.equal(counts, blind)
+        classes = 1 if name == 'foreign' else 0
+        assert counts[0, -2] == 64 * 32 / (8 if classes else 4)**2 + classes
+        # and it is forgotten
+        _, counts, _ = measure(each, padded, None)
+        assert torch.equal(counts, blind)
+    assert backbone.known_batches == ()
+
+
+def test_what_is_called_inside_may_know_another_batch():
+    """A detector inside a model that is called with its own images."""
+    inner = owner('swin', dict(type='TokenChoiceRouter', noise_std=0.))
+    whole, padded = torch.randn(1, 3, 96, 64), padded_pair()[1]
+    _, expected, _ = measure(inner, padded, samples((64, 32)))
+
+    class Outer(BaseModel):
+
+        def forward(self, inputs, data_samples=None):
+            self.inner(padded, samples((64, 32)))
+            seen.append(self.inner.backbone.known_batches)
+
+    seen, outer = [], Outer()
+    outer.inner = inner
+    install_padding(outer)
+    _, counts, _ = measure(outer, whole, samples((96, 64)))
+    assert torch.equal(counts, expected)
+    (known, ), = seen
+    assert known.images is whole and known.area is None
+
+
+def test_padding_that_gets_lost_is_told():
+    model = owner('swin').train()
+    model.forward = lambda inputs, data_samples: model.backbone(
+        torch.cat([inputs, inputs]))
+    padded = padded_pair()[1]
+    with pytest.warns(UserWarning, match='SwinMoE got images of another '
+                      'shape than the padded ones'):
+        model(padded, samples((64, 32)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*images of another shape')
+        model(padded, samples((96, 64)))
+        model.eval()(padded, samples((64, 32)))
+
+
+def test_branches_of_a_semi_supervised_detector():
+    """``loss`` of the detectors inside is no forward pass of theirs; and
+    branches of one shape are told apart."""
+    detector = dict(small_detector(), data_preprocessor=dict(
+        type='mmdet.DetDataPreprocessor', pad_size_divisor=32))
+    config = Config(dict(
+        type='mmdet.SemiBaseDetector', detector=detector,
+        semi_train_cfg=dict(freeze_teacher=True, cls_pseudo_thr=0.),
+        semi_test_cfg=dict(predict_on='teacher'),
+        data_preprocessor=dict(
+            type='mmdet.MultiBranchDataPreprocessor',
+            data_preprocessor=detector['data_preprocessor'])))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(config).train()
+    install_padding(model)
+    sizes = dict(sup=(64, 36), unsup_teacher=(40, 64), unsup_student=(64, 52))
+    data = model.data_preprocessor(dict(
+        inputs={branch: [torch.randint(256, (3, *size), dtype=torch.uint8)]
+                for branch, size in sizes.items()},
+        data_samples={branch: [DetDataSample(
+            metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1, 1),
+                          homography_matrix=np.eye(3, dtype=np.float32)),
+            gt_instances=InstanceData(
+                bboxes=torch.tensor([[2., 2., 18., 18.]]),
+                labels=torch.tensor([0])))]
+            for branch, size in sizes.items()}), True)
+    assert {x.shape for x in data['inputs'].values()} == {(1, 3, 64, 64)}
+    seen = []
+    for part in (model.student, model.teacher):
+        next(iter(moe_layers(part).values())).register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(int(kwargs['valid'].sum())),
+            with_kwargs=True)
+    assert 'sup_loss_cls' in model(**data, mode='loss')
+    # tokens of 4 pixels: the student's labelled image, what the teacher
+    # labels, and what the student then learns from it
+    assert seen == [16 * 9, 10 * 16, 16 * 13]
+
+
+def test_two_ranks_tell_their_own_backbones(tmp_path):
+    counts = run_two_ranks(count_padded, str(tmp_path), SWIN)
+    # rank 1 has the smaller image, in a batch of the same shape
+    assert counts == [8 * 8, 8 * 3]

@@ -21,18 +21,20 @@ class NotFiniteError(ValueError):
     """A router met nan or inf."""
 
 
-def not_finite(count: int, of: int | None = None, where: str = ''
-               ) -> NotFiniteError:
+def not_finite(count: int, of: int | None = None, where: str = '',
+               ranks: str = '') -> NotFiniteError:
     """What to say of tokens with nan or inf.
 
     Args:
         count: how many they are.
         of: how many tokens there are; None if that is unknown.
         where: the layer.
+        ranks: those that met them, if there are several.
     """
     return NotFiniteError(
         f'{where and where + ": "}router logits are nan or inf for {count} '
-        f'{"" if of is None else f"of {of} "}tokens: the features or the '
+        f'{"" if of is None else f"of {of} "}tokens'
+        f'{ranks and " on rank " + ranks}: the features or the '
         'router diverged. Try a lower learning rate, clip_grad in '
         'optim_wrapper, or bfloat16 instead of float16')
 
@@ -55,13 +57,17 @@ class Router(ExactBuffers, ABC):
         keeps_every_token: whether no token is ever left without an expert,
             in the present mode.
         balance_advice: what to try when an expert is dead.
+        raises_at_once: whether nan or inf raise where they are met, as can
+            be on the CPU. To be switched off where other ranks would wait
+            for the one that raises; they are then counted.
         not_finite: () int64, tokens with nan or inf since they were last
-            looked at, on an accelerator; on the CPU they raise at once.
+            looked at, on an accelerator or if that is switched off.
     """
     not_finite: Tensor
     exact_buffers: ClassVar[tuple[str, ...]] = ('not_finite', )
     soft = False
     keeps_every_token = True
+    raises_at_once = True
     balance_advice = 'a lower learning rate of the router, or fewer experts'
 
     def __init__(self, num_experts: int, noise_std: float,
@@ -124,7 +130,7 @@ class Router(ExactBuffers, ABC):
         Raises:
             NotFiniteError: for nan or inf, or values as large as that.
         """
-        if host_may_read(values_TN):
+        if self.raises_at_once and host_may_read(values_TN):
             # One number tells: a sum of finite values overflows only for
             # values that are as good as infinite.
             if not bool(values_TN.detach().sum().isfinite()):
