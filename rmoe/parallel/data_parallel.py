@@ -1,5 +1,6 @@
 """Data parallel: each rank has the whole model, gradients are averaged."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +73,21 @@ class DistributedDataParallel(MMDistributedDataParallel):
             find_unused_parameters=find_unused_parameters)
         if gradient_compression:
             self.register_comm_hook(None, bf16_compress_hook)
+        self._learns_graph = static_graph
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients without exchanging them.
+
+        torch learns a static graph from a first backward pass that does
+        exchange, or fails. What was averaged once stays as it is.
+        """
+        if self._learns_graph:
+            self._learns_graph = False
+            yield
+        else:
+            with super().no_sync():
+                yield
 
 
 def without_synchronised_norms(module: nn.Module) -> nn.Module:

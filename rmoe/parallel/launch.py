@@ -48,7 +48,8 @@ OTHER_DEVICES = ('npu', 'mlu', 'musa')
 # Seconds in which a launcher notices that a process of its node failed and
 # ends the others.
 PATIENCE = 10
-LOST = re.compile('gloo|connection (closed|reset)|broken pipe', re.IGNORECASE)
+LOST = re.compile(
+    '(closed|reset) by peer|broken pipe|remote process exited', re.IGNORECASE)
 
 
 def start(launcher: str, dist_cfg: Mapping[str, Any] | None = None) -> str:
@@ -116,10 +117,10 @@ def give_up(error: BaseException, message: str = '') -> None:
     """
     if isinstance(error.__cause__, RaisedElsewhere):
         time.sleep(PATIENCE)
-    elif _lost_a_rank(error):
-        _say(f'error: rank {get_rank()}: another rank has ended, and its own '
-             'message or the summary of the launcher says why ('
-             + str(error).strip().splitlines()[0] + ')')
+    elif isinstance(error, RuntimeError) and LOST.search(str(error)):
+        reason = re.sub(r'^\[\S+\] ', '', str(error)).split('. ')[0]
+        _say(f'error: rank {get_rank()}: another rank has ended ({reason}); '
+             'its own message or the summary of the launcher says why')
         time.sleep(PATIENCE)
     else:
         if message and get_rank():
@@ -131,10 +132,6 @@ def give_up(error: BaseException, message: str = '') -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(1)
-
-
-def _lost_a_rank(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,9 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmseg.datasets import BaseSegDataset
+from parallel_ranks import data_of_ranks, labels_of_ranks
 from PIL import Image
+from two_ranks import run_two_ranks
 
 from rmoe.engine import data_check
 from rmoe.engine.data_check import check_data
@@ -44,20 +46,24 @@ def test_what_lies_elsewhere_is_not_looked_for(tmp_path):
         backend='petrel')), ('train', ))
 
 
-@pytest.mark.parametrize('name', ['RANK', 'SLURM_PROCID',
-                                  'OMPI_COMM_WORLD_RANK'])
-def test_one_process_looks_into_the_files(tmp_path, monkeypatch, name):
+def test_ranks_check_their_data_together(tmp_path):
     make_coco(tmp_path)
-    (tmp_path / 'train.json').write_text('')
-    monkeypatch.setenv(name, '1')
-    assert check_data(coco_config(tmp_path), ('train', )) == []
-    monkeypatch.setenv(name, '0')
-    with pytest.raises(ValueError, match='is empty'):
-        check_data(coco_config(tmp_path), ('train', ))
+    cfg = coco_config(tmp_path)
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    make_coco(empty)
+    (empty / 'train.json').write_text('')
+    lost = [coco_config(tmp_path), coco_config(tmp_path / 'nowhere')]
+    first, second = run_two_ranks(
+        data_of_ranks, str(tmp_path), [cfg, cfg], [coco_config(empty)] * 2,
+        lost)
+    # One process looks into the files.
+    assert first[:2] == (True, []) and second[:2] == (False, [])
+    assert first[2] == second[2]
+    assert first[2].endswith('train.json is empty (0 bytes)')
     # That a folder is missing is for everyone to see.
-    monkeypatch.setenv(name, '1')
-    with pytest.raises(FileNotFoundError):
-        check_data(coco_config(tmp_path / 'nowhere'), ('train', ))
+    assert first[3] == second[3]
+    assert f'{tmp_path}/nowhere does not exist' in first[3]
 
 
 def test_a_file_is_parsed_once(tmp_path, monkeypatch):
@@ -129,3 +135,17 @@ def test_the_hook_looks_before_training(dataset, cascade):
         LabelCheckHook().before_train(runner)
     runner.model = torch.nn.Identity()
     LabelCheckHook().before_train(runner)
+
+
+def test_ranks_share_label_maps(tmp_path):
+    ranks = run_two_ranks(labels_of_ranks, str(tmp_path), 5, 3)
+    (even, first), (odd, second) = ranks
+    # 0, 2, 4 of five files, then 0, 3, 6 of seven; the second has index 5.
+    assert (even, odd) == ([0, 4, 0, 6], [2, 3])
+    assert first == second == [
+        'labels of 3 of 5 training images lie in 0 to 1',
+        'labels of 3 of 7 training images lie in 0 to 1']
+    ranks = run_two_ranks(labels_of_ranks, str(tmp_path), 5, 100)
+    # Rank 1 meets the wrong one; both raise it.
+    assert [says for _, says in ranks] == [
+        ['labels of 5 of 5 training images lie in 0 to 1', '5 is wrong']] * 2

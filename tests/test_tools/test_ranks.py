@@ -1,0 +1,195 @@
+"""train.py and test.py on several processes without a GPU."""
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import test as test_tool  # tools/test.py
+import torch
+import train
+from coco import make_coco
+from commands import command, miou, options
+from mmengine.hooks import Hook
+from tool_ranks import run_on_ranks
+from toy_detection import detection_config
+
+TOOLS = Path(train.__file__).parent
+
+
+def values(name, text) -> list[float]:
+    return [float(found) for found in re.findall(rf'\b{name}: ([\d.e+-]+)',
+                                                 text)]
+
+
+def trained(folder, text):
+    assert 'exchange by gloo, not by nccl' in text
+    return torch.load(folder / 'iter_4.pth', weights_only=False)['state_dict']
+
+
+def test_a_segmentor(tmp_path, work, configs):
+    flags = options(work, 'ranks', 'auto_scale_lr.base_batch_size=2')
+    status, (first, second) = run_on_ranks(
+        train, tmp_path, configs['moe'], '--auto-scale-lr', *flags)
+    assert status == 0, first + second
+    trained(work / 'ranks', first)
+    assert 'labels of 8 of 8 training images' in first
+    # Twice the batch, twice the rate.
+    assert values('lr', first)[0] == 2 * values('base_lr', first)[0]
+    assert 'mIoU' not in second
+    # Three images: the second rank has one.
+    flags = options(work, 'ranks-test')
+    status, (first, _) = run_on_ranks(
+        test_tool, tmp_path, configs['moe'], work / 'ranks/iter_4.pth',
+        *flags)
+    assert status == 0
+    command(test_tool, configs['moe'], work / 'ranks/iter_4.pth',
+            *options(work, 'alone-test'))
+    assert miou(work / 'ranks-test') == miou(work / 'alone-test')
+
+
+def test_more_ranks_than_images(tmp_path):
+    """Of a detector, one epoch, by a wrapper that the config names."""
+    make_coco(tmp_path, images=1)
+    cfg = detection_config(tmp_path)
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel')
+    cfg.dump(tmp_path / 'detector.py')
+    args = [tmp_path / 'detector.py', '--work-dir', tmp_path / 'work']
+    status, (first, second) = run_on_ranks(train, tmp_path / 'said', *args)
+    assert status == 0, first + second
+    checkpoint = next((tmp_path / 'work').glob('epoch_1.pth'))
+    status, (first, second) = run_on_ranks(
+        test_tool, tmp_path / 'said', args[0], checkpoint, *args[1:])
+    assert status == 0, first + second
+    command(test_tool, args[0], checkpoint, '--work-dir', tmp_path / 'alone')
+    score = values('coco/bbox_mAP', (max((tmp_path / 'alone').rglob('*.log'))
+                                     ).read_text())
+    assert values('coco/bbox_mAP', first) == score != []
+
+
+class Breaks(Hook):
+    """One rank meets an error in the middle of training."""
+    kind: type[Exception] = KeyError
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 1 and runner.rank == 1:
+            raise self.kind('broken on purpose')
+
+
+def _break_with(kind):
+    Breaks.kind = kind
+    register = train.Runner.register_hooks
+
+    def with_breaks(runner, *args):
+        register(runner, *args)
+        runner.register_hook(Breaks())
+
+    train.Runner.register_hooks = with_breaks
+
+
+def key_error(rank):
+    _break_with(KeyError)
+
+
+def value_error(rank):
+    _break_with(ValueError)
+
+
+@pytest.mark.parametrize('breaks, said', [
+    (key_error, "KeyError: 'broken on purpose'"),
+    (value_error, 'error: rank 1: broken on purpose'),
+])
+def test_an_error_of_one_rank_ends_the_others(tmp_path, work, configs,
+                                              breaks, said):
+    begin = time.monotonic()
+    status, (first, second) = run_on_ranks(
+        train, tmp_path, configs['dense'], *options(work, breaks.__name__),
+        breaks=breaks)
+    assert status == 1
+    assert time.monotonic() - begin < 60
+    assert said in second
+    assert 'rank 0: another rank has ended (' in first
+    assert 'Traceback' not in first
+
+
+def test_what_all_ranks_meet_is_said_once(tmp_path, work, configs):
+    for changed, said in (
+            ('train_dataloader.dataset.data_root=nowhere',
+             'error: nowhere does not exist'),
+            # In the constructor of a hook, on each rank by itself.
+            ('default_hooks.label_check.max_files=0',
+             'max_files=0 must be at least 1')):
+        status, (first, second) = run_on_ranks(
+            train, tmp_path, configs['dense'], *options(work, 'all'), changed)
+        assert status == 1
+        assert said in first
+        assert 'error' not in second
+
+
+def torchrun(nproc, *args, **variables) -> subprocess.Popen:
+    """dist_train.sh, with this Python."""
+    return subprocess.Popen(
+        ['bash', TOOLS / 'dist_train.sh', args[0], str(nproc), *map(
+            str, args[1:])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=dict(os.environ, PYTHON=sys.executable,
+                            OMP_NUM_THREADS='1', **variables))
+
+
+def worker_of(launcher: int, rank: int) -> int:
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            parent = (folder / 'stat').read_text().split(') ')[1].split()[1]
+            if int(parent) == launcher and f'RANK={rank}' in (
+                    folder / 'environ').read_text().split('\0'):
+                return int(folder.name)
+        except OSError:
+            pass
+    raise AssertionError(f'rank {rank} is not there')
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(),
+                    reason='finds ranks in /proc')
+def test_a_killed_rank_is_named_and_one_process_goes_on(work, configs):
+    """kill -9 in the middle of dist_train.sh; then --resume."""
+    flags = options(work, 'killed')
+    process = torchrun(2, configs['moe'], *flags, 'train_cfg.max_iters=2000')
+    said = ''
+    try:
+        for line in process.stdout:
+            said += line
+            if 'Iter(train) [ 7/' in re.sub(r'\[ +', '[ ', line):
+                os.kill(worker_of(process.pid, 1), signal.SIGKILL)
+                killed = time.monotonic()
+                break
+        said += process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert time.monotonic() - killed < 60, said
+    assert process.returncode == 1
+    assert 'rank 0: another rank has ended (' in said
+    cause = said[said.index('Root Cause'):]
+    assert re.search(r'rank +: 1\b', cause) and '(SIGKILL)' in cause
+    last = int(re.findall(r'iter_(\d+)', (
+        work / 'killed/last_checkpoint').read_text())[0])
+    command(train, configs['moe'], '--resume', *flags,
+            f'train_cfg.max_iters={last + 2}')
+    assert (work / f'killed/iter_{last + 2}.pth').exists()
+
+
+@pytest.mark.slow
+def test_two_nodes(work, configs):
+    """Two launchers on this machine, a process each."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    flags = options(work, 'nodes')
+    nodes = [torchrun(1, configs['dense'], *flags, NNODES='2',
+                      NODE_RANK=str(node), MASTER_ADDR='127.0.0.1',
+                      PORT=str(port)) for node in (0, 1)]
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], '\n'.join(said)
+    assert 'Saving checkpoint at 4 iterations' in said[0]
