@@ -1,4 +1,4 @@
-"""Run a function on two gloo ranks, each its own process."""
+"""Run a function on two or more gloo ranks, each its own process."""
 import os
 import socket
 import sys
@@ -27,22 +27,22 @@ def run_two_ranks(function, work_dir: str, *args) -> list:
     return run_ranks(2, function, work_dir, *args)
 
 
-def run_ranks(ranks: int, function, work_dir: str, *args) -> list:
-    """The same on any number of ranks."""
+def run_ranks(world: int, function, work_dir: str, *args) -> list:
+    """The same on so many ranks."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     # One process imports what takes long, once; ranks are copies of it.
     forkserver.set_forkserver_preload(PRELOADED)
-    start_processes(_run, (function, port, ranks, work_dir, args),
-                    nprocs=ranks, start_method='forkserver')
+    start_processes(_run, (world, function, port, work_dir, args),
+                    nprocs=world, start_method='forkserver')
     return [torch.load(f'{work_dir}/rank{rank}.pth', weights_only=False)
-            for rank in range(ranks)]
+            for rank in range(world)]
 
 
-def _run(rank, function, port, ranks, work_dir, args):
+def _run(rank, world, function, port, work_dir, args):
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     # mmengine's own set-up asks for a GPU.
