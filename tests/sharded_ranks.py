@@ -192,6 +192,8 @@ def train_by_runner(rank: int, work_dir: str, wrappers: dict) -> dict:
     for name, wrapper in wrappers.items():
         cfg = toy_config(f'{work_dir}/{name}', max_iters=8, hooks=hooks,
                          launcher='pytorch', model_wrapper_cfg=wrapper)
+        # Whole weights, of which each rank takes its part.
+        cfg.load_from = f'{work_dir}/start.pth'
         cfg.optim_wrapper.update(
             accumulative_counts=2, clip_grad=dict(max_norm=.1))
         cfg.optim_wrapper.optimizer.eps = 1e-3
