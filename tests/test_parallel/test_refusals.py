@@ -1,4 +1,6 @@
 """What cannot be served is refused before training, by name."""
+import re
+
 import pytest
 import torch
 from mmengine.registry import MODEL_WRAPPERS
@@ -55,8 +57,8 @@ def test_numbers_of_processes(ranks, shard, expert_parallel, message):
 
 def test_an_old_torch(monkeypatch):
     monkeypatch.setattr(compat, 'has_torch', lambda version: False)
-    with pytest.raises(ValueError, match=r'rmoe.FullySharded needs torch >= '
-                       rf'2\.8, this is torch {torch.__version__}'[:60]):
+    with pytest.raises(ValueError, match='rmoe.FullySharded needs torch >= '
+                       rf'2\.8, this is torch {re.escape(torch.__version__)}'):
         FullySharded(build(ROUTERS['token choice']))
 
 
