@@ -8,12 +8,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 from toy import ToyImages, toy_model, toy_runner
 
+from rmoe import compat
 from rmoe.engine import data_check, label_check
 from rmoe.engine.data_check import examine_split
 from rmoe.moe import moe_layers
 from rmoe.parallel import data_parallel
 from rmoe.parallel.data_parallel import DistributedDataParallel
 from rmoe.parallel.together import RaisedElsewhere, together
+
+OPTIONS = dict(plain={}, static=dict(static_graph=True),
+               unused=dict(find_unused_parameters=True))
+if compat.has_torch('2.6'):  # what gloo cannot do before is refused
+    OPTIONS['bf16'] = dict(gradient_compression='bf16')
 
 
 class Unpicklable(Exception):
@@ -46,10 +52,7 @@ def averaged(rank, work_dir, state, accumulate):
     """Weights after two optimizer steps with each set of options."""
     images = ToyImages()
     found = {}
-    for name, options in dict(
-            plain={}, static=dict(static_graph=True),
-            unused=dict(find_unused_parameters=True),
-            bf16=dict(gradient_compression='bf16')).items():
+    for name, options in OPTIONS.items():
         model = toy_model()
         model.load_state_dict(state)
         parallel = DistributedDataParallel(model, device_ids=[0], **options)

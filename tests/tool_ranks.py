@@ -12,6 +12,8 @@ from pathlib import Path
 import mmengine.config.config
 import torch
 from commands import command
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from torch.multiprocessing import ProcessExitedException, start_processes
 from two_ranks import PRELOADED
 
@@ -19,14 +21,15 @@ from rmoe.parallel import launch
 
 
 def run_on_ranks(tool, folder: Path, *args, ranks: int = 2,
-                 breaks=None) -> tuple[int, list[str]]:
+                 breaks: type[Exception] | None = None
+                 ) -> tuple[int, list[str]]:
     """The exit status of a tool, and what each rank printed.
 
     Args:
         tool: a module of tools/.
         folder: gets what each rank prints.
         args: its command line, without --launcher.
-        breaks: called on each rank before the tool starts.
+        breaks: an error that rank 1 raises before its second iteration.
     """
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -58,9 +61,29 @@ def _run(rank, tool, folder, ranks, port, args, breaks):
     mmengine.config.config.FormatCode = lambda text, **_: (text, False)
     # Those who wait for the launcher wait for the parent, which is quick.
     launch.PATIENCE = 5
-    if breaks:
-        breaks(rank)
+    if breaks and rank == 1:
+        _break_training(breaks)
     command(__import__(tool), *args, '--launcher', 'pytorch')
     assert not torch.distributed.is_initialized()
     sys.stdout.flush()
     os._exit(0)
+
+
+class _Breaks(Hook):
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 1:
+            raise self.kind('broken on purpose')
+
+
+def _break_training(kind):
+    register = Runner.register_hooks
+
+    def register_with_breaks(runner, *args):
+        register(runner, *args)
+        runner.register_hook(_Breaks(kind))
+
+    Runner.register_hooks = register_with_breaks

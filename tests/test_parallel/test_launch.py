@@ -1,12 +1,14 @@
 """What a launcher says, and what becomes of it."""
 import re
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed
 
 from rmoe.parallel import launch
+from rmoe.parallel.together import RaisedElsewhere
 
 TORCHRUN = dict(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1',
                 MASTER_ADDR='node1', MASTER_PORT='1234')
@@ -127,3 +129,69 @@ def test_more_processes_than_gpus(machine):
     _, asked, said = machine('slurm', gpus=1, **SLURM)
     assert asked['device'] == 0
     assert said['LOCAL_RANK'] == '0'
+
+
+class Ended(BaseException):
+    """In place of os._exit."""
+
+
+@pytest.fixture
+def end(monkeypatch, capfd):
+    """What a rank says and for how long it waits, before and after."""
+    def give_up(error, message='', rank=0):
+        waits, recorded = [], []
+
+        def leave(status):
+            assert status == 1
+            raise Ended
+
+        monkeypatch.setattr(launch.os, '_exit', leave)
+        monkeypatch.setattr(launch, 'get_rank', lambda: rank)
+        monkeypatch.setattr(launch.logging, 'shutdown', lambda: None)
+        monkeypatch.setattr(launch.time, 'sleep', lambda seconds: waits.append(
+            (seconds, capfd.readouterr().err)))
+        monkeypatch.setattr(launch, 'get_error_handler', lambda: (
+            SimpleNamespace(record_exception=recorded.append)))
+        with pytest.raises(Ended):
+            launch.give_up(error, message)
+        assert recorded in ([], [error])
+        return waits, capfd.readouterr().err, bool(recorded)
+
+    return give_up
+
+
+def test_an_error_is_told_by_the_rank_that_met_it(end):
+    error = ValueError('wrong')
+    assert end(error, 'error: wrong') == ([], 'error: wrong\n', True)
+    # The first rank may have met the same and ends this one.
+    assert end(error, 'error: rank 1: wrong', rank=1) == (
+        [(launch.PATIENCE, '')], 'error: rank 1: wrong\n', True)
+    waits, said, recorded = end(KeyError('wrong'), rank=1)
+    assert (waits, recorded) == ([], True)
+    assert said.endswith("KeyError: 'wrong'\n")
+    error.__cause__ = RaisedElsewhere(1)
+    assert end(error, 'error: wrong') == ([(launch.PATIENCE, '')], '', False)
+
+
+@pytest.mark.parametrize('said, reason', [
+    ('[/src/gloo/pair.cc:545] Read error [127.0.0.1]:54473: Connection reset '
+     'by peer. This is typically caused by', 'Read error [127.0.0.1]:54473: '
+     'Connection reset by peer'),
+    ('[../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4',
+     'Connection closed by peer [127.0.0.1]:4'),
+    ('NCCL error in: x.cpp:1: remote process exited or there was a network '
+     'error, NCCL version 2.27', 'NCCL error in: x.cpp:1: remote process '
+     'exited or there was a network error, NCCL version 2.27'),
+])
+def test_a_rank_that_lost_another_lets_the_launcher_name_it(end, said, reason):
+    (wait, ), after, recorded = end(RuntimeError(said), rank=2)
+    assert wait == (launch.PATIENCE, (
+        f'error: rank 2: another rank has ended ({reason}); its own message '
+        'or the summary of the launcher says why\n'))
+    assert (after, recorded) == ('', False)
+
+
+def test_other_errors_of_an_exchange_are_told_whole(end):
+    waits, said, recorded = end(RuntimeError('Timed out waiting 1800000ms'))
+    assert (waits, recorded) == ([], True)
+    assert said.endswith('RuntimeError: Timed out waiting 1800000ms\n')
