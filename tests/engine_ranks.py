@@ -25,8 +25,9 @@ DDP = dict(type='MMDistributedDataParallel', device_ids=None,
            broadcast_buffers=False)
 STAGED = (dict(type='rmoe.ResidualMoEHook', stages=STAGES),
           dict(type='rmoe.MoELossHook'))
-LATE = [dict(roles=('residual', 'router', 'head'), end=2),
-        dict(roles='all')]
+# Batch norms are of the core: while it is frozen they use no batch.
+STILL = [dict(roles=('head', ), end=2),
+         dict(roles=('residual', 'router', 'head'))]
 
 
 def runner_of(folder, max_iters=6, hooks=STAGED, wrapper=DDP, **options
@@ -66,12 +67,12 @@ class Wrappers(Hook):
             self.seen.append(weakref.ref(runner.model))
 
 
-def train_compiled(rank, work_dir, options):
+def train_compiled(rank, work_dir, compiled):
     """With and without a compiled step: weights, and what the hook saw."""
     results = {}
-    for name, options in dict(plain={}, compiled=dict(
-            compile=options)).items():
-        runner = runner_of(f'{work_dir}/{name}{rank}', **options)
+    for name in ('plain', 'compiled'):
+        runner = runner_of(f'{work_dir}/{name}{rank}',
+                           compile=name == 'compiled' and compiled)
         watch = Wrappers()
         runner.register_hook(watch)
         runner.train()
@@ -219,7 +220,7 @@ def train_in_windows(rank, work_dir, ranks, options):
     half the batch each, or on one with all of it."""
     config = toy_config(
         f'{work_dir}/{ranks}-{rank}', 6, [
-            dict(type='rmoe.ResidualMoEHook', stages=LATE), STAGED[1],
+            dict(type='rmoe.ResidualMoEHook', stages=STILL), STAGED[1],
             dict(type='EMAHook', momentum=.25)], **copy.deepcopy(options))
     config.train_dataloader.batch_size = 4 // ranks
     config.optim_wrapper = dict(

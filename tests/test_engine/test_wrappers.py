@@ -91,7 +91,7 @@ def test_a_wrapper_of_another_kind_is_refused(tmp_path):
         type='rmoe.ResidualMoEHook', stages=[dict(roles='all')])])
     runner.model = MMFullyShardedDataParallel(runner.model)
     with pytest.raises(ValueError, match='cannot change what trains under '
-                       'MMFullyShardedDataParallel.*rmoe.FullySharded'):
+                       r'MMFullyShardedDataParallel.*rmoe\.FullySharded'):
         check_wrapper(runner)
     with pytest.raises(ValueError, match='cannot change what trains'):
         wrap_again(runner)
