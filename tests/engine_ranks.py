@@ -121,7 +121,7 @@ def train_with_communication_hooks(rank, work_dir):
     runner.model.register_comm_hook(None, count.reduce)
     calls = Calls(count)
     runner.register_hook(calls)
-    runner.train()
+    refused = error_of(runner)
     power = runner_of(f'{work_dir}/power{rank}')
     power.model.register_comm_hook(
         PowerSGDState(None, start_powerSGD_iter=2), powerSGD_hook)
@@ -131,7 +131,7 @@ def train_with_communication_hooks(rank, work_dir):
     own = runner_of(f'{work_dir}/own{rank}',
                     wrapper=dict(DDP, type='Compressing'))
     own.train()
-    return dict(calls=calls.seen, power=error_of(power),
+    return dict(calls=calls.seen, refused=refused, power=error_of(power),
                 builtin=error_of(builtin), made=Compressing.made,
                 own=own.model._get_ddp_logging_data()['comm_hook'])
 

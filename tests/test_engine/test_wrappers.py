@@ -16,6 +16,7 @@ from test_engine.test_residual_moe_hook import TRAINS
 from toy import toy_model, toy_runner
 from two_ranks import run_two_ranks
 
+from rmoe import compat
 from rmoe.engine.wrappers import check_wrapper, unwrapped, wrap_again
 
 
@@ -50,8 +51,12 @@ def test_compiled_steps_are_compiled_again(tmp_path, options):
 
 def test_communication_hooks_come_back_or_are_refused(tmp_path):
     for rank in run_two_ranks(train_with_communication_hooks, str(tmp_path)):
-        calls = rank['calls']
-        assert 0 < calls[0] and all(a < b for a, b in zip(calls, calls[1:]))
+        if compat.has_torch('2.6'):
+            calls = rank['calls']
+            assert 0 < calls[0] and len(calls) == 6
+            assert all(a < b for a, b in zip(calls, calls[1:]))
+        else:  # DDP does not tell what it has
+            assert 'communication hook Count.reduce was' in rank['refused']
         assert 'communication hook powerSGD_hook was' in rank['power']
         assert 'FP16_COMPRESS' in rank['builtin']
         assert 'model_wrapper_cfg' in rank['builtin']
