@@ -13,5 +13,6 @@ def train_and_count(rank: int, work_dir: str) -> bool:
             dict(type='rmoe.CostHook')),
         launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo')),
         model_wrapper_cfg=dict(
-            type='MMDistributedDataParallel', device_ids=None)).train()
+            type='MMDistributedDataParallel', device_ids=None,
+            broadcast_buffers=False)).train()
     return (folder / 'cost.json').exists()

@@ -66,7 +66,8 @@ def train(rank, work_dir, collapsed):
         launcher='pytorch',
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
         model_wrapper_cfg=dict(
-            type='MMDistributedDataParallel', device_ids=None))
+            type='MMDistributedDataParallel', device_ids=None,
+            broadcast_buffers=False))
     if collapsed:
         for layer in moe_layers(runner.model).values():
             torch.nn.init.zeros_(layer.router.scorer.weight)
@@ -86,7 +87,8 @@ def train_bias(rank, work_dir, backbone, hook):
         f'{work_dir}/{rank}', max_iters=1, hooks=(hook, ), backbone=backbone,
         launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo')),
         model_wrapper_cfg=dict(
-            type='MMDistributedDataParallel', device_ids=None))
+            type='MMDistributedDataParallel', device_ids=None,
+            broadcast_buffers=False))
     runner.train()
     layers = moe_layers(runner.model.module)
     loads = {name: layer.demand_E.tolist() for name, layer in layers.items()}

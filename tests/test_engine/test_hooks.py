@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 from accelerator import accelerated
+from engine_ranks import meet_nan, train_in_windows
 from mmengine.optim import OptimWrapper
-from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
+from toy import BACKBONE, STAGES, ToyImages, copied_state, toy_model, toy_runner
 from two_ranks import aux_gradient, run_two_ranks, who_stops
 
 from rmoe.engine.moe_loss_hook import MoELossHook, install
@@ -103,7 +104,35 @@ def test_an_interval_that_never_comes_is_refused():
 def test_ranks_stop_together(tmp_path):
     first, second = run_two_ranks(who_stops, str(tmp_path))
     assert first == second and 'block 1: router logits are nan' in first
-    assert 'for 3 tokens' in first
+    assert 'for 3 tokens on rank 1: ' in first
+
+
+def test_ranks_on_a_cpu_stop_together(tmp_path):
+    """In the iteration that one of them met nan in."""
+    first, second = run_two_ranks(meet_nan, str(tmp_path))
+    assert first == second
+    message, iteration = first
+    assert iteration == 2
+    assert re.match('MoE layer of stage 1, block 1: router logits are nan or '
+                    'inf for 1 tokens on rank 1: .*clip_grad', message)
+
+
+def test_two_ranks_average_accumulate_and_clip_as_one(tmp_path):
+    """Half the batch on each, through two stages."""
+    backbone = copy.deepcopy(BACKBONE)
+    # The balance of a batch is not the mean of two halves.
+    backbone['moe']['router']['loss_weights'] = {}
+    options = dict(backbone=backbone)
+    ranks = run_two_ranks(train_in_windows, str(tmp_path), 2, options)
+    one = train_in_windows(0, str(tmp_path), 1, options)
+    for part, state in one.items():
+        for key, value in state.items():
+            for rank in ranks:
+                torch.testing.assert_close(
+                    rank[part][key], value, rtol=1e-5, atol=1e-5, msg=key)
+            assert torch.equal(ranks[0][part][key], ranks[1][part][key])
+    key = 'head.weight'
+    assert not torch.equal(one['model'][key], one['average'][key])
 
 
 def test_losses_are_logged_and_summed(tmp_path):

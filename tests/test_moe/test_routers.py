@@ -325,6 +325,23 @@ def test_numbers_that_are_not_finite_name_the_layer(name, bad, both_paths):
         assert parameter.grad.isfinite().all()
 
 
+@every_router
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_where_other_ranks_would_wait_they_are_counted(name, bad):
+    """The layer then finishes its passes, on the CPU too."""
+    layer = build_layer(ROUTERS[name])
+    layer.router.raises_at_once = False
+    x = images()
+    x[1, 4, 0] = bad
+    for _ in range(2):
+        layer(x).sum().backward()
+        counts = take_not_finite(layer)
+        assert 1 <= int(counts) <= 2  # Soft MoE counts in two places
+    with pytest.raises(NotFiniteError, match='tokens on rank 1: the'):
+        raise_not_finite(layer, torch.stack([torch.zeros_like(counts),
+                                             counts]))
+
+
 # A bias-balanced router drops nothing and couples nothing.
 @pytest.mark.parametrize('name', [name for name in ROUTERS
                                   if 'bias' not in name])

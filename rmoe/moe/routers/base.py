@@ -125,17 +125,21 @@ class Router(ExactBuffers, ABC):
         """The values, if they are finite.
 
         On an accelerator they are counted, not looked at; MoELossHook reads
-        the counts now and then.
+        the counts now and then. The CPU counts them if it must not raise.
 
         Raises:
             NotFiniteError: for nan or inf, or values as large as that.
         """
-        if self.raises_at_once and host_may_read(values_TN):
+        if host_may_read(values_TN):
             # One number tells: a sum of finite values overflows only for
             # values that are as good as infinite.
             if not bool(values_TN.detach().sum().isfinite()):
                 bad_T = ~(values_TN.abs().sum(1) < MAX_SUM)
-                raise not_finite(int(bad_T.sum()), len(bad_T))
+                if self.raises_at_once:
+                    raise not_finite(int(bad_T.sum()), len(bad_T))
+                self.not_finite += bad_T.sum()
+                # The CPU reads decisions, and some it must find.
+                return values_TN.masked_fill(bad_T[:, None], 0.)
         elif self.training or not compat.is_compiling():
             # Zero times a number is zero, zero times nan or inf is nan.
             self.not_finite += torch.count_nonzero(
