@@ -127,7 +127,7 @@ def test_other_readers_name_the_command(written):
 
 
 def test_settings_that_need_a_file(tmp_path):
-    with pytest.raises(ValueError, match='published_keys=.*writes folders'):
+    with pytest.raises(ValueError, match=r'published_keys=.*writes folders'):
         CheckpointHook(sharded=True, published_keys=['meta'])
     with pytest.raises(ValueError, match=r"out_dir='s3://bucket'"):
         sharded_runner(tmp_path, checkpoint=dict(
