@@ -1,8 +1,9 @@
 """What ranks do with whole tensors and parts of them."""
 import copy
 
+import pytest
 import torch
-from sharded_toy import PLAIN, spread
+from sharded_toy import PLAIN, sharded_runner, spread
 from toy import ToySegmentor
 
 from rmoe.parallel.layout import Layout, layout_of, whole
@@ -72,3 +73,38 @@ def cut_and_join(rank, work_dir):
             tensor.add_(1)
             assert torch.equal(found.to_local(), before)
     return True
+
+
+def errors_of(rank, work_dir, broken, written):
+    """What each rank says of folders that do not load."""
+    results = {}
+    for name in ('missing', 'short'):
+        results[name] = error_of(f'{work_dir}/{name}', f'{broken}/{name}')
+    parts = f'{written}/parts/iter_2'
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            def fail(*_, **__):
+                raise OSError('disk full')
+            patch.setattr('rmoe.parallel.folder.read_checkpoint', fail)
+        results['one-rank'] = error_of(f'{work_dir}/one', parts)
+    results['other-experts'] = error_of(f'{work_dir}/experts', parts,
+                                        resume=False, num_experts=2)
+    with pytest.MonkeyPatch.context() as patch:
+        build = ToySegmentor.__init__
+
+        def five_classes(self, backbone):
+            build(self, backbone)
+            self.head = torch.nn.Conv2d(16, 5, 1)
+
+        patch.setattr(ToySegmentor, '__init__', five_classes)
+        results['other-head'] = error_of(f'{work_dir}/head', parts)
+    return results
+
+
+def error_of(folder, checkpoint, resume=True, **options):
+    runner = sharded_runner(folder, layout={}, world=2, resume=resume,
+                            load_from=checkpoint, **options)
+    try:
+        runner.train()
+    except (OSError, ValueError) as error:
+        return str(error)

@@ -124,13 +124,16 @@ class Draws(Hook):
 
 
 def sharded_runner(folder, max_iters=4, interval=2, layout=None, hooks=(),
-                   validate=False, checkpoint=None, world=1, **options) -> Runner:
+                   validate=False, checkpoint=None, world=1, num_experts=4,
+                   **options) -> Runner:
     """A training on batches of four images, on however many ranks.
 
     Args:
         layout: options of ToySharded; None for a plain model.
         checkpoint: options of the CheckpointHook.
     """
+    backbone = copy.deepcopy(PLAIN)
+    backbone['moe']['num_experts'] = num_experts
     if layout is not None:
         options.update(
             launcher='pytorch', model_wrapper_cfg=dict(
@@ -143,8 +146,8 @@ def sharded_runner(folder, max_iters=4, interval=2, layout=None, hooks=(),
                 num_workers=0, collate_fn=dict(type='default_collate'),
                 sampler=dict(type='DefaultSampler', shuffle=False)),
             val_evaluator=dict(type='MeanOfLogits'))
-    config = toy_config(folder, max_iters, copy.deepcopy(hooks),
-                        copy.deepcopy(PLAIN), **options)
+    config = toy_config(folder, max_iters, copy.deepcopy(hooks), backbone,
+                        **options)
     if validate:
         config.train_cfg.val_interval = 2
     config.train_dataloader.batch_size = 4 // world
