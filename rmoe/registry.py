@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS,
@@ -22,6 +23,9 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='rmoe',
     locations=['rmoe.moe', 'rmoe.backbones', 'rmoe.classification'])
+MODEL_WRAPPERS = Registry(
+    'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='rmoe',
+    locations=['rmoe.parallel'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='rmoe',
     locations=['rmoe.engine', 'rmoe.classification'])

@@ -24,20 +24,25 @@ PRELOADED = ['rmoe', 'mmengine.runner', 'rmoe.backbones', 'rmoe.engine',
 
 def run_two_ranks(function, work_dir: str, *args) -> list:
     """What function(rank, work_dir, *args) returned on each rank."""
+    return run_ranks(2, function, work_dir, *args)
+
+
+def run_ranks(ranks: int, function, work_dir: str, *args) -> list:
+    """The same on any number of ranks."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     # One process imports what takes long, once; ranks are copies of it.
     forkserver.set_forkserver_preload(PRELOADED)
-    start_processes(_run, (function, port, work_dir, args), nprocs=2,
-                    start_method='forkserver')
+    start_processes(_run, (function, port, ranks, work_dir, args),
+                    nprocs=ranks, start_method='forkserver')
     return [torch.load(f'{work_dir}/rank{rank}.pth', weights_only=False)
-            for rank in (0, 1)]
+            for rank in range(ranks)]
 
 
-def _run(rank, function, port, work_dir, args):
+def _run(rank, function, port, ranks, work_dir, args):
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     # mmengine's own set-up asks for a GPU.

@@ -139,6 +139,17 @@ class _Linear(torch.autograd.Function):
                 grad_JBO.sum(1, dtype=torch.float32) if needs_bias else None)
 
 
+def move_rows(x_ND: Tensor, from_N: Tensor, back_N: Tensor) -> Tensor:
+    """(N, D), rows in another order.
+
+    Args:
+        x_ND: (N, D).
+        from_N: (N,) int64, which row comes to each place.
+        back_N: (N,) int64, the inverse.
+    """
+    return _Gather.apply(x_ND, from_N, None, back_N, None)
+
+
 class _Gather(torch.autograd.Function):
     """Rows at other places. Backward gathers too: no place has two rows."""
 

@@ -4,6 +4,8 @@ Axis letters as in routing.py; R is the rank of a low-rank residual.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,37 @@ class Core:
         return self.function(x)
 
 
+class Elsewhere(Protocol):
+    """Experts that are spread over processes.
+
+    Every process has all rows of its own tokens and some of the experts.
+    """
+
+    def local(self, name: str, parameter: Tensor) -> Tensor:
+        """(E', ...), the part of a stacked (E, ...) parameter by which this
+        process computes, differentiable.
+
+        Args:
+            name: of the parameter in :class:`Experts`.
+            parameter: as it is registered there.
+        """
+        ...
+
+    def apply(self, compute: Callable[[Tensor, Rows | None], Tensor],
+              rows_ND: Tensor, rows: Rows | None) -> Tensor:
+        """Rows through their experts, wherever these are.
+
+        Args:
+            compute: takes rows that belong to this process's experts.
+            rows_ND: as for :meth:`Experts.forward`.
+            rows: as for :meth:`Experts.forward`.
+
+        Returns:
+            (M, D), where M is N, or the number of rows that somebody serves.
+        """
+        ...
+
+
 class Experts(nn.Module):
     """Two-layer FFNs whose weights are w_e = w_core + r_e (2204.09636).
 
@@ -64,6 +97,8 @@ class Experts(nn.Module):
         folded: None, or a buffer where the "residuals" hold core + residual
             (:func:`rmoe.upcycling.fold`); a core is then passed but not
             added again.
+        elsewhere: None where this process has all experts; else what spreads
+            them over processes (rmoe.parallel sets it).
 
     Raises:
         ValueError: for a rank out of range, or a rank without a core.
@@ -92,6 +127,7 @@ class Experts(nn.Module):
         self.core = core
         self.act = act
         self.dropout = nn.Dropout(dropout)
+        self.elsewhere: Elsewhere | None = None
         # A buffer, so that a state dict says what its "residuals" are.
         self.register_buffer('folded', None)
         for layer, out_dim, in_dim in (
@@ -149,7 +185,8 @@ class Experts(nn.Module):
 
         Returns:
             (N, D), in the autocast type where autocast is on; anything in
-            rows that nobody serves.
+            rows that nobody serves. Where experts are ``elsewhere`` the rows
+            that nobody serves may be missing.
         """
         assert (core is None) == (not self.core)
         if self.folded is not None:
@@ -158,18 +195,29 @@ class Experts(nn.Module):
         if compat.is_autocast_enabled(device):
             rows_ND = rows_ND.to(compat.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            if host_may_read(rows_ND):
-                return self._one_by_one(rows_ND, rows, core, middle)
-            if rows is None or rows.even:
-                x_EBD = rows_ND.unflatten(0, (self.num_experts, -1))
-                return self._batched(x_EBD, None, core, middle).flatten(0, 1)
-            if not grouped_mm.fits(rows_ND, self.widths):
-                plan = blocks.lay_out(rows)
-                return plan.rows(self._batched(plan.fill(rows_ND), plan, core,
-                                               middle))
-            hidden_NH = self._between(
-                self._grouped('fc1', rows_ND, rows, core), middle)
-            return self._grouped('fc2', hidden_NH, rows, core)
+            if self.elsewhere is None:
+                return self._compute(core, middle, rows_ND, rows)
+            return self.elsewhere.apply(
+                partial(self._compute, core, middle), rows_ND, rows)
+
+    def _compute(self, core: Core | None,
+                 middle: Callable[[Tensor], Tensor] | None, rows_ND: Tensor,
+                 rows: Rows | None) -> Tensor:
+        """(N, D), rows through the experts of this process."""
+        if host_may_read(rows_ND):
+            return self._one_by_one(rows_ND, rows, core, middle)
+        if rows is None or rows.even:
+            num_experts = (self.num_experts if rows is None
+                           else len(rows.counts_E))
+            x_EBD = rows_ND.unflatten(0, (num_experts, -1))
+            return self._batched(x_EBD, None, core, middle).flatten(0, 1)
+        if not grouped_mm.fits(rows_ND, self.widths):
+            plan = blocks.lay_out(rows)
+            return plan.rows(self._batched(plan.fill(rows_ND), plan, core,
+                                           middle))
+        hidden_NH = self._between(
+            self._grouped('fc1', rows_ND, rows, core), middle)
+        return self._grouped('fc2', hidden_NH, rows, core)
 
     def _grouped(self, layer: str, rows_NI: Tensor, rows: Rows,
                  core: Core | None) -> Tensor:
@@ -177,7 +225,7 @@ class Experts(nn.Module):
         return grouped_mm.linear(
             rows_NI, rows, self.weight(layer, core, rows_NI.dtype),
             None if core is None else core.bias(layer),
-            getattr(self, f'residual_{layer}_bias'))
+            self._part(layer, 'bias'))
 
     def _one_by_one(self, rows_ND: Tensor, rows: Rows | None,
                     core: Core | None,
@@ -239,13 +287,21 @@ class Experts(nn.Module):
         weight = bias = None
         if core is not None:
             weight, bias = core.weight(layer), core.bias(layer)
-        return (weight, bias, getattr(self, f'residual_{layer}_bias'),
+        return (weight, bias, self._part(layer, 'bias'),
                 *self._residual(layer))
 
     def _residual(self, layer: str) -> tuple[Tensor, ...]:
-        parts = ('weight', ) if self.rank is None else ('up', 'down')
-        return tuple(
-            getattr(self, f'residual_{layer}_{part}') for part in parts)
+        names = ('weight', ) if self.rank is None else ('up', 'down')
+        parts = (self._part(layer, name) for name in names)
+        return tuple(part for part in parts if part is not None)
+
+    def _part(self, layer: str, part: str) -> Tensor | None:
+        """(E, ...), what is computed with; a bias may be None."""
+        name = f'residual_{layer}_{part}'
+        parameter = getattr(self, name)
+        if parameter is None or self.elsewhere is None:
+            return parameter
+        return self.elsewhere.local(name, parameter)
 
     def weight(self, layer: str, core: Core | None,
                dtype: torch.dtype = torch.float32) -> Tensor:
@@ -266,7 +322,7 @@ class Experts(nn.Module):
 
     def bias(self, layer: str, core: Core | None) -> Tensor | None:
         """(E, out), the biases, in their own type; None for none."""
-        bias_EO = getattr(self, f'residual_{layer}_bias')
+        bias_EO = self._part(layer, 'bias')
         if core is None or bias_EO is None or self.folded is not None:
             return bias_EO
         return bias_EO + core.bias(layer)

@@ -57,6 +57,8 @@ class MoELayer(ExactBuffers):
 
     Attributes:
         core_keys: where the core's two linear layers are in this module.
+        needs_all_rows: whether the experts of a token look at the hidden rows
+            of others, which then must not leave their process.
         core_only: True makes the layer its dense core, at dense cost.
         name: where the layer stands, for messages.
         losses: auxiliary losses of the forward passes since
@@ -69,6 +71,7 @@ class MoELayer(ExactBuffers):
         ValueError: for an unknown option or a contradictory pair.
     """
     core_keys: ClassVar[Mapping[str, str]] = {}
+    needs_all_rows: ClassVar[bool] = False
     loads_2E: Tensor
     token_counts: Tensor
     exact_buffers = ('loads_2E', 'token_counts')

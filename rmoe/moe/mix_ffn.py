@@ -41,6 +41,7 @@ class MoEMixFFN(MoELayer):
     layers: nn.Sequential
     core_keys: ClassVar[Mapping[str, str]] = {
         'fc1': 'layers.0', 'fc2': 'layers.4'}
+    needs_all_rows: ClassVar[bool] = True
 
     def __init__(self, ffn: Any, num_experts: int = 8,
                  router: Mapping | None = None, core: bool = True,

@@ -47,12 +47,18 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
     if middle is not None:
         hidden = partial(middle, _best_first(routing))
     rows_ND = experts(tokens_to_rows(x_TD, rows), rows, core, hidden)
-    gates_N = _gates(routing, align)
-    y_TD = rows_to_tokens(rows_ND, gates_N, align == 'stopgrad', rows)
+    fill_in = None
     if unrouted == 'core' and rows.lonely_T is not None:
         assert core is not None
-        y_TD = _fill_in(y_TD, rows.lonely_T, x_TD, core)
-    return y_TD
+        # Before anything reads the experts' rows, which may still be on their
+        # way from other processes.
+        fill_in = _serve_lonely(rows.lonely_T, x_TD, core)
+    if len(rows_ND) < len(rows.token_ids_N):
+        routing = routing.served(len(rows_ND))
+        rows = routing.rows
+    gates_N = _gates(routing, align)
+    y_TD = rows_to_tokens(rows_ND, gates_N, align == 'stopgrad', rows)
+    return y_TD if fill_in is None else fill_in(y_TD)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -81,16 +87,22 @@ def _gates(routing: Routing, align: str) -> Tensor:
     return gates_N
 
 
-def _fill_in(y_TD: Tensor, lonely_T: Tensor, x_TD: Tensor, core: Core
-             ) -> Tensor:
-    """Tokens without a row get the core."""
+def _serve_lonely(lonely_T: Tensor, x_TD: Tensor, core: Core
+                  ) -> Callable[[Tensor], Tensor] | None:
+    """Apply the core to the tokens without a row.
+
+    Returns:
+        What puts its results into (T, D); None where there is no such token.
+    """
     if not host_may_read(x_TD):
-        return torch.where(lonely_T[:, None], core(x_TD).to(y_TD.dtype), y_TD)
+        core_TD = core(x_TD)
+        return lambda y_TD: torch.where(
+            lonely_T[:, None], core_TD.to(y_TD.dtype), y_TD)
     lonely = torch.nonzero(lonely_T).flatten()
     if not len(lonely):
-        return y_TD
-    return y_TD.index_copy(
-        0, lonely, core(x_TD.index_select(0, lonely)).to(y_TD.dtype))
+        return None
+    core_LD = core(x_TD.index_select(0, lonely))
+    return lambda y_TD: y_TD.index_copy(0, lonely, core_LD.to(y_TD.dtype))
 
 
 def _best_first(routing: Routing) -> Tensor:

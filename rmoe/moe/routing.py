@@ -72,9 +72,13 @@ class Routing:
         """(E,) what each expert served, in tokens."""
         return self.counts_E
 
-    def served(self) -> 'Routing':
-        """The same with the rows that somebody serves; reads how many."""
-        rows = self.rows.without_unserved()
+    def served(self, count: int | None = None) -> 'Routing':
+        """The same with the rows that somebody serves.
+
+        Args:
+            count: how many these are, if it is known; None reads it.
+        """
+        rows = self.rows.without_unserved(count)
         return replace(self, rows=rows,
                        weights_N=self.weights_N[:len(rows.token_ids_N)])
 

@@ -56,12 +56,17 @@ class Rows:
             return torch.ones_like(self.token_ids_N)
         return kept_per_token(self.by_token[1], self.num_tokens)
 
-    def without_unserved(self) -> 'Rows':
-        """The rows that somebody serves; reads how many there are."""
+    def without_unserved(self, count: int | None = None) -> 'Rows':
+        """The rows that somebody serves.
+
+        Args:
+            count: how many these are, if it is known; None reads it.
+        """
         if self.unserved_N is None:
             return self
         assert self.by_token is not None
-        count = int(self.ends_E[-1])
+        if count is None:
+            count = int(self.ends_E[-1])
         order_N, starts = self.by_token
         return replace(
             self, token_ids_N=self.token_ids_N[:count],

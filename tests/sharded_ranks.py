@@ -1,0 +1,181 @@
+"""What ranks do with sharded models, and what one process does instead."""
+import copy
+
+import torch
+from accelerator import accelerated
+from toy import ToyImages, ToySegmentor
+from torch import nn
+
+from rmoe.backbones.padding import ValidArea
+from rmoe.engine.moe_loss_hook import install
+from rmoe.moe import moe_layers
+
+# No norm that looks at a whole batch, which would see another one.
+BACKBONE = dict(
+    type='rmoe.SwinMoE', embed_dims=8, depths=(1, 2), num_heads=(1, 2),
+    strides=(4, 2), out_indices=(1, ), window_size=2, drop_path_rate=0.,
+    moe=dict(layers=((), (0, 1)), num_experts=4))
+LAYOUTS = {
+    'sharded': {},
+    'experts': dict(shard=1, expert_parallel=2),
+    'both': dict(expert_parallel=2),
+    'copies': dict(shard=1),
+    # Of four ranks.
+    'two copies': dict(shard=2),
+    'two copies of both': dict(shard=2, expert_parallel=2),
+    'an expert each': dict(shard=1, expert_parallel=4),
+}
+STEPS = 5
+
+
+def build(router: dict, with_cp: bool = False, **moe) -> ToySegmentor:
+    """Experts differ, and routers have opinions."""
+    torch.manual_seed(0)
+    backbone = copy.deepcopy(BACKBONE)
+    backbone['moe'].update(moe, router=copy.deepcopy(router))
+    backbone['with_cp'] = with_cp
+    model = ToySegmentor(backbone)
+    model.is_init = True
+    for name, parameter in model.named_parameters():
+        if 'residual' in name or 'router' in name:
+            nn.init.normal_(parameter, std=.3)
+    return model
+
+
+def batch(step: int, part: int, parts: int, size: int = 4):
+    """Images and labels of one of several ranks."""
+    images = ToyImages()
+    each = size // parts
+    picked = [(step * size + part * each + i) % len(images)
+              for i in range(each)]
+    return (torch.stack([images[i]['inputs'] for i in picked]),
+            torch.stack([images[i]['labels'] for i in picked]))
+
+
+def losses_of(model: nn.Module, inner: nn.Module, inputs, labels, padded):
+    if padded:
+        sizes = [[32, 12 + 4 * i] for i in range(len(inputs))]
+        inner.backbone.valid_area = ValidArea(torch.tensor(sizes), (32, 32))
+    return model(inputs, labels, mode='loss')
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # What rounding does to a gradient of zero is no step.
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, 'full_tensor', tensor.clone)().detach().clone()
+
+
+def train(model, inner, parts_of_step, clip, padded=False, steps=STEPS):
+    """Losses of each step, gradients of the first, weights after the last."""
+    optimizer = optimizer_of(model)
+    result = dict(losses=[], norms=[])
+    for step in range(steps):
+        parts = parts_of_step(step)
+        optimizer.zero_grad()
+        total = 0.
+        for inputs, labels in parts:
+            losses = losses_of(model, inner, inputs, labels, padded)
+            loss = sum(losses.values()) / len(parts)
+            loss.backward()
+            total += float(loss.detach())
+        if step == 0:
+            result['grads'] = {name: full(parameter.grad) for name, parameter
+                               in inner.named_parameters()}
+        result['norms'].append(float(clip(model.parameters(), 1.)))
+        optimizer.step()
+        result['losses'].append(total)
+    result['weights'] = {name: full(parameter) for name, parameter in
+                         inner.named_parameters()}
+    return result
+
+
+def train_alone(case: dict, ranks: int, joined: bool, steps: int = STEPS
+                ) -> dict:
+    """One process on the batches of all ranks, joined or one by one."""
+    model = build(**case['model'])
+    prepare(model, case)
+    parts = 1 if joined else ranks
+    return train(model, model,
+                 lambda step: [batch(step, part, parts)
+                               for part in range(parts)],
+                 torch.nn.utils.clip_grad_norm_, case.get('padded', False),
+                 steps)
+
+
+def prepare(model: nn.Module, case: dict) -> None:
+    if case.get('balanced'):
+        install(model)
+    if case.get('collapsed'):
+        for layer in moe_layers(model).values():
+            # The first expert wins every tie.
+            nn.init.zeros_(layer.router.scorer.weight)
+
+
+def train_sharded(rank: int, work_dir: str, cases: dict) -> dict:
+    """Each case in each of its layouts."""
+    from rmoe.parallel import FullySharded
+    from rmoe.parallel.clipping import clip_grad_norm_
+    ranks = torch.distributed.get_world_size()
+    results = {}
+    for name, case in cases.items():
+        for layout in case['layouts']:
+            model = build(**case['model'])
+            prepare(model, case)
+            wrapper = FullySharded(model, **LAYOUTS[layout])
+            with accelerated(case.get('accelerated', False)):
+                result = train(
+                    wrapper, model, lambda step: [batch(step, rank, ranks)],
+                    clip_grad_norm_, case.get('padded', False))
+            result['local'] = sum(
+                getattr(parameter, 'to_local', lambda p=parameter: p)().numel()
+                for parameter in model.parameters())
+            results[name, layout] = result
+    return results
+
+
+def evaluate(rank: int, work_dir: str, layouts: tuple[str, ...]) -> dict:
+    """Maps of a rank's images, of which rank 1 has fewer; a step after it."""
+    from rmoe.parallel import FullySharded
+    results = {}
+    for layout in layouts:
+        model = build(dict(type='TokenChoiceRouter', top_k=2))
+        wrapper = FullySharded(model, **LAYOUTS[layout])
+        wrapper.eval()
+        with torch.no_grad(), wrapper.gathered():
+            maps = [model(batch(step, rank, 2)[0])
+                    for step in range(3 - 2 * rank)]
+        wrapper.train()
+        wrapper(*batch(0, rank, 2), mode='loss')['loss_ce'].backward()
+        results[layout] = dict(
+            maps=maps, local=sum(
+                parameter.to_local().numel()
+                for parameter in model.parameters()))
+    return results
+
+
+def compute_in_bfloat16(rank: int, work_dir: str) -> dict:
+    """A step with parameters gathered in bfloat16."""
+    from rmoe.parallel import FullySharded
+    model = build(dict(type='TokenChoiceRouter', noise_std=0.))
+    wrapper = FullySharded(model, param_dtype='bfloat16')
+    seen = {}
+
+    def look(name):
+        def hook(module, args):
+            seen[name] = {key: parameter.dtype for key, parameter
+                          in module.named_parameters(recurse=False)}
+            seen[f'{name} input'] = next(
+                arg.dtype for arg in args if isinstance(arg, torch.Tensor))
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(('scorer', 'experts', 'attn.w_msa.qkv', 'norm1')):
+            module.register_forward_pre_hook(look(name))
+    loss = wrapper(*batch(0, rank, 2), mode='loss')['loss_ce']
+    loss.backward()
+    return dict(seen=seen, loss=float(loss.detach()), grads={
+        name: full(parameter.grad)
+        for name, parameter in model.named_parameters()})
