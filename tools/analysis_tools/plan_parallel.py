@@ -125,23 +125,24 @@ def plan(cfg: Config, args: argparse.Namespace) -> None:
     model = build(cfg)
     wrapper = cfg.get('model_wrapper_cfg') or {}
     stages = stages_of(cfg)
-    parameters = set_stage(model, stages)
     moments = moment_bytes(cfg, args.optimizer)
     bfloat16 = args.amp or wrapper.get('param_dtype') == 'bfloat16' or (
         'Amp' in type_name(cfg.get('optim_wrapper') or {'type': ''}))
+    parameters = set_stage(model, stages, bfloat16)
     loader = cfg.get('train_dataloader') or {}
     step = Run(image_size(cfg, args.image_size),
                args.batch_size or loader.get('batch_size', 1), bfloat16,
                args.device == 'gpu', stages)
-    parts = {gpus: divided(args, wrapper, experts_of(cfg), gpus)
-             for gpus in args.gpus}
     whole = experts_of(cfg)
+    parts = {gpus: divided(args, wrapper, model, whole, gpus)
+             for gpus in args.gpus}
     activations = find(cfg, step, {whole, *(
         whole // count for count in parts.values())})
     rows = rows_of(model, activations)
     print(describe(cfg, args, parameters, moments, step))
+    print('activations:')
     for note in activations.notes:
-        print(f'activations of {note}')
+        print(f'  {note}')
     written: list[dict[str, Any]] = []
     for gpus in args.gpus:
         node = min(gpus, args.gpus_per_node)
@@ -150,7 +151,7 @@ def plan(cfg: Config, args: argparse.Namespace) -> None:
             option_of(layout, gpus, parameters, moments, step, activations,
                       rows, whole, wrapper, links)
             for layout in layouts(gpus, node, parts[gpus])]
-        show(options, args.memory * GB)
+        show(options, args.memory * GB, bfloat16)
         written += [dict(
             gpus=gpus, layout=option.layout.name,
             **{f'{key}_bytes': value
@@ -164,19 +165,27 @@ def plan(cfg: Config, args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(written, indent=1))
 
 
-def divided(args: argparse.Namespace, wrapper: dict, experts: int, gpus: int
-            ) -> int:
+def divided(args: argparse.Namespace, wrapper: dict, model: Any, experts: int,
+            gpus: int) -> int:
     """N, the GPUs that share the experts.
 
     Raises:
         ValueError: if they cannot.
     """
     given = args.expert_parallel or wrapper.get('expert_parallel')
+    for name, layer in moe_layers(model).items():
+        if layer.needs_all_rows and (given or 1) > 1:
+            raise ValueError(
+                f'--expert-parallel {given} cannot serve {name}, a '
+                f'{type(layer).__name__} that looks at the hidden rows of '
+                'neighbouring tokens: set it to 1')
+        if layer.needs_all_rows:
+            return 1
     if not given:
         return max(count for count in range(1, min(
             gpus, args.gpus_per_node) + 1)
             if experts % count == 0 and gpus % count == 0)
-    for what, number in ((f'num_experts={experts}', experts),
+    for what, number in ((f'the {experts} experts of a layer', experts),
                          (f'--gpus {gpus}', gpus)):
         if number % given:
             raise ValueError(
@@ -199,10 +208,7 @@ def option_of(layout: Layout, gpus: int, parameters: list[Parameter],
               ) -> Option:
     reshard = wrapper.get('reshard_after_forward', True)
     local = experts // layout.experts
-    kept = activations.total(local)
-    if layout.ddp:
-        # Autocast's own; where parameters are converted there are none.
-        kept += activations.copies[local]
+    kept = activations.total(local, converted=not layout.ddp)
     return Option(
         gpus, layout,
         memory(parameters, layout, gpus, moments, step.bfloat16, kept,
@@ -225,7 +231,7 @@ def describe(cfg: Config, args: argparse.Namespace,
             f'{"bfloat16" if step.bfloat16 else "float32"}')
 
 
-def show(options: list[Option], available: float) -> None:
+def show(options: list[Option], available: float, bfloat16: bool) -> None:
     gpus = options[0].gpus
     print(f'\n{gpus} GPU{"s" * (gpus > 1)} of {available / GB:g} GB; GB of '
           'each, and what it sends in a step')
@@ -237,13 +243,13 @@ def show(options: list[Option], available: float) -> None:
         return
     chosen = fitting[0]
     print(f'Choose {chosen.layout.name}, the simplest that fits: '
-          f'{setting(chosen.layout)}')
+          f'{setting(chosen.layout, bfloat16)}')
     fastest = min(fitting, key=lambda option: option.traffic.seconds)
     if fastest.traffic.seconds < chosen.traffic.seconds:
         print(f'{fastest.layout.name} sends for '
               f'{1e3 * fastest.traffic.seconds:.0f} ms instead of '
               f'{1e3 * chosen.traffic.seconds:.0f}: '
-              f'{setting(fastest.layout)}')
+              f'{setting(fastest.layout, bfloat16)}')
 
 
 def row(option: Option, available: float) -> dict[str, str]:
@@ -258,12 +264,14 @@ def row(option: Option, available: float) -> dict[str, str]:
         'ms': f'{1e3 * option.traffic.seconds:.0f}'}
 
 
-def setting(layout: Layout) -> str:
+def setting(layout: Layout, bfloat16: bool) -> str:
+    """What the config needs for a layout."""
     if layout.wrapper is None:
         return 'no setting needed'
-    inside = ', '.join(["type='rmoe.FullySharded'", layout.wrapper]
-                       if layout.wrapper else ["type='rmoe.FullySharded'"])
-    return f'model_wrapper_cfg=dict({inside})'
+    inside = ["type='rmoe.FullySharded'"]
+    inside += [layout.wrapper] if layout.wrapper else []
+    inside += ["param_dtype='bfloat16'"] if bfloat16 else []
+    return f'model_wrapper_cfg=dict({", ".join(inside)})'
 
 
 if __name__ == '__main__':

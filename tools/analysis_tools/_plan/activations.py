@@ -43,8 +43,9 @@ class Activations:
         backbone: without its MoE layers.
         moe: of MoE layers, by how many experts a process has in each.
         rest: neck, heads and losses.
-        copies: parameters that autocast keeps in its own type, by the number
-            of experts too.
+        copies: parameters of the backbone that autocast keeps in its own
+            type, by the number of experts too.
+        copies_of_rest: those of neck and heads.
         recomputed: what is there of one recomputed part at a time.
         tokens: of each MoE layer.
         notes: how each of them was found.
@@ -53,13 +54,22 @@ class Activations:
     moe: Mapping[int, int]
     rest: int
     copies: Mapping[int, int]
+    copies_of_rest: int
     recomputed: int
     tokens: Mapping[str, int]
     notes: tuple[str, ...]
 
-    def total(self, experts: int) -> int:
-        """With so many experts a process."""
-        return self.backbone + self.moe[experts] + self.rest + self.recomputed
+    def total(self, experts: int, converted: bool) -> int:
+        """Of a process.
+
+        Args:
+            experts: it has in each MoE layer.
+            converted: whether blocks are gathered in the type they compute
+                in, so that autocast copies nothing.
+        """
+        return (self.backbone + self.moe[experts] + self.rest +
+                self.recomputed + self.copies_of_rest +
+                (0 if converted else self.copies[experts]))
 
 
 @dataclass(frozen=True)
@@ -90,41 +100,53 @@ def find(cfg: Config, run: Run, experts: set[int]) -> Activations:
     """
     whole = experts_of(cfg)
     small = _sizes(run.size)
-    found = [measure(cfg, run, size) for size in small]
+    notes = []
+    try:
+        traced = {count: trace(cfg, run, count) for count in experts}
+        maps = [maps_of(cfg, run, size) for size in small]
+    except (DataDependentOutputException,
+            DynamicOutputShapeException) as error:
+        traced, maps = {}, []
+        notes.append(f'backbone, with all {whole} experts: measured, because '
+                     f'it cannot be traced ({type(error).__name__})')
+    if traced:
+        notes.append(
+            f'backbone: traced at {run.size[0]}x{run.size[1]} without values, '
+            + ("on an accelerator's path" if run.gpu else
+               'its MoE layers: measured'))
+    # On the CPU, MoE layers look at values.
+    found = [measure(cfg, run, size, one) for size, one in zip(
+        small, maps if traced and run.gpu else [None] * len(small))]
     x = [MEASURED_BATCH * height * width for height, width in small]
     full = run.batch * run.size[0] * run.size[1]
     scaled = {place: _line(x, [one.bytes[place] for one in found], full)
               for place in found[-1].bytes}
     rest = scaled.pop(REST, 0)
-    copies = dict.fromkeys(experts, found[-1].copies[REST])
     sizes = ' and '.join(f'{height}x{width}' for height, width in small)
-    steps = (f'measured in {len(small)} real '
-             f'step{"s" * (len(small) > 1)} of {MEASURED_BATCH} images of '
-             f'{sizes}, scaled to {run.batch} of {run.size[0]}x{run.size[1]}')
-    notes = [f'heads and losses: {steps}']
-    moe = dict.fromkeys(experts, sum(
-        count for place, count in scaled.items() if place != BACKBONE))
-    try:
-        traced = {count: trace(cfg, run, count) for count in experts}
-    except (DataDependentOutputException,
-            DynamicOutputShapeException) as error:
-        notes.append(f'backbone: {steps} with all {whole} experts, because it '
-                     f'cannot be traced ({type(error).__name__})')
-        tokens = {name: _line(x, [_tokens(one)[name] for one in found], full)
-                  for name in _tokens(found[-1])}
-        return Activations(scaled[BACKBONE], moe, rest, copies, 0, tokens,
-                           tuple(notes))
-    notes.append(
-        f'backbone: traced at {run.size[0]}x{run.size[1]} without values' + (
-            ", on an accelerator's path" if run.gpu else
-            f'; its MoE layers: {steps}'))
-    for count, one in traced.items():
-        copies[count] += one.copies.total()
-        if run.gpu:
-            moe[count] = one.bytes.total() - one.bytes[BACKBONE]
-    return Activations(traced[whole].bytes[BACKBONE], moe, rest, copies,
-                       _recomputed(cfg, run), _tokens(traced[whole]),
-                       tuple(notes))
+    notes += ['neck, heads and losses: measured',
+              f'measured: in {len(small)} real '
+              f'step{"s" * (len(small) > 1)} of {MEASURED_BATCH} images of '
+              f'{sizes}, scaled to {run.batch} of '
+              f'{run.size[0]}x{run.size[1]}']
+    tokens = _tokens(traced[whole]) if traced else {
+        name: _line(x, [_tokens(one)[name] for one in found], full)
+        for name in _tokens(found[-1])}
+    of_moe = sum(count for place, count in scaled.items()
+                 if place != BACKBONE)
+    return Activations(
+        traced[whole].bytes[BACKBONE] if traced else scaled[BACKBONE],
+        {count: traced[count].bytes.total() - traced[count].bytes[BACKBONE]
+         if traced and run.gpu else of_moe for count in experts},
+        rest,
+        {count: traced[count].copies.total() if traced else 0
+         for count in experts},
+        found[-1].copies[REST], _recomputed(cfg, run) if traced else 0,
+        tokens, tuple(notes))
+
+
+def experts_of(cfg: Config) -> int:
+    """E of every MoE layer of a config."""
+    return cfg.model.backbone.moe.get('num_experts', 8)
 
 
 def _tokens(saved: SavedTensors) -> dict[str, int]:
@@ -157,17 +179,53 @@ def _line(x: list[int], y: list[int], at: int) -> int:
     return round(max(y[0] + slope * (at - x[0]), 0))
 
 
-def measure(cfg: Config, run: Run, size: tuple[int, int]) -> SavedTensors:
-    """What a real step on the CPU keeps, with small images."""
+def measure(cfg: Config, run: Run, size: tuple[int, int], maps: Any = None
+            ) -> SavedTensors:
+    """What a real step on the CPU keeps, with small images.
+
+    Args:
+        cfg: of the model.
+        run: the step.
+        size: of images.
+        maps: what the backbone returns for them, in its place; None runs it.
+    """
     model = build(cfg)
-    set_stage(model, run.stages)
+    set_stage(model, run.stages, run.bfloat16)
+    places = _places(model)
+    if maps is not None:
+        model.backbone, places = _Returns(maps), {}
     fill(model)
     inputs = loss_inputs(model, MEASURED_BATCH, size)
-    with _settings(run), SavedTensors(model, _places(model)) as saved:
+    with _settings(run), SavedTensors(model, places) as saved:
         collect_losses(model, start=True)
         losses = model(**inputs, mode='loss')
-        model.parse_losses(losses)
+        loss, _ = model.parse_losses(losses)
+    del loss
     return saved
+
+
+class _Returns(nn.Module):
+    """In the place of a backbone."""
+
+    def __init__(self, maps: Any) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: Tensor) -> Any:
+        return self.maps
+
+
+def maps_of(cfg: Config, run: Run, size: tuple[int, int]) -> Any:
+    """Maps of the shapes that the backbone returns for a measured batch."""
+    model = _fake(cfg, run, experts_of(cfg))
+    _, outs = _traced(model, run, {}, MEASURED_BATCH, size)
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return torch.randn(node.shape).to(node.dtype).requires_grad_()
+        return type(node)(map(filled, node))
+
+    return filled(outs)
 
 
 def trace(cfg: Config, run: Run, experts: int) -> SavedTensors:
@@ -179,7 +237,7 @@ def trace(cfg: Config, run: Run, experts: int) -> SavedTensors:
         DynamicOutputShapeException: where values decide about shapes.
     """
     model = _fake(cfg, run, experts)
-    return _traced(model, run, _places(model))
+    return _traced(model, run, _places(model), run.batch, run.size)[0]
 
 
 def _recomputed(cfg: Config, run: Run) -> int:
@@ -193,7 +251,7 @@ def _recomputed(cfg: Config, run: Run) -> int:
             module.ffn_with_cp = False  # type: ignore[assignment]
     if not parts:
         return 0
-    saved = _traced(model, run, parts)
+    saved, _ = _traced(model, run, parts, run.batch, run.size)
     return max(saved.bytes[name] for name in parts)
 
 
@@ -201,12 +259,13 @@ def _fake(cfg: Config, run: Run, experts: int) -> nn.Module:
     cfg = copy.deepcopy(cfg)
     cfg.model.backbone.moe.num_experts = experts
     model = build(cfg)
-    set_stage(model, run.stages)
+    set_stage(model, run.stages, run.bfloat16)
     return model
 
 
-def _traced(model: nn.Module, run: Run, places: dict[str, nn.Module]
-            ) -> SavedTensors:
+def _traced(model: nn.Module, run: Run, places: dict[str, nn.Module],
+            batch: int, size: tuple[int, int]) -> tuple[SavedTensors, Any]:
+    """What the backbone keeps, and what it returns."""
     backbone: Any = model.backbone
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in backbone.modules():
@@ -216,11 +275,11 @@ def _traced(model: nn.Module, run: Run, places: dict[str, nn.Module]
                     requires_grad=parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, mode.from_tensor(buffer))
-        image = torch.empty(run.batch, 3, *run.size)
+        image = torch.empty(batch, 3, *size)
         with _settings(run, run.gpu), SavedTensors(backbone, places) as saved:
             collect_losses(backbone, start=True)
-            backbone(image)
-    return saved
+            outs = backbone(image)
+    return saved, outs
 
 
 def _places(model: nn.Module) -> dict[str, nn.Module]:

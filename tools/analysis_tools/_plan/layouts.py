@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
-from _plan.model import Parameter
+from _plan.model import REST, WHOLE, Parameter
+from rmoe.parallel.units import divisible_dimension
 
 FLOAT32 = 4
 BFLOAT16 = 2
@@ -50,7 +51,8 @@ class Unit:
     """What is gathered at once: bytes in each process of a group.
 
     Attributes:
-        name: its module, '' for the rest.
+        name: of its module, or what it is.
+        block: the block around it.
         gathered: of its parameters, whole, in the type they compute in.
         gradients: of its gradients, whole, in that type.
         reduced: of its gradients, whole, as they are summed.
@@ -58,6 +60,7 @@ class Unit:
         copies: the processes that have the same part of it.
     """
     name: str
+    block: str
     gathered: int
     gradients: int
     reduced: int
@@ -111,18 +114,14 @@ def layouts(world_size: int, node: int, experts: int) -> list[Layout]:
     return found
 
 
-def groups(layout: Layout, world_size: int, experts: bool
+def groups(layout: Layout, world_size: int, parameter: Parameter
            ) -> tuple[Group, Group]:
     """The processes that share one copy of a parameter, and those that have
-    the same part of it.
-
-    Args:
-        layout: whose.
-        world_size: W.
-        experts: of experts, or of anything else.
-    """
+    the same part of it."""
     shard, parts = layout.shard, layout.experts
-    if not experts or parts == 1:
+    if parameter.unit == WHOLE:
+        return Group(1), Group(world_size)
+    if not parameter.experts or parts == 1:
         return Group(shard), Group(world_size // shard, shard)
     if shard == 1:
         return Group(1), Group(world_size // parts, parts)
@@ -133,38 +132,39 @@ def local_numel(parameter: Parameter, layout: Layout, world_size: int) -> int:
     """Numbers of a parameter in the process that has most of it.
 
     It is cut along dimension 0 into equal parts, the last ones shorter or
-    empty. Experts in a process that are fewer than processes to share them
-    are cut along dimension 1.
+    empty; stacks of experts along the first that comes out even.
     """
     shape = list(parameter.shape)
-    shards, _ = groups(layout, world_size, parameter.experts)
-    if parameter.experts:
+    parts = groups(layout, world_size, parameter)[0].size
+    divided = parameter.experts and layout.experts > 1
+    if divided:
         shape[0] //= layout.experts
-    cut = int(parameter.experts and shards.size > shape[0])
+    cut = divisible_dimension(shape, parts, int(divided)) if (
+        parameter.experts) else None
     if shape:
-        shape[cut] = ceil(shape[cut] / shards.size)
+        shape[cut or 0] = ceil(shape[cut or 0] / parts)
     return prod(shape)
 
 
 def units(parameters: Sequence[Parameter], layout: Layout, world_size: int,
           bfloat16: bool) -> list[Unit]:
-    """The rest first, then in the order of the model."""
-    members: dict[str, list[Parameter]] = defaultdict(list, {'': []})
+    """What there is of the rest first, then in the order of the model."""
+    members: dict[str, list[Parameter]] = defaultdict(list, {REST: []})
     for parameter in parameters:
         members[parameter.unit].append(parameter)
     found = []
     for name, inside in members.items():
-        gathered = gradients = reduced = 0
-        for one in inside:
-            # Whole, but for experts that are elsewhere.
-            count = one.numel // (layout.experts if one.experts else 1)
-            size = BFLOAT16 if bfloat16 and not one.router else FLOAT32
-            gathered += count * size
-            if one.trains:
-                gradients += count * size
-                reduced += count * FLOAT32
-        found.append(Unit(name, gathered, gradients, reduced, *groups(
-            layout, world_size, any(one.experts for one in inside))))
+        if not inside:
+            continue
+        size = BFLOAT16 if bfloat16 and name not in (REST, WHOLE) else FLOAT32
+        # Whole, but for experts that are elsewhere.
+        parts = layout.experts if inside[0].experts else 1
+        count = sum(one.numel for one in inside) // parts
+        trained = sum(one.numel for one in inside if one.trains) // parts
+        found.append(Unit(
+            name, inside[0].block, 0 if name == WHOLE else count * size,
+            trained * size, trained * FLOAT32,
+            *groups(layout, world_size, inside[0])))
     return found
 
 
@@ -191,40 +191,39 @@ def memory(parameters: Sequence[Parameter], layout: Layout, world_size: int,
         gathered = trained if buckets else 0
     else:
         gathered = at_once(units(parameters, layout, world_size, bfloat16),
-                           bfloat16, reshard)
+                           reshard)
     return Memory(
         FLOAT32 * sum(local.values()), trained,
         round(moments * sum(local[one.name] for one in parameters
                             if one.trained)), gathered, activations)
 
 
-def at_once(found: Sequence[Unit], bfloat16: bool, reshard: bool) -> int:
+def at_once(found: Sequence[Unit], reshard: bool) -> int:
     """Bytes of whole parameters and gradients at their most, in backward.
 
-    The rest is whole from its first use to the end of backward. Of blocks the
+    The rest is whole from the first use to the end of backward. Of blocks the
     one that computes is, with its experts, and of those that follow the next
     unit, whose gathering has begun. Gradients of a unit are whole until they
-    are summed, in memory of their own.
+    are summed, in memory of their own. Even a single process that shares with
+    nobody copies what it gathers.
     """
-    def whole(unit: Unit) -> int:
-        """Nothing is gathered where nothing is shared or converted."""
-        return unit.gathered if unit.shards.size > 1 or bfloat16 else 0
-
-    rest, *others = found
-    held = whole(rest) + rest.gradients
-    if not others:
-        return held + rest.reduced
+    held, last = 0, 0
     blocks: dict[str, list[Unit]] = defaultdict(list)
-    for unit in others:
-        layer = unit.name.removesuffix('.experts')
-        block = unit.name if layer == unit.name else layer.rpartition('.')[0]
-        blocks[block].append(unit)
+    for unit in found:
+        if unit.name == REST:
+            held += unit.gathered + unit.gradients
+        if unit.name in (REST, WHOLE):
+            last += unit.reduced
+        else:
+            blocks[unit.block].append(unit)
+    others = [unit for block in blocks.values() for unit in block]
     if reshard:
-        params = max(sum(map(whole, block)) for block in blocks.values())
-        params += max(map(whole, others))
+        params = max(sum(unit.gathered for unit in block)
+                     for block in blocks.values())
+        params += max(unit.gathered for unit in others)
     else:
-        params = sum(map(whole, others))
-    inside = max(sum(unit.gradients for unit in block)
-                 for block in blocks.values())
+        params = sum(unit.gathered for unit in others)
+    gradients = max(sum(unit.gradients for unit in block)
+                    for block in blocks.values())
     summed = max(unit.reduced for unit in others)
-    return held + max(params + inside + summed, rest.reduced)
+    return held + max(params + gradients + summed, last)

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.roles import ROLES, role_of
 from rmoe.moe import moe_layers
+from rmoe.parallel.units import blocks_of, kept_whole
 from rmoe.registry import HOOKS, MODELS, type_name
 from rmoe.upcycling import weightless
 
+# Units beside experts and blocks, which are called as their modules.
+REST, WHOLE = '', 'kept whole'
 # An optimizer is looked at on parameters of these sizes.
 PROBES = ((8, 16), (32, 48))
 # Of what pipelines call sizes of images.
@@ -34,9 +37,9 @@ class Parameter:
         name: in the whole model.
         shape: of the whole tensor.
         unit: the module that is gathered with it: the experts of a MoE
-            layer, the block around one, or '' for the rest.
+            layer, a block, REST, or WHOLE if no process gives it up.
+        block: of its unit, the block around it.
         experts: whether dimension 0 is the experts.
-        router: whether it stays in float32 under mixed precision.
         trains: in the stage that is planned for.
         trained: in that stage or an earlier one, so that an optimizer has
             moments of it.
@@ -44,8 +47,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     unit: str
+    block: str
     experts: bool
-    router: bool
     trains: bool
     trained: bool
 
@@ -96,13 +99,14 @@ def _values(name: str, shape: torch.Size, generator: torch.Generator
     return numbers.as_strided(shape, (1, ) * len(shape))
 
 
-def set_stage(model: nn.Module, stages: Sequence[Sequence[str]]
-              ) -> list[Parameter]:
+def set_stage(model: nn.Module, stages: Sequence[Sequence[str]],
+              bfloat16: bool) -> list[Parameter]:
     """Let train what trains in the most expensive stage.
 
     Args:
         model: as its config builds it.
         stages: the roles that train in each stage, in order.
+        bfloat16: whether blocks compute in it.
 
     Returns:
         Every parameter. Of a stage, gradients count, and the moments of all
@@ -122,27 +126,36 @@ def set_stage(model: nn.Module, stages: Sequence[Sequence[str]]
         if cost > best[0]:
             best = (cost, trains, trained)
     _, trains, trained = best
-    units = units_of(model)
+    units = units_of(model, bfloat16)
     parameters = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trains)
         role = role_of(name)
         parameters.append(Parameter(
-            name, tuple(parameter.shape), units[name], role == 'residual',
-            role == 'router', name in trains, name in trained))
+            name, tuple(parameter.shape), *units[name], role == 'residual',
+            name in trains, name in trained))
     return parameters
 
 
-def units_of(model: nn.Module) -> dict[str, str]:
-    """The unit of each parameter that is gathered at once."""
-    places = []
-    for layer in moe_layers(model):
-        places += [f'{layer}.experts.', layer.rpartition('.')[0] + '.']
-    # The innermost place is the longest name.
-    places.sort(key=len, reverse=True)
-    return {name: next((place[:-1] for place in places
-                        if name.startswith(place)), '')
-            for name, _ in model.named_parameters()}
+def units_of(model: nn.Module, bfloat16: bool) -> dict[str, tuple[str, str]]:
+    """The unit of each parameter, and the block around that."""
+    names = {module: name for name, module in model.named_modules()}
+    blocks = blocks_of(model)
+    whole = set(map(id, kept_whole(model, blocks if bfloat16 else [])))
+    places = {f'{names[block]}.': (names[block], names[block])
+              for block in blocks}
+    for block in blocks:
+        for layer in moe_layers(block).values():
+            experts = names[layer.experts]
+            places[f'{experts}.'] = (experts, names[block])
+    found = {}
+    for name, parameter in model.named_parameters():
+        # The innermost place is the longest name.
+        inside = max((place for place in places if name.startswith(place)),
+                     key=len, default=None)
+        found[name] = (WHOLE, WHOLE) if id(parameter) in whole else (
+            places[inside] if inside else (REST, REST))
+    return found
 
 
 def stages_of(cfg: Config) -> list[tuple[str, ...]]:
@@ -167,7 +180,7 @@ def moment_bytes(cfg: Config, name: str | None) -> float:
         ValueError: for an unknown optimizer, or one whose state does not
             grow with its parameters.
     """
-    settings = dict(type=name, lr=1e-3) if name else (
+    settings = dict(type=name) if name else (
         cfg.get('optim_wrapper') or {}).get('optimizer')
     if not settings:
         raise ValueError(f'{cfg.filename} has no optim_wrapper.optimizer: '

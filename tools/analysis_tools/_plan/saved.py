@@ -1,21 +1,23 @@
 """How many bytes autograd keeps for backward, and where."""
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SavedTensors:
     """Counts what forward passes in a with block keep for backward.
 
-    A storage counts once, where it is first kept; parameters and buffers not
-    at all. Copies of parameters in another type are counted by themselves:
-    whether there are any depends on how a model is wrapped.
+    Their results have to live until the block ends: what is gone then was not
+    kept. A storage counts once, where it is first kept; parameters and
+    buffers not at all. Copies of parameters in another type are counted by
+    themselves: whether there are any depends on how a model is wrapped.
 
     Args:
         model: whose forward passes run in the block.
@@ -23,8 +25,8 @@ class SavedTensors:
             one counts. All else is ''.
 
     Attributes:
-        bytes: by place.
-        copies: bytes of parameters in another type, by place too.
+        bytes: by place, set at the end of the block.
+        copies: bytes of parameters in another type, likewise.
         shapes: of what the module of each place was last called with.
     """
 
@@ -35,7 +37,7 @@ class SavedTensors:
         self.shapes: dict[str, torch.Size] = {}
         self._places = places
         self._inside = ['']
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, tuple[StorageWeakRef, str, int]] = {}
         self._own = {_key(tensor) for tensor in
                      [*model.parameters(), *model.buffers()]}
         self._casts = _Casts(self._own)
@@ -51,6 +53,13 @@ class SavedTensors:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+        for key, (storage, place, count) in self._kept.items():
+            if not storage.expired():
+                counter = (self.copies if key in self._casts.found else
+                           self.bytes)
+                counter[place] += count
+        self._kept.clear()
+        self._casts.found.clear()
 
     @contextmanager
     def _around(self, name: str, module: nn.Module) -> Iterator[None]:
@@ -58,9 +67,8 @@ class SavedTensors:
             self.shapes[name] = args[0].shape
             self._inside.append(name)
 
-        handles = (
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(self._leave))
+        handles = (module.register_forward_pre_hook(enter),
+                   module.register_forward_hook(self._leave))
         yield
         for handle in handles:
             handle.remove()
@@ -70,12 +78,10 @@ class SavedTensors:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         key = _key(tensor)
-        if key in self._own or key in self._kept:
-            return tensor
-        # Held, or another storage could get its address.
-        self._kept[key] = storage = tensor.untyped_storage()
-        counter = self.copies if key in self._casts.found else self.bytes
-        counter[self._inside[-1]] += storage.nbytes()
+        if key not in self._own and key not in self._kept:
+            storage = tensor.untyped_storage()
+            self._kept[key] = (StorageWeakRef(storage), self._inside[-1],
+                               storage.nbytes())
         return tensor
 
 
@@ -84,17 +90,21 @@ def _key(tensor: Tensor) -> int:
 
 
 class _Casts(TorchDispatchMode):
-    """Notes the storages of tensors in another type."""
+    """Notes the storages of parameters in another type.
 
-    def __init__(self, own: Iterable[int]) -> None:
+    Attributes:
+        found: by address, which no other storage gets while it is noted.
+    """
+
+    def __init__(self, own: set[int]) -> None:
         super().__init__()
-        self.own = set(own)
-        self.found: dict[int, Any] = {}
+        self.own = own
+        self.found: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
                            kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and (
                 _key(args[0]) in self.own):
-            self.found[_key(out)] = out.untyped_storage()
+            self.found[_key(out)] = StorageWeakRef(out.untyped_storage())
         return out

@@ -107,7 +107,7 @@ def traffic(units: Sequence[Unit], layout: Layout, rows: Sequence[Rows],
         sent = 2 * share(world_size) * sum(unit.reduced for unit in units)
         return Traffic(round(sent), 0, links.seconds(sent, everybody))
     for unit in units:
-        times = 2 if reshard and unit.name else 1
+        times = 2 if reshard else 1
         inside = share(unit.shards.size) * (
             times * unit.gathered + unit.reduced)
         across = 2 * share(unit.copies.size) * (
