@@ -1,7 +1,6 @@
 """What a plan says, against processes, real steps, and by hand."""
-import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import plan_parallel
 import pytest
@@ -56,10 +55,11 @@ def test_two_processes_hold_and_send_what_was_planned(tmp_path):
             held = [rank[layout.name][part] for rank in ranks]
             assert max(held) == getattr(planned, part), (layout.name, part)
             assert min(held) > .9 * max(held)
-        found = ranks[0][layout.name]
-        assert found['parameters'] == pytest.approx(sent.parameters, rel=.02)
-        # Half of what is exchanged stays where it is, on average.
-        assert found['rows'] / 2 == pytest.approx(sent.rows, rel=.02)
+        assert ranks[0][layout.name]['parameters'] == pytest.approx(
+            sent.parameters, rel=.02)
+        # Who has the busier experts sends more back; a half stays at home.
+        rows_sent = sum(rank[layout.name]['rows'] for rank in ranks) / 2 / 2
+        assert rows_sent == sent.rows
     assert {one.name for one in layouts(2, 8, 2)[1:]} == set(WRAPPERS)
 
 
@@ -107,8 +107,9 @@ def small(name, with_cp=False):
     return cfg
 
 
-SWIN = 'swin-tiny-patch4-window7-moe-e8k1-in1k-pre_upernet_8xb2-160k_ade20k-512x512'
-VIT = 'vit-small-patch16-moe-e8k2-in1k-pre_upernet_8xb2-160k_ade20k-512x512'
+ADE20K = 'in1k-pre_upernet_8xb2-160k_ade20k-512x512'
+SWIN = f'swin-tiny-patch4-window7-moe-e8k1-{ADE20K}'
+VIT = f'vit-small-patch16-moe-e8k2-{ADE20K}'
 
 
 @pytest.mark.parametrize('name, gpu, bfloat16, with_cp', [
@@ -140,7 +141,7 @@ def test_fewer_experts_keep_fewer_folded_weights():
     assert planned.tokens == dict.fromkeys(planned.tokens, 2 * (16 + 1))
 
 
-def test_a_backbone_that_looks_at_values_is_measured(monkeypatch):
+def test_a_backbone_that_looks_at_values_is_measured():
     cfg = small(VIT)
     cfg.model.backbone.moe.router = dict(type='SparseExpertChoiceRouter')
     run = Run((320, 416), 2, False, True, [('core', 'residual', 'router',
@@ -148,8 +149,7 @@ def test_a_backbone_that_looks_at_values_is_measured(monkeypatch):
     with scope(cfg):
         planned = find(cfg, run, {8})
     assert 'cannot be traced' in planned.notes[0]
-    found = real_step(cfg, copy.replace(run, gpu=False) if hasattr(
-        copy, 'replace') else Run(**(vars(run) | dict(gpu=False))))
+    found = real_step(cfg, replace(run, gpu=False))
     assert planned.total(8, False) == pytest.approx(found, rel=.1)
 
 
@@ -219,9 +219,9 @@ def test_traffic_by_hand():
 def test_rows_by_hand():
     """100 rows of 16 float32 numbers among four processes."""
     layer = Rows(100, 16, 8, recomputed=False)
-    assert row_bytes(layer, 4, False) == 3 / 4 * (4 * 100 * 16 * 4 + 8 * 8)
+    assert row_bytes(layer, 4, False) == 3 / 4 * (4 * 100 * 16 * 4 + 8 * 4)
     again = Rows(100, 16, 8, recomputed=True)
-    assert row_bytes(again, 4, True) == 3 / 4 * (6 * 100 * 16 * 2 + 2 * 8 * 8)
+    assert row_bytes(again, 4, True) == 3 / 4 * (6 * 100 * 16 * 2 + 2 * 8 * 4)
     assert row_bytes(layer, 1, False) == 0
     # Of 15 others 7 are in the node: 8 more go out of it, of each of eight.
     assert LINKS.exchange_seconds(15 * GB, Group(16)) == pytest.approx(

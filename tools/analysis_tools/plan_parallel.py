@@ -5,8 +5,8 @@
 
 For data parallel, sharded and expert parallel training, and both: memory of
 the GPU that needs most, what it sends in a step, and how long that takes by
-itself. Needs neither GPUs nor data nor the memory of the weights: docs/scaling.md
-says what is counted, what is measured and what is assumed.
+itself. Needs neither GPUs nor data nor the memory of the weights. What is
+counted, measured and assumed: docs/scaling.md.
 """
 import argparse
 import json

@@ -154,11 +154,6 @@ def _tokens(saved: SavedTensors) -> dict[str, int]:
             for name, shape in saved.shapes.items() if name != BACKBONE}
 
 
-def experts_of(cfg: Config) -> int:
-    """E of every MoE layer of a config."""
-    return cfg.model.backbone.moe.get('num_experts', 8)
-
-
 def _sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     """To measure at; sides are whole numbers of a backbone's strides."""
     if size[0] * size[1] <= SMALL:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from _plan.layouts import Group, Layout, Unit
 
 # Of a count of rows.
-INT64 = 8
+INT32 = 4
 
 
 @dataclass(frozen=True)
@@ -132,5 +132,5 @@ def row_bytes(layer: Rows, parts: int, bfloat16: bool) -> float:
     """
     passes = 6 if layer.recomputed else 4
     size = layer.count * layer.width * (2 if bfloat16 else 4)
-    counts = layer.experts * INT64 * (2 if layer.recomputed else 1)
+    counts = layer.experts * INT32 * (2 if layer.recomputed else 1)
     return share(parts) * (passes * size + counts)
