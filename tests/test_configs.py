@@ -31,6 +31,7 @@ from rmoe.moe import moe_layers
 
 FOLDERS = sorted({path.parent for path in LEAVES} - {ROOT / 'configs/demo'})
 MOE_NAME = re.compile(r'-moe-e(\d+)k(\d+)')
+PARALLEL_NAME = re.compile(r'-sharded(?:-ep(\d+))?(?=_)')
 # width of the first stage, depths
 ARCHS = {
     'swin': dict(micro=(32, (2, 2, 4, 2)), xtiny=(48, (2, 2, 6, 2)),
@@ -42,7 +43,7 @@ ARCHS = {
     'cvt': {'13': (64, (1, 2, 10)), '21': (64, (1, 4, 16)),
             'xtiny': (32, (1, 2, 6))},
     'vit': dict(tiny=(192, 12), ti=(192, 12), small=(384, 12), s=(384, 12),
-                base=(768, 12), b=(768, 12)),
+                base=(768, 12), b=(768, 12), **{'15b': (1408, 48)}),
 }
 BACKBONES = dict(swin='rmoe.SwinMoE', cvt='rmoe.CvTMoE', vit='rmoe.ViTMoE')
 DETECTORS = {'mask-rcnn': 'MaskRCNN', 'cascade-mask-rcnn': 'CascadeRCNN',
@@ -78,7 +79,7 @@ def bases(path):
 def repeats(path):
     """Another leaf is the same at eight channels, with fewer experts."""
     name = path.stem.replace('640x640', '512x512')
-    name = MOE_NAME.sub('-moe-e8k1', name)
+    name = PARALLEL_NAME.sub('', MOE_NAME.sub('-moe-e8k1', name))
     return name != path.stem and path.with_stem(name) in LEAVES
 
 
@@ -208,6 +209,16 @@ def test_name_tells_the_experts(path):
 
 
 @each_leaf
+def test_name_tells_the_wrapper(path):
+    wrapper, found = load(path).get('model_wrapper_cfg'), PARALLEL_NAME.search(
+        path.stem)
+    assert bool(wrapper) == bool(found)
+    if found:
+        assert wrapper.type == 'rmoe.FullySharded'
+        assert wrapper.get('expert_parallel', 1) == int(found[1] or 1)
+
+
+@each_leaf
 def test_name_tells_the_training(path):
     cfg, name = load(path), path.stem
     found = re.search(r'_(\d+)xb(\d+)-([^_]+)(?:_|$)', name)
@@ -303,6 +314,11 @@ def test_moe_leaf_is_its_dense_twin_with_experts(path):
     cfg = load(path)
     twin = bases(path)[0]
     dense = load(twin)
+    cfg.pop('model_wrapper_cfg', None)
+    if MOE_NAME.search(twin.name):  # the same on one GPU
+        assert twin.name == PARALLEL_NAME.sub('', path.name)
+        assert cfg.to_dict() == dense.to_dict()
+        return
     del cfg.model.backbone['moe']
     if '-scratch' in path.stem or '-rmoe-i' in path.stem:
         for one in (cfg, dense):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from mmengine.hooks import Hook
 from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 
 from rmoe.engine.balance_bias_hook import update_biases
@@ -181,3 +182,64 @@ def aux_gradient(rank, work_dir, state):
     (losses['loss_moe_importance'] + 0 * losses['loss_ce']).backward()
     return torch.stack([layer.router.scorer.weight.grad
                         for layer in moe_layers(model).values()])
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that a process sends in collectives, as a ring does; of rows,
+    what stays in the process included."""
+
+    def __init__(self):
+        super().__init__()
+        self.parameters = self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket)
+        if name.startswith('c10d._allgather_base_'):
+            self.parameters += _share(args) * args[0].nbytes
+        elif name.startswith('c10d._reduce_scatter_base_'):
+            self.parameters += _share(args) * args[1].nbytes
+        elif name.startswith('c10d.allreduce_'):
+            self.parameters += 2 * _share(args) * sum(
+                one.nbytes for one in args[0])
+        elif name.startswith('c10d.alltoall_base_'):
+            self.rows += args[1].nbytes  # counts
+        elif name == '_c10d_functional.all_to_all_single':
+            self.rows += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def _share(args):
+    """(W - 1) / W of the group that is among the arguments."""
+    group = next(one for one in args if isinstance(one, torch.ScriptObject))
+    size = torch.distributed.ProcessGroup.unbox(group).size()
+    return (size - 1) / size
+
+
+def held_and_sent(rank, work_dir, wrappers):
+    """Of a step in each layout: bytes of weights, gradients and moments that
+    this rank has, and what it sent."""
+    from rmoe.parallel import FullySharded
+    images = ToyImages()
+    batch = [torch.stack([images[i][key] for i in range(4)])
+             for key in ('inputs', 'labels')]
+    found = {}
+    for name, options in wrappers.items():
+        torch.manual_seed(0)
+        model = FullySharded(toy_model().train(), **options)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with Sent() as sent:
+            model(*batch, mode='loss')['loss_ce'].backward()
+        optimizer.step()
+        found[name] = dict(
+            weights=_local_bytes(model.parameters()),
+            gradients=_local_bytes(one.grad for one in model.parameters()
+                                   if one.grad is not None),
+            moments=_local_bytes(value for state in optimizer.state.values()
+                                 for value in state.values() if value.dim()),
+            parameters=sent.parameters, rows=sent.rows)
+    return found
+
+
+def _local_bytes(tensors):
+    """Of DTensors, what this rank has."""
+    return sum(getattr(one, '_local_tensor', one).nbytes for one in tensors)

@@ -1,0 +1,252 @@
+"""The model of a config, without the memory of its weights."""
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from _backbone import backbone_config
+from _check_model import take_pretrained
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import OPTIMIZERS
+from torch import Tensor, nn
+
+from rmoe.engine.residual_moe_hook import ResidualMoEHook
+from rmoe.engine.roles import ROLES, role_of
+from rmoe.moe import moe_layers
+from rmoe.parallel.units import blocks_of, kept_whole
+from rmoe.registry import HOOKS, MODELS, type_name
+from rmoe.upcycling import weightless
+
+# Units beside experts and blocks, which are called as their modules.
+REST, WHOLE = '', 'kept whole'
+# An optimizer is looked at on parameters of these sizes.
+PROBES = ((8, 16), (32, 48))
+# Of what pipelines call sizes of images.
+SIZE_KEYS = ('crop_size', 'scale', 'scales', 'size')
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a plan asks of a parameter.
+
+    Attributes:
+        name: in the whole model.
+        shape: of the whole tensor.
+        unit: the module that is gathered with it: the experts of a MoE
+            layer, a block, REST, or WHOLE if no process gives it up.
+        block: of its unit, the block around it.
+        experts: whether dimension 0 is the experts.
+        trains: in the stage that is planned for.
+        trained: in that stage or an earlier one, so that an optimizer has
+            moments of it.
+    """
+    name: str
+    shape: tuple[int, ...]
+    unit: str
+    block: str
+    experts: bool
+    trains: bool
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def build(cfg: Config) -> nn.Module:
+    """The model in training mode, with parameters that take no memory.
+
+    Raises:
+        ValueError: for a model without experts.
+    """
+    backbone_config(cfg)  # raises; imports the host library
+    settings = deepcopy(cfg.model)
+    take_pretrained(settings)
+    with weightless():
+        model = MODELS.build(settings)
+    if not moe_layers(model):
+        raise ValueError(f'{cfg.filename} builds no MoE layer: give '
+                         'model.backbone a moe=dict(layers=...)')
+    return revert_sync_batchnorm(model).train()
+
+
+def fill(model: nn.Module) -> None:
+    """Give a weightless model values, still without their memory.
+
+    A weight is a window that moves over a few random numbers: rows and
+    experts differ, and the storage is as long as the sum of the sides.
+    """
+    filled: dict[int, nn.Parameter] = {}
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in filled:
+                filled[id(parameter)] = nn.Parameter(
+                    _values(name, parameter.shape, generator),
+                    requires_grad=parameter.requires_grad)
+            setattr(module, name, filled[id(parameter)])
+
+
+def _values(name: str, shape: torch.Size, generator: torch.Generator
+            ) -> Tensor:
+    if len(shape) < 2:
+        return torch.full(shape, 0. if name.endswith('bias') else 1.)
+    numbers = torch.randn(sum(shape), generator=generator) * .02
+    return numbers.as_strided(shape, (1, ) * len(shape))
+
+
+def set_stage(model: nn.Module, stages: Sequence[Sequence[str]],
+              bfloat16: bool) -> list[Parameter]:
+    """Let train what trains in the most expensive stage.
+
+    Args:
+        model: as its config builds it.
+        stages: the roles that train in each stage, in order.
+        bfloat16: whether blocks compute in it.
+
+    Returns:
+        Every parameter. Of a stage, gradients count, and the moments of all
+        that has trained until then: an optimizer keeps them.
+    """
+    free = {name for name, parameter in model.named_parameters()
+            if parameter.requires_grad}
+    sizes = {name: parameter.numel()
+             for name, parameter in model.named_parameters()}
+    best: tuple[int, set[str], set[str]] = (-1, set(), set())
+    trained: set[str] = set()
+    for roles in stages:
+        trains = {name for name in free if role_of(name) in roles}
+        trained = trained | trains
+        cost = sum(sizes[name] for name in trains) + 2 * sum(
+            sizes[name] for name in trained)
+        if cost > best[0]:
+            best = (cost, trains, trained)
+    _, trains, trained = best
+    units = units_of(model, bfloat16)
+    parameters = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trains)
+        role = role_of(name)
+        parameters.append(Parameter(
+            name, tuple(parameter.shape), *units[name], role == 'residual',
+            name in trains, name in trained))
+    return parameters
+
+
+def units_of(model: nn.Module, bfloat16: bool) -> dict[str, tuple[str, str]]:
+    """The unit of each parameter, and the block around that."""
+    names = {module: name for name, module in model.named_modules()}
+    blocks = blocks_of(model)
+    whole = set(map(id, kept_whole(model, blocks if bfloat16 else [])))
+    places = {f'{names[block]}.': (names[block], names[block])
+              for block in blocks}
+    for block in blocks:
+        for layer in moe_layers(block).values():
+            experts = names[layer.experts]
+            places[f'{experts}.'] = (experts, names[block])
+    found = {}
+    for name, parameter in model.named_parameters():
+        # The innermost place is the longest name.
+        inside = max((place for place in places if name.startswith(place)),
+                     key=len, default=None)
+        found[name] = (WHOLE, WHOLE) if id(parameter) in whole else (
+            places[inside] if inside else (REST, REST))
+    return found
+
+
+def stages_of(cfg: Config) -> list[tuple[str, ...]]:
+    """The roles that train in each stage of a config."""
+    for settings in cfg.get('custom_hooks') or ():
+        if type_name(settings) == 'ResidualMoEHook':
+            hook = HOOKS.build(settings)
+            assert isinstance(hook, ResidualMoEHook)
+            return [roles for _, roles, _ in hook.stages]
+    return [ROLES]
+
+
+def moment_bytes(cfg: Config, name: str | None) -> float:
+    """What the optimizer keeps for each number of a float32 parameter, seen
+    after a step on small ones.
+
+    Args:
+        cfg: whose ``optim_wrapper.optimizer`` is meant.
+        name: another optimizer, by its type.
+
+    Raises:
+        ValueError: for an unknown optimizer, or one whose state does not
+            grow with its parameters.
+    """
+    settings = dict(type=name) if name else (
+        cfg.get('optim_wrapper') or {}).get('optimizer')
+    if not settings:
+        raise ValueError(f'{cfg.filename} has no optim_wrapper.optimizer: '
+                         'name one, as in --optimizer AdamW')
+    if not isinstance(settings['type'], type) and (
+            OPTIMIZERS.get(settings['type']) is None):
+        raise ValueError(f'optimizer {settings["type"]!r} is not registered: '
+                         'use one of torch.optim, or custom_imports')
+    found = {shape: _state_bytes(settings, shape) for shape in PROBES}
+    ratios = {count / (shape[0] * shape[1]) for shape, count in found.items()}
+    if len(ratios) > 1:
+        raise ValueError(
+            f'what {settings["type"]} keeps does not grow with its '
+            f'parameters ({found} bytes): its memory cannot be planned here. '
+            'Plan with --optimizer AdamW for an upper bound')
+    return ratios.pop()
+
+
+def _state_bytes(settings: Mapping, shape: tuple[int, int]) -> int:
+    module = nn.Linear(shape[1], shape[0], bias=False)
+    optimizer: Any = build_optim_wrapper(
+        module, dict(type='OptimWrapper', optimizer=settings)).optimizer
+    module.weight.grad = torch.ones(shape)
+    optimizer.step()
+    # Counts of steps are one number.
+    return sum(value.nbytes for state in optimizer.state.values()
+               for value in state.values()
+               if isinstance(value, Tensor) and value.numel() > 1)
+
+
+def image_size(cfg: Config, given: Sequence[int] | None) -> tuple[int, int]:
+    """(height, width) of what the backbone gets in training.
+
+    Raises:
+        ValueError: if the config does not say.
+    """
+    if given:
+        return given[0], given[-1]
+    size = (cfg.model.get('data_preprocessor') or {}).get('size')
+    if not size:
+        # The largest that a pipeline resizes or crops to; (width, height).
+        sizes = [_pair(one) for one in _sizes(
+            (cfg.get('train_dataloader') or {}).get('dataset'))]
+        if not sizes:
+            raise ValueError(f'{cfg.filename} does not say how large images '
+                             'are: give --image-size HEIGHT WIDTH')
+        size = max(sizes, key=lambda one: one[0] * one[1])[::-1]
+    divisor = (cfg.model.get('data_preprocessor') or {}).get(
+        'pad_size_divisor') or 1
+    height, width = (side + -side % divisor for side in _pair(size))
+    return height, width
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _sizes(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key in SIZE_KEYS and value:
+                many = isinstance(value, (list, tuple)) and not isinstance(
+                    value[0], int)
+                yield from value if many else [value]
+            else:
+                yield from _sizes(value)
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _sizes(item)
