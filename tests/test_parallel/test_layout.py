@@ -69,7 +69,8 @@ def test_averaged_weights_are_those_of_one_process(tmp_path, sharded):
     job = dict(hooks=[EMA], validate=True, load_from=str(start))
     one = run_jobs(0, tmp_path, [dict(job, name='one')])
     layout = dict(layout=dict(expert_parallel=2),
-                  checkpoint=dict(sharded=sharded))
+                  checkpoint=dict(sharded=sharded, save_best='toy/mean',
+                                  rule='greater'))
     iter_2 = tmp_path / 'two' / ('iter_2' if sharded else 'iter_2.pth')
     ranks = run_two_ranks(run_jobs, str(tmp_path), [
         dict(job, name='two', **layout),
@@ -89,7 +90,11 @@ def test_averaged_weights_are_those_of_one_process(tmp_path, sharded):
                 value, expected['ema_state_dict'][f'module.{key}'],
                 rtol=0, atol=1e-5)
             assert torch.equal(value, rank['again']['weights'][key])
+    best = list((tmp_path / 'two').glob('best_*'))
+    assert len(best) == 1 and best[0].is_dir() == sharded
     if not sharded:
+        best = torch.load(best[0], weights_only=True)
+        assert len(best['rng_state']) == 2
         found = torch.load(tmp_path / 'again/iter_4.pth', weights_only=True)
         assert found['ema_state_dict']['steps'] == 4
         for part in ('state_dict', 'ema_state_dict'):
