@@ -3,9 +3,10 @@ import copy
 
 import pytest
 import torch
-from sharded_toy import PLAIN, sharded_runner, spread
+from sharded_toy import PLAIN, sharded_runner
 from toy import ToySegmentor
 
+from rmoe.parallel import FullySharded
 from rmoe.parallel.layout import Layout, layout_of, whole
 from rmoe.parallel.state import gather
 
@@ -15,7 +16,9 @@ def lay_out(rank, work_dir, states):
     results = {}
     for expert_parallel in (1, 2):
         torch.manual_seed(0)
-        model = spread(ToySegmentor(PLAIN), expert_parallel=expert_parallel)
+        model = FullySharded(
+            ToySegmentor(PLAIN), expert_parallel=expert_parallel,
+            reshard_after_forward=False).module
         twin = copy.deepcopy(model)
         for name, state in states.items():
             # A forward pass leaves the whole parameters in their places.

@@ -20,7 +20,8 @@ from rmoe.moe.routers.base import NotFiniteError
 
 # rmoe first: mmcv may have no operators of its own.
 PRELOADED = ['rmoe', 'mmengine.runner', 'rmoe.backbones', 'rmoe.engine',
-             'mmseg.models', 'mmseg.visualization', 'mmdet.models']
+             'mmseg.models', 'mmseg.visualization', 'mmdet.models',
+             'rmoe.parallel', 'rmoe.parallel.sharding']
 
 
 def run_two_ranks(function, work_dir: str, *args) -> list:

@@ -16,7 +16,6 @@ from mmengine.runner import runner as mmengine_runner
 from torch import nn
 
 from rmoe import safe_loading
-from rmoe.parallel.agreement import together
 from rmoe.parallel.folder import (
     IN_PARTS,
     LayoutsOf,
@@ -27,6 +26,7 @@ from rmoe.parallel.folder import (
 )
 from rmoe.parallel.layout import is_laid_out
 from rmoe.parallel.state import accept_full_state, gather
+from rmoe.parallel.together import fail_together
 from rmoe.upcycling import read_checkpoint, write_content
 
 SHOWN = 4
@@ -51,7 +51,7 @@ def save_on_all_ranks(runner: Runner, sharded: bool, atomic: bool) -> None:
             write_folder(Path(path), content)
             return
         gather(content, keep=is_main_process())
-        with together():
+        with fail_together():
             if is_main_process():
                 if atomic:
                     write_content(path, content)
@@ -87,7 +87,7 @@ def _load(runner: Runner, model: nn.Module,
           map_location: Any) -> dict[str, Any]:
     folder = find_folder(Path(filename).expanduser())
     if folder is not None:
-        with together():
+        with fail_together():
             _check_fits(folder, model)
         return read_folder(
             folder, LayoutsOf(model, optimizers),

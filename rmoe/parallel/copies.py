@@ -26,17 +26,6 @@ def allow_copies(model: nn.Module) -> None:
         type(module).__deepcopy__ = _copy  # type: ignore
 
 
-def reshard(model: nn.Module) -> None:
-    """Put away whole parameters that a forward pass without a backward pass
-    has left, so that ``parameters()`` are the parts again.
-
-    Who writes to parameters after an evaluation, as EMAHook does, would
-    otherwise write to what the next forward pass does not read.
-    """
-    for module in sharded_modules(model):
-        module.reshard()  # type: ignore[operator]
-
-
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that fully_shard was called with."""
     from torch.distributed.fsdp import FSDPModule

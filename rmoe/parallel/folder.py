@@ -14,9 +14,9 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from torch import Tensor, nn
 
-from rmoe.parallel.agreement import together
 from rmoe.parallel.layout import Layout, layout_of
 from rmoe.parallel.state import numbered_parameters, tensors_in
+from rmoe.parallel.together import fail_together
 from rmoe.upcycling import read_checkpoint, write_content
 
 # What is in the parts; the tensors elsewhere are small, and differ by rank.
@@ -49,7 +49,7 @@ def write_folder(path: Path, content: dict[str, Any]) -> None:
     tensors, places = _take_tensors(content)
     with _one_process_is_enough():
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
-    with together():
+    with fail_together():
         if is_main_process():
             write_content(temporary / REST, dict(content=content,
                                                  places=places))
@@ -114,7 +114,7 @@ def read_folder(path: Path, layouts: Callable[[Keys, torch.Size],
     from torch.distributed import checkpoint as dcp
 
     from rmoe.parallel.folder_parts import PartsReader
-    with together():
+    with fail_together():
         metadata, rest = _check(path)
         content = rest['content']
         tensors = {

@@ -1,9 +1,10 @@
 """Work of which all ranks end well, or none."""
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from mmengine.dist import all_gather_object, get_rank, get_world_size
+from mmengine.dist import all_gather_object, get_rank
 
 T = TypeVar('T')
 
@@ -16,11 +17,34 @@ class RaisedElsewhere(Exception):
         super().__init__(f'rank {rank} met this error')
 
 
-def together(work: Callable[[], T]) -> list[T]:
-    """Do some work on every rank that ends well on all of them or on none.
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Ranks leave this context together, and if one fails in it, all fail.
 
     A rank that raised alone would let the others wait in their next
-    collective.
+    collective. Every rank must enter; inside, nothing may wait for another
+    rank once one of them can have failed.
+
+    Raises:
+        Exception: on all ranks, what was raised on the lowest rank where
+            something was. On the others ``__cause__`` is a
+            :class:`RaisedElsewhere`.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    for rank, sent in enumerate(all_gather_object(_as_sent(error))):
+        if sent is None:
+            continue
+        if error is not None and rank == get_rank():
+            raise error
+        raise sent from RaisedElsewhere(rank)
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Do some work on every rank that ends well on all of them or on none.
 
     Args:
         work: must not call collectives itself. What it returns travels
@@ -30,29 +54,18 @@ def together(work: Callable[[], T]) -> list[T]:
         What ``work`` returned on each rank, in their order.
 
     Raises:
-        Exception: on all ranks, what it raised on the lowest rank where it
-            did. On the others ``__cause__`` is a :class:`RaisedElsewhere`.
+        Exception: see :func:`fail_together`.
     """
-    if get_world_size() == 1:
-        return [work()]
-    value = error = None
-    try:
+    with fail_together():
         value = work()
-    except Exception as caught:
-        error = caught
-    found = all_gather_object((value, _as_sent(error)))
-    for rank, (_, sent) in enumerate(found):
-        if sent is None:
-            continue
-        if error is not None and rank == get_rank():
-            raise error
-        raise sent from RaisedElsewhere(rank)
-    return [value for value, _ in found]
+    return all_gather_object(value)
 
 
 def _as_sent(error: Exception | None) -> Exception | None:
     """The error, or a RuntimeError that says the same where an error of its
     class cannot be made from a pickle."""
+    if error is None:
+        return None
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

@@ -5,7 +5,7 @@ from sharded_toy import PLAIN, run_jobs
 from toy import ToySegmentor
 from two_ranks import run_ranks, run_two_ranks
 
-pytestmark = pytest.mark.torch('2.6')
+pytestmark = pytest.mark.torch('2.8')
 SHARDED = dict(sharded=True)
 EXPERTS = dict(expert_parallel=2)
 
@@ -122,7 +122,7 @@ def resumed(trained, tmp_path_factory):
     ranks = run_two_ranks(run_jobs, str(out), [
         *jobs(['one', 'file-experts', 'parts-experts'], layout={}),
         *jobs(['one', 'file', 'parts'], layout=EXPERTS),
-        *jobs(['parts', 'parts-experts'], layout=dict(replicate=2)),
+        *jobs(['parts', 'parts-experts'], layout=dict(shard=1)),
         dict(at_3, name='experts-of-parts-one', layout=EXPERTS)])
     return one, ranks
 
@@ -160,7 +160,7 @@ def test_four_two_one_two(start, tmp_path, sharded, experts):
     for i, world in enumerate((4, 2, 1, 2)):
         layout = None if world == 1 else dict(
             expert_parallel=experts[min(i, 2)],
-            replicate=2 if (world, experts[0]) == (4, 1) else 1)
+            shard=2 if (world, experts[0]) == (4, 1) else None)
         job = dict(name=str(i), load_from=last, resume=i > 0,
                    max_iters=2 * i + 2, layout=layout, checkpoint=checkpoint)
         if world == 1:

@@ -50,7 +50,7 @@ def test_every_option_averages(tmp_path, accumulate):
     assert ranks[0]['plain', 'loads'] != ranks[1]['plain', 'loads']
 
 
-@pytest.mark.torch('2.6')
+@pytest.mark.torch('2.8')
 def test_options_outlast_a_switch_of_stages(tmp_path):
     stages = [dict(STAGES[0], end=2), dict(STAGES[2])]
     for found in run_two_ranks(hooked_across_stages, str(tmp_path), stages):

@@ -18,7 +18,7 @@ from two_ranks import run_two_ranks
 from rmoe.engine import CheckpointHook
 from rmoe.upcycling import read_checkpoint
 
-pytestmark = pytest.mark.torch('2.6')
+pytestmark = pytest.mark.torch('2.8')
 SHARDED = dict(sharded=True)
 
 

@@ -8,7 +8,7 @@ from two_ranks import run_two_ranks
 
 from rmoe.parallel.state import accept_full_tensors
 
-pytestmark = pytest.mark.torch('2.6')
+pytestmark = pytest.mark.torch('2.8')
 
 
 def test_whole_tensors_load_into_every_layout(tmp_path):
