@@ -61,7 +61,15 @@ class ExpertParallel:
         if self._gathered:
             return self._gathered[name]
         assert isinstance(parameter, DTensor)
-        return parameter.to_local()
+        local = parameter.to_local()
+        if local.requires_grad:
+            local.register_hook(self._mean)
+        return local
+
+    def _mean(self, grad: Tensor) -> Tensor:
+        """Rows of N processes came to these experts. What averages gradients
+        afterwards knows only of the processes with the same experts."""
+        return grad / self.size
 
     def apply(self, compute: Callable[[Tensor, Rows | None], Tensor],
               rows_ND: Tensor, rows: Rows | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rmoe import compat
 from rmoe.moe import MoELayer, moe_layers
+from rmoe.parallel.data_parallel import without_synchronised_norms
 from rmoe.parallel.layout import layout_of
 from rmoe.registry import MODEL_WRAPPERS
 
@@ -58,9 +59,11 @@ class FullySharded(nn.Module):
         from rmoe.parallel import copies, mesh, sharding, state
         layers = moe_layers(module)
         _check(layers, expert_parallel, param_dtype)
-        meshes = mesh.lay_out(
-            next(module.parameters()).device.type, dist.get_world_size(),
-            shard, expert_parallel)
+        device = next(module.parameters()).device.type
+        meshes = mesh.lay_out(device, dist.get_world_size(), shard,
+                              expert_parallel)
+        if device == 'cpu':
+            module = without_synchronised_norms(module)
         sharding.initialise(module)
         self.module = module
         self._parallel = [

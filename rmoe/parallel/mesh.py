@@ -17,9 +17,9 @@ class Meshes:
     """Meshes of processes.
 
     Attributes:
-        dense: (W / S, S), copies of everything but experts.
+        dense: (W / S, S), copies of everything but experts; (S,) for one.
         experts: copies of each expert: (W / S, S / N), or (W / N, 1) where
-            every process has all other parameters.
+            every process has all other parameters; one-dimensional for one.
         expert: (N,), the processes between which experts are divided; None
             where they are not.
     """
@@ -56,12 +56,18 @@ def lay_out(device: str, world_size: int, shard: int | None,
             f'expert_parallel={expert_parallel} does not divide shard={size}:'
             ' experts are divided inside one copy of the parameters. Set '
             'shard to a multiple of it, or to 1 for a copy in each process')
-    dense = init_device_mesh(device, (world_size // size, size),
-                             mesh_dim_names=COPIES)
+    dense = _copies(init_device_mesh(device, (world_size // size, size),
+                                     mesh_dim_names=COPIES))
     if expert_parallel == 1:
         return Meshes(dense, dense, None)
     inside = max(size // expert_parallel, 1)
     root = init_device_mesh(
         device, (world_size // (inside * expert_parallel), inside,
                  expert_parallel), mesh_dim_names=(*COPIES, 'expert'))
-    return Meshes(dense, root[COPIES], root['expert'])
+    return Meshes(dense, _copies(root), root['expert'])
+
+
+def _copies(mesh: DeviceMesh) -> DeviceMesh:
+    """The dimensions that FSDP works on: of a single copy there is nothing to
+    sum over copies."""
+    return mesh[COPIES if mesh.size(0) > 1 else 'shard']

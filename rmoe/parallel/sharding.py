@@ -96,13 +96,8 @@ def shard(model: nn.Module, meshes: Meshes, param_dtype: str | None,
         for layer in moe_layers(block).values():
             add(layer.experts, mesh=meshes.experts,
                 shard_placement_fn=partial(
-                    _placement, meshes.experts.size(1),
+                    _placement, meshes.experts.size(meshes.experts.ndim - 1),
                     meshes.expert is not None))
-            if meshes.expert is not None:
-                # The rows of all processes come to their expert, and its
-                # gradient is the mean over all.
-                layer.experts.set_gradient_divide_factor(
-                    float(dist.get_world_size()))
         add(block)
         if policy.param_dtype is not None:
             _compute_in(block, policy.param_dtype)
