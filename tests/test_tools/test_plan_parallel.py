@@ -124,6 +124,7 @@ def test_activations_at_a_size_that_was_not_measured(name, gpu, bfloat16,
                                              'head')])
     with scope(cfg):
         planned = find(cfg, run, {8})
+    assert planned.notes[0].startswith('backbone: traced')
     found = real_step(cfg, run)
     total = planned.total(8, converted=False) - planned.recomputed
     assert total == pytest.approx(found, rel=.1 if not gpu else .03)

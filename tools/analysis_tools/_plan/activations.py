@@ -271,7 +271,9 @@ def _traced(model: nn.Module, run: Run, places: dict[str, nn.Module],
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, mode.from_tensor(buffer))
         image = torch.empty(batch, 3, *size)
-        with _settings(run, run.gpu), SavedTensors(backbone, places) as saved:
+        # The CPU's path through MoE layers looks at values.
+        with _settings(run, traced=True), SavedTensors(
+                backbone, places) as saved:
             collect_losses(backbone, start=True)
             outs = backbone(image)
     return saved, outs
@@ -282,11 +284,11 @@ def _places(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _settings(run: Run, accelerator: bool = False) -> Iterator[None]:
+def _settings(run: Run, traced: bool = False) -> Iterator[None]:
     """Precision and path of a step."""
-    before, host.force_accelerator = host.force_accelerator, accelerator
+    before, host.force_accelerator = host.force_accelerator, traced
     attention = F.scaled_dot_product_attention
-    if accelerator:
+    if traced and run.gpu:
         F.scaled_dot_product_attention = _attention
     try:
         with ExitStack() as stack:
