@@ -73,9 +73,9 @@ def image_sizes(images: Any, samples: Any) -> tuple[tuple[int, int], ...]:
     """
     if not isinstance(samples, Sequence) or not isinstance(images, Tensor):
         return ()
-    shapes = [shape for sample in samples if (
-        shape := getattr(sample, 'metainfo', {}).get('img_shape'))]
-    if not len(images) == len(samples) == len(shapes):
+    shapes: list[Any] = [getattr(sample, 'metainfo', {}).get('img_shape')
+                         for sample in samples]
+    if len(images) != len(shapes) or not all(shapes):
         return ()
     return tuple((int(shape[0]), int(shape[1])) for shape in shapes)
 
@@ -138,14 +138,15 @@ def _tell(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     inputs, samples = named.get('inputs'), named.get('data_samples')
     if not isinstance(inputs, Mapping) or not isinstance(samples, Mapping):
         inputs, samples = {'': inputs}, {'': samples}
-    batches = tuple(
-        KnownBatch(id(owner), images, valid_area(images, sizes))
-        for branch, images in inputs.items()
-        if (sizes := image_sizes(images, samples.get(branch))))
-    # What is called inside another that told more leaves that alone.
-    if batches:
-        for backbone in _backbones(owner):
-            backbone.known_batches = batches + backbone.known_batches
+    batches: tuple[KnownBatch, ...] = ()
+    for branch, images in inputs.items():
+        sizes = image_sizes(images, samples.get(branch))
+        if sizes:
+            batches += (KnownBatch(id(owner), images,
+                                   valid_area(images, sizes)), )
+    # What is known to a module around this one stays known.
+    for backbone in _backbones(owner) if batches else ():
+        backbone.known_batches = batches + backbone.known_batches
 
 
 def _forget(owner: nn.Module, args: tuple, output: Any) -> None:

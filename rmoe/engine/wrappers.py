@@ -94,8 +94,7 @@ def wrap_again(runner: Runner) -> None:
     inner = runner.model.module
     hook = _communication_hook(runner.model)
     # The old wrapper's reducer must be gone before the new one puts its
-    # hooks on the same parameters; and a compiled step holds its wrapper.
-    vars(runner.model).pop('train_step', None)
+    # hooks on the same parameters.
     runner.model = inner
     gc.collect()
     runner.model = runner.wrap_model(
