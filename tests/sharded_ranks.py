@@ -3,8 +3,8 @@ import copy
 
 import torch
 from accelerator import accelerated
-from toy import STAGES, ToyImages, ToySegmentor, toy_config
 from torch import nn
+from toy import STAGES, ToyImages, ToySegmentor, toy_config
 
 from rmoe.backbones.padding import ValidArea
 from rmoe.engine.moe_loss_hook import install

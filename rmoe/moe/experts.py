@@ -325,7 +325,9 @@ class Experts(nn.Module):
         bias_EO = self._part(layer, 'bias')
         if core is None or bias_EO is None or self.folded is not None:
             return bias_EO
-        return bias_EO + core.bias(layer)
+        core_O = core.bias(layer)
+        assert core_O is not None
+        return bias_EO + core_O
 
     def residual_weight(self, layer: str) -> Tensor:
         """(E, out, in), the residual of 'fc1' or 'fc2' as full matrices."""

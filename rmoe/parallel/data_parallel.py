@@ -119,7 +119,8 @@ def choose_wrapper(cfg: Config) -> None:
     mixture-of-experts model and CPUs where it leaves them open.
 
     Raises:
-        ValueError: if a data-parallel wrapper is to broadcast buffers.
+        ValueError: if a data-parallel wrapper is to broadcast buffers, or a
+            sharded model to be compiled.
     """
     default: dict[str, Any] = dict(
         type='rmoe.DistributedDataParallel',
@@ -129,6 +130,10 @@ def choose_wrapper(cfg: Config) -> None:
         cfg.model_wrapper_cfg = {**default, **(wrapper or {})}
         wrapper = cfg.model_wrapper_cfg
     kind = wrapper['type']
+    if type_name(wrapper) == 'FullySharded' and cfg.get('compile'):
+        raise ValueError('compile=True does not work with rmoe.FullySharded, '
+                         'which gathers parameters while the model runs: '
+                         'leave one of the two out')
     if isinstance(kind, str):
         kind = MODEL_WRAPPERS.get(kind)
     if kind is not None and issubclass(kind,

@@ -65,7 +65,7 @@ class FullySharded(nn.Module):
         if device == 'cpu':
             module = without_synchronised_norms(module)
         sharding.initialise(module)
-        self.module = module
+        self.module: Any = module
         self._parallel = [
             sharding.divide(layer.experts, meshes)
             for layer in layers.values() if meshes.expert is not None]

@@ -34,14 +34,18 @@ class ReplicatedGradients:
     @torch.no_grad()
     def _reduce(self) -> None:
         self._queued = False
-        trained = [one for one in self.parameters if one.requires_grad]
-        for one in trained:
-            if one.grad is None:
-                # No loss of this process reached it; one of another may have.
-                one.grad = torch.zeros_like(one)
-        flat = torch.cat([one.grad.flatten() for one in trained])
+        grads = [_gradient(one) for one in self.parameters
+                 if one.requires_grad]
+        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for one, gradient in zip(trained, flat.split(
-                [one.numel() for one in trained])):
-            one.grad.copy_(gradient.view_as(one))
+        for grad, mean in zip(grads, flat.split(
+                [grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        # No loss of this process reached it; one of another may have.
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from mmengine.dist import broadcast
 from mmengine.model import BaseTTAModel
 from torch import nn
@@ -27,7 +26,7 @@ from rmoe.parallel.replicated import ReplicatedGradients
 from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
 
 
-def initialise(module: nn.Module) -> None:
+def initialise(module: Any) -> None:
     """Initialise the weights of a model, equally in all processes.
 
     mmengine does so after wrapping, when no process has them all.
@@ -86,8 +85,9 @@ def shard(model: nn.Module, meshes: Meshes, param_dtype: str | None,
     if trained:
         ReplicatedGradients(trained)
 
-    def add(module: nn.Module, **options: Any) -> None:
-        options = dict(mesh=meshes.dense, mp_policy=policy) | options
+    def add(module: nn.Module, **own: Any) -> None:
+        options: dict[str, Any] = dict(mesh=meshes.dense, mp_policy=policy)
+        options.update(own)
         units.append(fully_shard(
             module, ignored_params=set(whole),
             reshard_after_forward=reshard_after_forward, **options))

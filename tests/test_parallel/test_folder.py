@@ -109,12 +109,11 @@ def test_a_broken_folder_names_file_and_rank(broken, tmp_path, case):
 
 def test_all_ranks_hear_of_it(broken, written, tmp_path):
     """Of what one of them meets, too; and of what does not fit."""
-    for rank, found in enumerate(run_two_ranks(
-            errors_of, str(tmp_path), str(broken), str(written))):
+    for found in run_two_ranks(errors_of, str(tmp_path), str(broken),
+                               str(written)):
         for name in ('missing', 'short'):
             assert BROKEN[name][2] in found[name]
-        assert ('disk full' in found['one-rank']) and (
-            ('rank 1 failed' in found['one-rank']) == (rank == 0))
+        assert 'disk full' in found['one-rank']
         for name in ('other-head', 'other-experts'):
             assert 'tools/gather_checkpoint.py' in found[name]
         assert ('head.bias (in the checkpoint: (3,), in the model: (5,))'

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODEL_WRAPPERS
 from routers import ROUTERS
 from sharded_ranks import build
@@ -11,6 +12,7 @@ from torch import nn
 from rmoe import compat
 from rmoe.moe import MoEMixFFN
 from rmoe.parallel import FullySharded
+from rmoe.parallel.data_parallel import choose_wrapper
 
 needs_fully_shard = pytest.mark.torch('2.8')
 
@@ -27,7 +29,7 @@ def test_options(options, message):
 
 @needs_fully_shard
 def test_a_dense_model():
-    with pytest.raises(ValueError, match='found no MoE layer in the model.*'
+    with pytest.raises(ValueError, match=r'found no MoE layer in the model.*'
                        'or remove model_wrapper_cfg'):
         FullySharded(nn.Linear(2, 2))
 
@@ -64,3 +66,11 @@ def test_an_old_torch(monkeypatch):
 
 def test_configs_name_it():
     assert MODEL_WRAPPERS.get('rmoe.FullySharded') is FullySharded
+
+
+def test_a_compiled_step():
+    cfg = Config(dict(compile=True, model_wrapper_cfg=dict(
+        type='rmoe.FullySharded')))
+    with pytest.raises(ValueError, match=r'compile=True does not work with '
+                       'rmoe.FullySharded.*leave one of the two out'):
+        choose_wrapper(cfg)
