@@ -14,6 +14,7 @@ import torch
 import train
 from coco import make_coco
 from commands import command, miou, options
+from mmengine.config import Config
 from tool_ranks import run_on_ranks
 from toy_detection import detection_config
 
@@ -127,12 +128,33 @@ def worker_of(launcher: int, rank: int) -> int:
     raise AssertionError(f'rank {rank} is not there')
 
 
+@pytest.fixture(scope='module')
+def sharded(work, configs):
+    """A config under which two ranks learn what one process does on twice
+    the batch: nothing is drawn, and nothing looks at a whole batch."""
+    cfg = Config.fromfile(configs['moe'])
+    cfg.model_wrapper_cfg = dict(type='rmoe.FullySharded', expert_parallel=2)
+    cfg.model.backbone.drop_path_rate = 0.
+    cfg.model.backbone.moe.router = dict(
+        type='TokenChoiceRouter', noise_std=0., loss_weights={})
+    cfg.model.decode_head.norm_cfg = dict(type='GN', num_groups=8)
+    cfg.train_dataloader.dataset.pipeline[2].prob = 0.
+    # A gradient that is zero but for rounding moves nothing.
+    cfg.optim_wrapper.optimizer.eps = 1e-3
+    cfg.train_cfg.val_interval = 16
+    cfg.dump(work / 'sharded.py')
+    return work / 'sharded.py'
+
+
+@pytest.mark.torch('2.8')
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(),
                     reason='finds ranks in /proc')
-def test_a_killed_rank_is_named_and_one_process_goes_on(work, configs):
-    """kill -9 in the middle of dist_train.sh; then --resume."""
-    flags = options(work, 'killed')
-    process = torchrun(2, configs['moe'], *flags, 'train_cfg.max_iters=16')
+def test_a_killed_rank_is_named_and_one_process_goes_on(tmp_path, work,
+                                                        sharded):
+    """kill -9 in the middle of dist_train.sh; then --resume, to the score of
+    a training that nobody killed."""
+    flags = options(work, 'killed', 'train_cfg.max_iters=16')
+    process = torchrun(2, sharded, *flags)
     said = ''
     try:
         for line in process.stdout:
@@ -150,9 +172,34 @@ def test_a_killed_rank_is_named_and_one_process_goes_on(work, configs):
     assert re.search(r'rank +: 1\b', cause) and '(SIGKILL)' in cause
     last = Path((work / 'killed/last_checkpoint').read_text()).stem
     assert last in ('iter_6', 'iter_8')
-    command(train, configs['moe'], '--resume', *flags,
-            'train_cfg.max_iters=16')
-    assert (work / 'killed/iter_16.pth').exists()
+    command(train, sharded, '--resume', *flags,
+            'train_dataloader.batch_size=4')
+    status, (first, second) = run_on_ranks(
+        train, tmp_path, sharded,
+        *options(work, 'whole', 'train_cfg.max_iters=16'))
+    assert status == 0, first + second
+    assert miou(work / 'killed') == miou(work / 'whole')
+    found, whole = (torch.load(work / name / 'iter_16.pth')['state_dict']
+                    for name in ('killed', 'whole'))
+    for key, value in whole.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-4)
+    # The parts of two ranks serve an evaluation by windows, too.
+    assert score(work, sharded, 'one') == score(
+        work, sharded, 'two', ranks=2)
+
+
+def score(work, config, name, ranks=1):
+    """mIoU of sliding windows, of which images have several numbers."""
+    flags = (config, work / 'whole/iter_16.pth',
+             *options(work, name, 'model.test_cfg.mode=slide',
+                      'model.test_cfg.crop_size=(48,48)',
+                      'model.test_cfg.stride=(32,32)'))
+    if ranks == 1:
+        command(test_tool, *flags)
+    else:
+        status, said = run_on_ranks(test_tool, work / 'said', *flags)
+        assert status == 0, said
+    return miou(work / name)
 
 
 @pytest.mark.slow
