@@ -111,7 +111,7 @@ class Compressing(MMDistributedDataParallel):
     def __init__(self, module, **options):
         super().__init__(module, **options)
         Compressing.made += 1
-        self.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        self.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
 def train_with_communication_hooks(rank, work_dir):

@@ -61,7 +61,7 @@ def test_communication_hooks_come_back_or_are_refused(tmp_path):
         assert 'FP16_COMPRESS' in rank['builtin']
         assert 'model_wrapper_cfg' in rank['builtin']
         # once when the runner is built, then at each stage
-        assert rank['made'] == 4 and rank['own'] == 'bf16_compress_hook'
+        assert rank['made'] == 4 and rank['own'] == 'fp16_compress_hook'
 
 
 def test_frozen_norms_are_those_of_the_new_wrapper(tmp_path):
