@@ -6,7 +6,7 @@ from accelerator import accelerated
 from torch import nn
 from toy import STAGES, ToyImages, ToySegmentor, toy_config
 
-from rmoe.backbones.padding import ValidArea
+from rmoe.backbones.padding import KnownBatch, ValidArea
 from rmoe.engine.moe_loss_hook import install
 from rmoe.moe import moe_layers
 
@@ -55,7 +55,8 @@ def batch(step: int, part: int, parts: int, size: int = 4):
 def losses_of(model: nn.Module, inner: nn.Module, inputs, labels, padded):
     if padded:
         sizes = [[32, 12 + 4 * i] for i in range(len(inputs))]
-        inner.backbone.valid_area = ValidArea(torch.tensor(sizes), (32, 32))
+        area = ValidArea(torch.tensor(sizes), (32, 32))
+        inner.backbone.known_batches = (KnownBatch(0, inputs, area), )
     return model(inputs, labels, mode='loss')
 
 

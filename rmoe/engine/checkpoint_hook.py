@@ -10,7 +10,6 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
@@ -28,6 +27,7 @@ from rmoe.engine.random_state import (
     separate_ranks,
     states_of_all_ranks,
 )
+from rmoe.engine.wrappers import unwrapped
 from rmoe.moe import moe_layers
 from rmoe.parallel.folder import clear_leftovers
 from rmoe.parallel.layout import is_laid_out
@@ -102,7 +102,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def before_run(self, runner: Runner) -> None:
         # Before anything is loaded.
-        install_loaders(runner, _unwrapped(runner.model))
+        install_loaders(runner, unwrapped(runner.model))
 
     def before_train(self, runner: Runner) -> None:
         safe_loading.install()
@@ -170,7 +170,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         checkpoint['rng_state'] = self._all_rng_states or [random_state()]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         # Other backbones' checkpoints look like anything.
         backbone = getattr(model, 'backbone', nn.Identity())
         if moe_layers(backbone):
@@ -267,12 +267,6 @@ class CheckpointHook(MMEngineCheckpointHook):
             self.file_backend.remove(path)
         elif self.file_backend.isdir(path):
             self.file_backend.rmtree(path)
-
-
-def _unwrapped(model: Any) -> Any:
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 def _pack(buffer: HistoryBuffer) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from rmoe.engine.image_check import evenly_spaced
+from rmoe.engine.wrappers import unwrapped
 from rmoe.parallel.together import together
 from rmoe.registry import HOOKS
 
@@ -34,8 +34,7 @@ class LabelCheckHook(Hook):
         self.max_files = max_files
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model
-        head = decode_head(model.module if is_model_wrapper(model) else model)
+        head = decode_head(unwrapped(runner.model))
         if head is None:
             return
         datasets = list(leaf_datasets(runner.train_dataloader.dataset))
