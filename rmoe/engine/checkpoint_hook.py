@@ -77,6 +77,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         ValueError: for sharded=True with a torch that is too old, with
             ``published_keys``, or with a store that is no folder.
     """
+    saves_all_parts = True
     backend_args: dict | None
     filename_tmpl: str
     keep_ckpt_ids: deque

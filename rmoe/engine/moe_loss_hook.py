@@ -9,7 +9,7 @@ from torch import nn
 
 from rmoe.backbones.padding import install_padding
 from rmoe.engine.group_check import check_groups
-from rmoe.engine.wrappers import check_buffers, unwrapped
+from rmoe.engine.wrappers import check_buffers, check_saving, unwrapped
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.moe.finite import raise_not_finite, take_not_finite
 from rmoe.registry import HOOKS
@@ -55,6 +55,7 @@ class MoELossHook(Hook):
         for key, layer in moe_layers(model).items():
             layer.check_core(key)
         check_buffers(runner.model)
+        check_saving(runner)
         check_groups(model, 'group', 'train', runner.train_dataloader)
         if runner.val_loop is not None:
             check_groups(model, 'eval_group', 'val', runner.val_dataloader)

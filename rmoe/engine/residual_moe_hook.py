@@ -12,7 +12,12 @@ from rmoe.engine.roles import (
     role_of,
     trainable_table,
 )
-from rmoe.engine.wrappers import check_wrapper, unwrapped, wrap_again
+from rmoe.engine.wrappers import (
+    check_saving,
+    check_wrapper,
+    unwrapped,
+    wrap_again,
+)
 from rmoe.moe import moe_layers
 from rmoe.registry import HOOKS
 
@@ -68,6 +73,7 @@ class ResidualMoEHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         check_wrapper(runner)
+        check_saving(runner)
         self.plan = self._resolve(runner)
         self._check_resumed(runner)
         self._enter(runner, self._stage_at(runner.iter))

@@ -7,6 +7,7 @@ whose ``requires_grad`` changes is wrapped anew. FSDP2 (torch's
 import gc
 from typing import Any
 
+from mmengine.hooks import CheckpointHook
 from mmengine.model import (
     BaseTTAModel,
     MMSeparateDistributedDataParallel,
@@ -52,6 +53,23 @@ def check_buffers(model: nn.Module) -> None:
                 'overwrites what each rank counts of its experts with the '
                 'counts of the first: set broadcast_buffers=False in '
                 'model_wrapper_cfg')
+
+
+def check_saving(runner: Runner) -> None:
+    """Refuse a hook that would save rank 0's part of a sharded model.
+
+    Raises:
+        ValueError: that names the hook and the fix.
+    """
+    if not is_sharded(runner.model):
+        return
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook) and not getattr(
+                hook, 'saves_all_parts', False):
+            raise ValueError(
+                f'{type(hook).__name__} of mmengine would save the part of '
+                'the first process alone: set default_hooks.checkpoint.type='
+                "'rmoe.CheckpointHook'")
 
 
 def check_wrapper(runner: Runner) -> None:

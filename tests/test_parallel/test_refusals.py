@@ -1,15 +1,18 @@
 """What cannot be served is refused before training, by name."""
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODEL_WRAPPERS
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from routers import ROUTERS
 from sharded_ranks import build
 from torch import nn
 
 from rmoe import compat
+from rmoe.engine.wrappers import check_saving
 from rmoe.moe import MoEMixFFN
 from rmoe.parallel import FullySharded
 from rmoe.parallel.data_parallel import choose_wrapper
@@ -74,3 +77,15 @@ def test_a_compiled_step():
     with pytest.raises(ValueError, match=r'compile=True does not work with '
                        'rmoe.FullySharded.*leave one of the two out'):
         choose_wrapper(cfg)
+
+
+@pytest.mark.torch('2.8')
+def test_a_hook_that_saves_one_part(monkeypatch):
+    """Each of our hooks that a config has would find it."""
+    monkeypatch.setattr('rmoe.engine.wrappers.is_sharded', lambda model: True)
+    runner = SimpleNamespace(model=None, hooks=[CheckpointHook()])
+    with pytest.raises(ValueError, match=r'save the part of the first process '
+                       "alone: set default_hooks.checkpoint.type='rmoe.Check"):
+        check_saving(runner)
+    runner.hooks = [HOOKS.build(dict(type='rmoe.CheckpointHook'))]
+    check_saving(runner)
