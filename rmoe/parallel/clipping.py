@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float,
-                    norm_type: float = 2.0, error_if_nonfinite: bool = False,
-                    foreach: bool | None = None) -> Tensor:
+                    norm_type: float = 2.0, error_if_nonfinite: bool = False
+                    ) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ for parameters that are DTensors.
 
     torch's own takes DTensors of one mesh; experts that are divided lie on
@@ -24,7 +24,6 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float,
         max_norm: of all gradients together.
         norm_type: p of the norm, or inf.
         error_if_nonfinite: whether a norm of nan or inf is an error.
-        foreach: as in torch, which kernels clip.
 
     Returns:
         The norm before clipping, the same in every process.

@@ -39,7 +39,7 @@ def initialise(module: Any) -> None:
 
 
 def divide(experts: Experts, meshes: Meshes
-            ) -> tuple[Experts, ExpertParallel]:
+           ) -> tuple[Experts, ExpertParallel]:
     """Leave to each process its experts.
 
     Args:
@@ -50,8 +50,7 @@ def divide(experts: Experts, meshes: Meshes
     layout = Layout(meshes.expert, (Shard(0), ))
     for name, parameter in list(experts.named_parameters(recurse=False)):
         divided = nn.Parameter(
-            layout.cut(parameter.data),
-            requires_grad=parameter.requires_grad)
+            layout.cut(parameter.data), requires_grad=parameter.requires_grad)
         setattr(experts, name, divided)
     parallel = ExpertParallel(meshes.expert, experts.num_experts)
     experts.elsewhere = parallel
