@@ -6,6 +6,8 @@ from routers import ROUTERS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rmoe.parallel import FullySharded
+
 pytestmark = pytest.mark.gpu
 
 
@@ -52,3 +54,25 @@ def test_two_steps(group, device, name, collapsed):
             assert found.grad is not None, key
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3,
                                        atol=1e-5)
+
+
+@pytest.mark.torch('2.8')
+@pytest.mark.parametrize('name, param_dtype', [
+    ('token choice, capacity', None), ('soft', None),
+    # Rounded features change no decision of this one.
+    ('soft', 'bfloat16')])
+def test_two_sharded_steps(group, device, name, param_dtype):
+    """All parts in one process; blocks gathered in bfloat16, too."""
+    plain, inner = (Loss(build_backbone('Swin', device, ROUTERS[name]))
+                    for _ in range(2))
+    wrapped = FullySharded(inner, param_dtype=param_dtype)
+    tolerance = 1e-3 if param_dtype is None else .1
+    for images in pictures(2, device):
+        for model in (plain, wrapped):
+            model.zero_grad(set_to_none=True)
+            model(images).backward()
+        for (key, found), wanted in zip(inner.named_parameters(),
+                                        plain.parameters(), strict=True):
+            grad = getattr(found.grad, 'full_tensor', lambda g=found.grad: g)()
+            assert (grad - wanted.grad).norm() <= (
+                tolerance * wanted.grad.norm() + 1e-4), key
