@@ -60,7 +60,7 @@ def _run(rank, tool, folder, ranks, port, args, breaks):
     # As conftest.py does.
     mmengine.config.config.FormatCode = lambda text, **_: (text, False)
     # Those who wait for the launcher wait for the parent, which is quick.
-    launch.PATIENCE = 5
+    launch.PATIENCE = 2
     if breaks and rank == 1:
         _break_training(breaks)
     command(__import__(tool), *args, '--launcher', 'pytorch')

@@ -20,14 +20,12 @@ ONE = ROUTERS['token choice']
 CASES = {name: dict(model=dict(router=router), layouts=('both', ))
          for name, router in ROUTERS.items()}
 CASES |= {
-    'no core': dict(model=dict(router=ONE, core=False),
-                    layouts=('sharded', 'both')),
-    'low rank': dict(model=dict(router=ONE, rank=2),
-                     layouts=('sharded', 'both')),
+    'no core': dict(model=dict(router=ONE, core=False), layouts=('both', )),
+    'low rank': dict(model=dict(router=ONE, rank=2), layouts=('both', )),
     # Rank 1 sends away all its tokens, and gets none.
     'collapsed': dict(model=dict(router=ONE), collapsed=True, layouts=OF_TWO),
     'recomputed': dict(model=dict(router=ROUTERS['token choice k=2'],
-                                  with_cp=True), layouts=OF_TWO),
+                                  with_cp=True), layouts=('sharded', 'both')),
     'unrouted': dict(model=dict(router=ROUTERS['token choice, capacity'],
                                 unrouted='zero'), layouts=('both', )),
 }
@@ -41,7 +39,7 @@ IN_TURNS = {
     for name in ('token choice k=2', 'token choice, capacity', 'cosine')}
 IN_TURNS['padded'] = dict(
     model=dict(router=ROUTERS['token choice, capacity']), padded=True,
-    layouts=OF_TWO)
+    layouts=('sharded', 'both'))
 ALL = CASES | IN_TURNS
 
 

@@ -60,7 +60,8 @@ def test_a_plain_model_is_left_alone():
                      for module in model.modules()]
 
 
-@pytest.mark.parametrize('sharded', [False, True])
+@pytest.mark.parametrize('sharded', [
+    pytest.param(False, marks=pytest.mark.slow), True])
 def test_averaged_weights_are_those_of_one_process(tmp_path, sharded):
     """Averaged, validated, saved and resumed on two ranks."""
     torch.manual_seed(1)
