@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,9 @@ def test_two_nodes(work, configs):
     nodes = [torchrun(1, configs['dense'], *flags, NNODES='2',
                       NODE_RANK=str(node), MASTER_ADDR='127.0.0.1',
                       PORT=str(port)) for node in (0, 1)]
-    said = [node.communicate(timeout=200)[0] for node in nodes]
+    # Together: who is not read stops when its pipe is full.
+    with ThreadPoolExecutor() as readers:
+        said = list(readers.map(
+            lambda node: node.communicate(timeout=200)[0], nodes))
     assert [node.returncode for node in nodes] == [0, 0], '\n'.join(said)
     assert 'Saving checkpoint at 4 iterations' in said[0]
