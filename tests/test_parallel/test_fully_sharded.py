@@ -30,8 +30,9 @@ CASES |= {
                                 unrouted='zero'), layouts=('both', )),
 }
 for name in ('token choice', 'token choice, capacity', 'expert choice',
-             'sparse expert choice', 'soft'):
-    CASES[f'{name} on an accelerator'] = dict(CASES[name], accelerated=True)
+             'sparse expert choice', 'soft', 'collapsed'):
+    CASES[f'{name} on an accelerator'] = dict(
+        CASES[name], accelerated=True, layouts=('both', ))
 # These look at all tokens of a process: one process takes turns.
 IN_TURNS = {
     f'{name}, balanced': dict(model=dict(router=ROUTERS[name]), balanced=True,
