@@ -21,6 +21,7 @@ from rmoe.engine.wrappers import unwrapped
 from rmoe.moe import moe_layers
 from rmoe.moe.routers.base import NotFiniteError
 
+SHARDED = dict(type='rmoe.FullySharded')
 DDP = dict(type='MMDistributedDataParallel', device_ids=None,
            broadcast_buffers=False)
 STAGED = (dict(type='rmoe.ResidualMoEHook', stages=STAGES),
@@ -239,23 +240,6 @@ def train_in_windows(rank, work_dir, ranks, options):
                 average=copied_state(average))
 
 
-class Sharded(torch.nn.Module):
-    """What a wrapper on torch's fully_shard comes down to."""
-    detect_anomalous_params = False
-    train_step = MMDistributedDataParallel.train_step
-    _run_forward = MMDistributedDataParallel._run_forward
-
-    def __init__(self, module):
-        from torch.distributed.fsdp import fully_shard
-        super().__init__()
-        for block in module.backbone.stages[-1].blocks:
-            fully_shard(block)
-        self.module = fully_shard(module)
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-
 class Shards(Hook):
     """Roles whose shards an iteration changes on this rank."""
     priority = 'LOWEST'
@@ -281,13 +265,14 @@ def local_parameters(runner) -> dict:
 
 def train_sharded(rank, work_dir):
     """Through all stages under fully_shard and under DDP, with every hook."""
-    MODEL_WRAPPERS.register_module(module=Sharded, force=True)
     results = {}
     for name, wrapper, cost in (
-            ('sharded', dict(type='Sharded'), True), ('ddp', DDP, True),
-            ('uncounted', dict(type='Sharded'), False)):
+            ('sharded', SHARDED, True), ('ddp', DDP, True),
+            ('uncounted', SHARDED, False)):
         folder = Path(f'{work_dir}/{name}{rank}')
-        runner = runner_of(folder, wrapper=wrapper, hooks=(
+        # From one file: FullySharded initialises weights when it wraps.
+        runner = runner_of(folder, wrapper=wrapper, load_from=f'{work_dir}/'
+                           'start.pth', hooks=(
             *STAGED, dict(type='rmoe.RoutingStatsHook', interval=2),
             *([dict(type='rmoe.CostHook')] if cost else [])))
         shards, model = Shards(), runner.model

@@ -1,5 +1,6 @@
 """What ranks do with whole tensors and parts of them."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from sharded_toy import PLAIN, sharded_runner
 from toy import ToySegmentor
 
 from rmoe.parallel import FullySharded
+from rmoe.parallel.folder import write_folder
 from rmoe.parallel.layout import Layout, layout_of, whole
 from rmoe.parallel.state import gather
 
@@ -110,4 +112,13 @@ def error_of(folder, checkpoint, resume=True, **options):
     try:
         runner.train()
     except (OSError, ValueError) as error:
+        return str(error)
+
+
+def write_below_a_file(rank, work_dir):
+    """What each rank says of a folder that rank 0 cannot make."""
+    try:
+        write_folder(Path(work_dir) / 'file/iter_1',
+                     dict(state_dict=dict(weight=torch.zeros(2))))
+    except OSError as error:
         return str(error)

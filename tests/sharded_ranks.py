@@ -143,6 +143,8 @@ def evaluate(rank: int, work_dir: str, layouts: tuple[str, ...]) -> dict:
     results = {}
     for layout in layouts:
         model = build(dict(type='TokenChoiceRouter', top_k=2))
+        # CPUs have no synchronised one.
+        model.head = nn.Sequential(nn.SyncBatchNorm(16), model.head)
         wrapper = FullySharded(model, **LAYOUTS[layout])
         wrapper.eval()
         with torch.no_grad(), wrapper.gathered():
@@ -225,3 +227,36 @@ def overlap(rank: int, work_dir: str) -> list:
                                                dense(x))[1]
     wrapper(*batch(0, rank, 2), mode='loss')
     return seen
+
+
+def average_whole_gradients(rank: int, work_dir: str) -> list:
+    """Of parameters of which rank 1 reaches one, twice in a row."""
+    from rmoe.parallel.replicated import ReplicatedGradients
+    one, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    ReplicatedGradients([one, other])
+    for _ in range(2):
+        loss = 4 * (rank + 1) * one.sum()
+        if rank == 0:
+            loss = loss + 6 * other.sum()
+        loss.backward()
+    return [one.grad.tolist(), other.grad.tolist()]
+
+
+def refuse_optimizers(rank: int, work_dir: str) -> list:
+    """What is said of one kernel for divided and whole parameters."""
+    from mmengine.optim import OptimWrapper
+
+    from rmoe.parallel import FullySharded
+    said = []
+    for param_dtype in (None, 'bfloat16'):
+        wrapper = FullySharded(build(dict(type='TokenChoiceRouter')),
+                               param_dtype=param_dtype)
+        optimizer = OptimWrapper(torch.optim.AdamW(
+            wrapper.parameters(), fused=True))
+        try:
+            wrapper.train_step(dict(zip(('inputs', 'labels'),
+                                        batch(0, rank, 2))), optimizer)
+            said.append('')
+        except ValueError as error:
+            said.append(str(error))
+    return said

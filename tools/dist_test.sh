@@ -7,14 +7,6 @@ USAGE='Usage: dist_test.sh CONFIG CHECKPOINT PROCESSES [test.py arguments]'
 CONFIG=${1:?$USAGE}
 CHECKPOINT=${2:?$USAGE}
 PROCESSES=${3:?$USAGE}
-if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-    MEETING=(--standalone)  # on a free port
-else
-    MEETING=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
-             --master_addr="${MASTER_ADDR:-127.0.0.1}"
-             --master_port="${PORT:-29500}")
-fi
-exec "${PYTHON:-python}" -m torch.distributed.run "${MEETING[@]}" \
-    --nproc_per_node="$PROCESSES" \
-    "$(dirname "$0")/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch \
-    "${@:4}"
+source "$(dirname "$0")/_launch.sh"
+start_by_torchrun "$PROCESSES" test.py "$CONFIG" "$CHECKPOINT" \
+    --launcher pytorch "${@:4}"

@@ -6,13 +6,5 @@ set -euo pipefail
 USAGE='Usage: dist_train.sh CONFIG PROCESSES [train.py arguments]'
 CONFIG=${1:?$USAGE}
 PROCESSES=${2:?$USAGE}
-if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-    MEETING=(--standalone)  # on a free port
-else
-    MEETING=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
-             --master_addr="${MASTER_ADDR:-127.0.0.1}"
-             --master_port="${PORT:-29500}")
-fi
-exec "${PYTHON:-python}" -m torch.distributed.run "${MEETING[@]}" \
-    --nproc_per_node="$PROCESSES" \
-    "$(dirname "$0")/train.py" "$CONFIG" --launcher pytorch "${@:3}"
+source "$(dirname "$0")/_launch.sh"
+start_by_torchrun "$PROCESSES" train.py "$CONFIG" --launcher pytorch "${@:3}"

@@ -9,17 +9,6 @@ PARTITION=${1:?$USAGE}
 JOB_NAME=${2:?$USAGE}
 CONFIG=${3:?$USAGE}
 CHECKPOINT=${4:?$USAGE}
-GPUS=${GPUS:-8}
-PER_NODE=${GPUS_PER_NODE:-8}
-# A small job fits one node.
-PER_NODE=$((GPUS < PER_NODE ? GPUS : PER_NODE))
-GRES=${GRES-gpu:$PER_NODE}
-export MASTER_PORT=${PORT:-${MASTER_PORT:-29500}}
-# shellcheck disable=SC2086
-exec srun -p "$PARTITION" --job-name="$JOB_NAME" \
-    ${GRES:+--gres="$GRES"} --ntasks="$GPUS" \
-    --ntasks-per-node="$PER_NODE" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 \
-    ${SRUN_ARGS:-} \
-    "${PYTHON:-python}" -u "$(dirname "$0")/test.py" "$CONFIG" "$CHECKPOINT" \
+source "$(dirname "$0")/_launch.sh"
+start_by_srun "$PARTITION" "$JOB_NAME" test.py "$CONFIG" "$CHECKPOINT" \
     --launcher slurm "${@:5}"

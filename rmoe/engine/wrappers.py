@@ -15,8 +15,11 @@ from mmengine.model import (
 )
 from mmengine.runner import Runner
 from torch import nn
-from torch.distributed import ProcessGroup, fsdp
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
+
+from rmoe.parallel.data_parallel import BUFFERS
+from rmoe.parallel.layout import is_laid_out
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -26,13 +29,6 @@ def unwrapped(model: nn.Module) -> Any:
     while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
         inner = inner.module
     return inner
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Is torch's ``fully_shard`` at work in the model?"""
-    # Older versions of torch have none.
-    kind = getattr(fsdp, 'FSDPModule', ())
-    return any(isinstance(module, kind) for module in model.modules())
 
 
 def check_buffers(model: nn.Module) -> None:
@@ -48,11 +44,7 @@ def check_buffers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and getattr(
                 module, 'broadcast_buffers', False):
-            raise ValueError(
-                f'{type(module).__name__} has broadcast_buffers=True, which '
-                'overwrites what each rank counts of its experts with the '
-                'counts of the first: set broadcast_buffers=False in '
-                'model_wrapper_cfg')
+            raise ValueError(f'{type(module).__name__}: {BUFFERS}')
 
 
 def check_saving(runner: Runner) -> None:
@@ -61,7 +53,7 @@ def check_saving(runner: Runner) -> None:
     Raises:
         ValueError: that names the hook and the fix.
     """
-    if not is_sharded(runner.model):
+    if not is_laid_out(runner.model):
         return
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook) and not getattr(
@@ -79,7 +71,7 @@ def check_wrapper(runner: Runner) -> None:
         ValueError: that names the wrapper and the fix.
     """
     model = runner.model
-    if not is_model_wrapper(model) or is_sharded(model):
+    if not is_model_wrapper(model) or is_laid_out(model):
         return
     name = type(model).__name__
     advice = ('leave model_wrapper_cfg out for DDP, or set model_wrapper_cfg='

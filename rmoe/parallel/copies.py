@@ -22,15 +22,10 @@ def allow_copies(model: nn.Module) -> None:
         model: a sharded model; its sharded modules' classes, which
             fully_shard made, are given a ``__deepcopy__``.
     """
-    for module in sharded_modules(model):
-        type(module).__deepcopy__ = _copy  # type: ignore
-
-
-def sharded_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that fully_shard was called with."""
     from torch.distributed.fsdp import FSDPModule
-    return [module for module in model.modules()
-            if isinstance(module, FSDPModule)]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            type(module).__deepcopy__ = _copy  # type: ignore
 
 
 def _copy(module: Any, memo: dict[int, Any]) -> nn.Module:

@@ -16,7 +16,7 @@ from rmoe.registry import MODEL_WRAPPERS, type_name
 
 BUFFERS = ('broadcast_buffers=True copies the counters of rank 0 over those '
            'of the other ranks before each forward pass, so their loads are '
-           'never counted: leave it out of model_wrapper_cfg')
+           'never counted: set broadcast_buffers=False in model_wrapper_cfg')
 
 
 @MODEL_WRAPPERS.register_module()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import is_main_process
 from torch import Tensor, nn
 
 from rmoe.parallel.layout import Layout, layout_of
@@ -37,15 +37,15 @@ def write_folder(path: Path, content: dict[str, Any]) -> None:
             changed: its tensors are taken out.
 
     Raises:
-        ValueError: if another rank fails, or if a rank's part does not
-            arrive in the folder.
+        ValueError: if a rank's part does not arrive in the folder.
+        Exception: what a rank met while writing, on all ranks.
     """
     from torch.distributed import checkpoint as dcp
     temporary, aside = _beside(path)
-    if is_main_process():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
+    with fail_together():
+        if is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     tensors, places = _take_tensors(content)
     with _one_process_is_enough():
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))

@@ -10,7 +10,7 @@ import gather_checkpoint
 import pytest
 import torch
 from commands import command
-from sharded_cases import errors_of
+from sharded_cases import errors_of, write_below_a_file
 from sharded_toy import PLAIN, run_jobs, sharded_runner
 from toy import ToySegmentor
 from two_ranks import run_two_ranks
@@ -105,6 +105,13 @@ def test_a_broken_folder_names_file_and_rank(broken, tmp_path, case):
                             load_from=str(broken / case))
     with pytest.raises(ValueError, match=BROKEN[case][2]):
         runner.train()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """Rank 0 meets it, and no other waits for that."""
+    (tmp_path / 'file').write_text('')
+    for said in run_two_ranks(write_below_a_file, str(tmp_path)):
+        assert 'Not a directory' in said
 
 
 def test_all_ranks_hear_of_it(broken, written, tmp_path):

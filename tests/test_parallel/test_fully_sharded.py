@@ -3,13 +3,16 @@ import pytest
 import torch
 from routers import ROUTERS
 from sharded_ranks import (
+    average_whole_gradients,
     batch,
     build,
     compute_in_bfloat16,
     evaluate,
+    refuse_optimizers,
     train_alone,
     train_sharded,
 )
+from torch import nn
 from two_ranks import run_ranks, run_two_ranks
 
 pytestmark = pytest.mark.torch('2.8')
@@ -104,7 +107,9 @@ def test_each_rank_keeps_its_part(two):
 
 def test_evaluation_waits_for_nobody(tmp_path):
     layouts = ('sharded', 'experts', 'both')
-    model = build(dict(type='TokenChoiceRouter', top_k=2)).eval()
+    model = build(dict(type='TokenChoiceRouter', top_k=2))
+    model.head = nn.Sequential(nn.BatchNorm2d(16), model.head)
+    model.eval()
     ranks = run_two_ranks(evaluate, str(tmp_path), layouts)
     total = sum(parameter.numel() for parameter in model.parameters())
     for rank, results in enumerate(ranks):
@@ -136,3 +141,15 @@ def test_blocks_compute_in_bfloat16_and_routers_do_not(tmp_path):
         wanted = (torch.bfloat16 if name.endswith(('qkv', 'experts'))
                   else torch.float32)
         assert set(dtypes.values()) == {wanted}, name
+
+
+def test_whole_parameters_get_the_mean_gradient(tmp_path):
+    """Also of a loss that one rank alone has; of two passes, the sum."""
+    for found in run_two_ranks(average_whole_gradients, str(tmp_path)):
+        assert found == [[12., 12.], [6., 6.]]
+
+
+def test_one_kernel_takes_parameters_of_one_kind(tmp_path):
+    for same, mixed in run_two_ranks(refuse_optimizers, str(tmp_path)):
+        assert same == ''
+        assert mixed.startswith('optimizer.fused=True takes no group of')

@@ -82,10 +82,24 @@ def test_a_compiled_step():
 @pytest.mark.torch('2.8')
 def test_a_hook_that_saves_one_part(monkeypatch):
     """Each of our hooks that a config has would find it."""
-    monkeypatch.setattr('rmoe.engine.wrappers.is_sharded', lambda model: True)
+    monkeypatch.setattr('rmoe.engine.wrappers.is_laid_out', lambda model: True)
     runner = SimpleNamespace(model=None, hooks=[CheckpointHook()])
     with pytest.raises(ValueError, match=r'save the part of the first process '
                        "alone: set default_hooks.checkpoint.type='rmoe.Check"):
         check_saving(runner)
     runner.hooks = [HOOKS.build(dict(type='rmoe.CheckpointHook'))]
     check_saving(runner)
+
+
+@needs_fully_shard
+def test_a_stack_that_no_width_divides():
+    from rmoe.parallel.sharding import _placement
+    stack = nn.Parameter(torch.empty(4, 6, 9))
+    # Of experts that are whole the first dimension may be padded.
+    assert [_placement(parts, False, stack) and
+            _placement(parts, False, stack).dim for parts in (4, 3, 5)] == [
+        0, 1, None]
+    assert _placement(9, True, stack).dim == 2
+    with pytest.raises(ValueError, match=r'\(4, 6, 9\) is a multiple of 4 '
+                       'processes: set shard to expert_parallel'):
+        _placement(4, True, stack)
