@@ -1,18 +1,17 @@
 """What cannot be served is refused before training, by name."""
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook
-from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import Runner
 from routers import ROUTERS
 from sharded_ranks import build
 from torch import nn
+from toy import toy_config
 
 from rmoe import compat
-from rmoe.engine.wrappers import check_saving
 from rmoe.moe import MoEMixFFN
 from rmoe.parallel import FullySharded
 from rmoe.parallel.data_parallel import choose_wrapper
@@ -79,16 +78,19 @@ def test_a_compiled_step():
         choose_wrapper(cfg)
 
 
-@pytest.mark.torch('2.8')
-def test_a_hook_that_saves_one_part(monkeypatch):
-    """Each of our hooks that a config has would find it."""
+@pytest.mark.parametrize('hook', [
+    dict(type='rmoe.MoELossHook'),
+    dict(type='rmoe.ResidualMoEHook', stages=[dict(roles='all')])])
+def test_a_hook_that_saves_one_part(tmp_path, monkeypatch, hook):
+    """Each of our hooks finds it, before training."""
     monkeypatch.setattr('rmoe.engine.wrappers.is_laid_out', lambda model: True)
-    runner = SimpleNamespace(model=None, hooks=[CheckpointHook()])
-    with pytest.raises(ValueError, match=r'save the part of the first process '
-                       "alone: set default_hooks.checkpoint.type='rmoe.Check"):
-        check_saving(runner)
-    runner.hooks = [HOOKS.build(dict(type='rmoe.CheckpointHook'))]
-    check_saving(runner)
+    cfg = toy_config(tmp_path, max_iters=1, hooks=[hook])
+    cfg.default_hooks.checkpoint.type = 'CheckpointHook'
+    with pytest.raises(ValueError, match='save the part of the first process '
+                       r"alone: set default_hooks\.checkpoint\.type='rmoe\.Ch"):
+        Runner.from_cfg(cfg).train()
+    cfg.default_hooks.checkpoint.type = 'rmoe.CheckpointHook'
+    Runner.from_cfg(cfg).train()
 
 
 @needs_fully_shard
