@@ -89,9 +89,10 @@ def train_roles(model: nn.Module, roles: Collection[str],
     """
     layers = moe_layers(model)
     if not layers:
-        raise ValueError(f'{type(model).__name__} has no MoE layer: give it '
-                         'experts by rmoe.upcycle(model, layers=...), or an '
-                         'OpenMMLab backbone by moe=dict(layers=...)')
+        raise ValueError('found no MoE layer in the model '
+                         f'({type(model).__name__}): give it experts by '
+                         'rmoe.upcycle(model, layers=...), or an OpenMMLab '
+                         'backbone by moe=dict(layers=...)')
     core_only = not {'residual', 'router'} & set(roles)
     for name, layer in layers.items():
         if core_only and layer.core is None:
