@@ -205,3 +205,20 @@ def test_routers_stay_float32_in_a_bfloat16_model():
     assert layer.router.scorer.weight.dtype == torch.float32
     assert layer.experts.residual_fc1_weight.dtype == torch.bfloat16
     assert model(INPUT.bfloat16()).dtype == torch.bfloat16
+
+
+def test_ffns_of_openmmlab():
+    from mmcv.cnn.bricks.transformer import FFN
+    from mmseg.models.backbones.mit import MixFFN
+    model = nn.ModuleDict(dict(
+        plain=FFN(8, 16), mix=MixFFN(8, 16, dropout_layer=None))).eval()
+    keys, x = list(model.state_dict()), INPUT[:, :1, :2, :8].flatten(1, 2)
+    dense = model.plain(x), model.mix(x, (1, 2))
+    report = rmoe.upcycle(model, layers=(0, 1), num_experts=2)
+    assert list(report.layers.values()) == ['FFN', 'MixFFN']
+    for _ in range(2):
+        for out, other in zip(dense, (model.plain(x), model.mix(x, (1, 2)))):
+            torch.testing.assert_close(out, other)
+        if moe_layers(model):
+            rmoe.to_dense(model)
+    assert list(model.state_dict()) == keys
