@@ -36,11 +36,12 @@ def find_ffns(model: nn.Module) -> dict[str, Found]:
     traced = [name for name, module in model.named_modules()
               if isinstance(module, fx.GraphModule)]
     pairs = set(linear_pairs(model))
-    found = {}
+    found: dict[str, Found] = {}
     for name, module in model.named_modules():
-        # A traced model calls the layers of a FFN, never the FFN.
+        # A traced model calls the layers of a FFN, never the FFN; and mmcv's
+        # FFN has one inside.
         if any(name == at or not at or name.startswith(f'{at}.')
-               for at in traced):
+               for at in (*traced, *found)):
             continue
         build = _builder(module, name in pairs)
         if build is not None:
