@@ -1,22 +1,38 @@
-"""Mixture-of-experts backbones for OpenMMLab 2.x (docs: README.md).
+"""Mixture-of-experts for vision transformers (docs: README.md).
+
+Backbones for OpenMMLab 2.x, and functions for any model of PyTorch
+(:mod:`rmoe.anywhere`, docs/anywhere.md), which are attributes of this module
+and imported when they are first used.
 
 Importing this imports neither torch nor OpenMMLab. It adds a place where
 Python finds operators for an mmcv that has none (:mod:`rmoe.mmcv_ops`).
 """
-import sys
-from importlib.util import find_spec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from rmoe.mmcv_ops import finder
+from rmoe.needs import need
 from rmoe.version import __version__
 
-__all__ = ['__version__']
+if TYPE_CHECKING:
+    from rmoe.anywhere import (
+        auxiliary_loss,
+        load_adapter,
+        routing_stats,
+        save_adapter,
+        set_stage,
+        to_dense,
+        upcycle,
+    )
 
-if _missing := [name for name in ('torch', 'mmengine', 'mmcv')
-                if find_spec(name) is None]:
-    raise ImportError(
-        f'rmoe needs {" and ".join(_missing)}, which {sys.executable} does '
-        'not have. tools/doctor.py prints the commands; for the CPU or a '
-        'GPU alike: python -m pip install torch torchvision mmengine '
-        'mmcv-lite==2.1.0, and mmdet, mmsegmentation or both')
+__all__ = ['__version__', 'auxiliary_loss', 'load_adapter', 'routing_stats',
+           'save_adapter', 'set_stage', 'to_dense', 'upcycle']
 
+need('torch')
 finder.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module('rmoe.anywhere'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -22,7 +22,7 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='rmoe',
-    locations=['rmoe.moe', 'rmoe.backbones', 'rmoe.classification'])
+    locations=['rmoe.moe.registered', 'rmoe.backbones', 'rmoe.classification'])
 MODEL_WRAPPERS = Registry(
     'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='rmoe',
     locations=['rmoe.parallel'])

@@ -44,14 +44,16 @@ def test_pip_leaves_what_is_there(tmp_path):
     assert installed == {'rmoe'}
 
 
-@pytest.mark.parametrize('name', ['torch', 'mmengine', 'mmcv'])
-def test_what_is_missing_is_one_error_at_import(name):
+@pytest.mark.parametrize('name, module', [
+    ('torch', 'rmoe'), ('mmengine', 'rmoe.backbones'),
+    ('mmcv', 'rmoe.engine')])
+def test_what_is_missing_is_one_error_at_import(name, module):
     done = python(
         'import importlib.util\n'
         'find = importlib.util.find_spec\n'
         f'importlib.util.find_spec = lambda n, *a: None if n == {name!r} '
         'else find(n, *a)\n'
-        'import rmoe')
+        f'import {module}')
     assert done.returncode == 1
     assert f'ImportError: rmoe needs {name}, which' in done.stderr
     assert 'tools/doctor.py' in done.stderr.splitlines()[-1]

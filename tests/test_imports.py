@@ -12,16 +12,17 @@ import rmoe
 ROOT = Path(rmoe.__file__).parent
 # What each part may import of rmoe.
 ALLOWED = {
-    'version': set(), '__init__': {'version', 'mmcv_ops'},
+    'version': set(), '__init__': {'version', 'mmcv_ops', 'needs', 'anywhere'},
+    'needs': set(), 'anywhere': {'anywhere', 'upcycling', 'moe'},
     'registry': set(), 'compat': set(), 'mmcv_ops': {'mmcv_ops'},
     'moe': {'moe', 'registry', 'compat'},
     'upcycling': {'upcycling', 'moe', 'compat'},
     'safe_loading': {'upcycling'},
     'parallel': {'parallel', 'upcycling', 'moe', 'registry', 'compat'},
     'backbones': {'backbones', 'upcycling', 'moe', 'registry', 'compat',
-                  'safe_loading'},
-    'engine': {'engine', 'parallel', 'backbones', 'upcycling', 'moe',
-               'registry', 'compat', 'safe_loading'},
+                  'safe_loading', 'needs'},
+    'engine': {'engine', 'anywhere', 'parallel', 'needs', 'backbones',
+               'upcycling', 'moe', 'registry', 'compat', 'safe_loading'},
     'classification': {'classification', 'engine', 'registry'},
     'datasets': {'datasets'},
     'visualization': {'visualization', 'moe'},

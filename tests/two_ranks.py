@@ -11,10 +11,10 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import STAGES, ToyImages, copied_state, toy_model, toy_runner
 
+from rmoe.anywhere.statistics import _take_counts
 from rmoe.engine.balance_bias_hook import update_biases
 from rmoe.engine.moe_loss_hook import _check_finite, install
 from rmoe.engine.roles import role_of
-from rmoe.engine.routing_stats_hook import _take_counts
 from rmoe.moe import BiasBalancedRouter, moe_layers
 from rmoe.moe.routers.base import NotFiniteError
 

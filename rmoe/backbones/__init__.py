@@ -1,4 +1,9 @@
 """MoE backbones; importing them registers them."""
+# ruff: noqa: E402
+from rmoe.needs import need
+
+need('mmengine', 'mmcv')
+
 from rmoe.backbones.activations import QuickGELU
 from rmoe.backbones.cvt_moe import CvTMoE
 from rmoe.backbones.feature_pyramid import SimpleFeaturePyramid

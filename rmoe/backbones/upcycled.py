@@ -6,9 +6,10 @@ from typing import Any
 from mmcv.cnn.bricks.transformer import FFN
 from torch import nn
 
-from rmoe.backbones.ffn import choose_blocks, layer_args
+from rmoe.backbones.ffn import layer_args
 from rmoe.backbones.padding import mask_foreign_layers
 from rmoe.moe import MoEFFN, MoELayer, MoEMixFFN, MoEMlp, moe_layers
+from rmoe.moe.placement import choose_blocks
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture, Source

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmoe.backbones.base import MoEBackbone, PreNormBlock
-from rmoe.backbones.ffn import FFNPlan, choose_blocks
+from rmoe.backbones.ffn import FFNPlan
 from rmoe.backbones.padding import area_of
 from rmoe.moe.ffn import LayerScale
+from rmoe.moe.placement import choose_blocks
 from rmoe.registry import MODELS
 from rmoe.upcycling.keymaps import VIT
 

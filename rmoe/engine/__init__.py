@@ -1,4 +1,9 @@
 """Hooks and optimizer settings; importing them registers them."""
+# ruff: noqa: E402
+from rmoe.needs import need
+
+need('mmengine', 'mmcv')
+
 from rmoe.engine.amp import BFloat16OptimWrapper
 from rmoe.engine.balance_bias_hook import BalanceBiasHook
 from rmoe.engine.checkpoint_hook import CheckpointHook

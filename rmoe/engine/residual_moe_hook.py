@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
+from rmoe.anywhere.stages import train_roles
 from rmoe.engine.roles import (
     ROLES,
     norms_with_statistics,
@@ -18,7 +19,6 @@ from rmoe.engine.wrappers import (
     unwrapped,
     wrap_again,
 )
-from rmoe.moe import moe_layers
 from rmoe.registry import HOOKS
 
 
@@ -139,25 +139,11 @@ class ResidualMoEHook(Hook):
 
     def _enter(self, runner: Runner, stage: Stage) -> None:
         model = unwrapped(runner.model)
-        layers = moe_layers(model)
-        if not layers:
-            raise ValueError('ResidualMoEHook found no MoE layer in the '
-                             'model: give the backbone a moe=dict(layers=...)')
-        core_only = not {'residual', 'router'} & set(stage.roles)
-        for name, layer in layers.items():
-            if core_only and layer.core is None:
-                raise ValueError(
-                    f'stage {stage.name!r} trains no expert, but {name} has '
-                    'core=False; add residual and router to its roles')
-            layer.check_core(name)
-            layer.core_only = core_only
-        frozen_before = self._frozen_by_config(model)
-        for name, parameter in model.named_parameters():
-            if name in frozen_before:
-                continue
-            parameter.requires_grad_(role_of(name) in stage.roles)
-            if not parameter.requires_grad:
-                parameter.grad = None
+        try:
+            train_roles(model, stage.roles, role_of,
+                        self._frozen_by_config(model))
+        except ValueError as error:
+            raise ValueError(f'stage {stage.name!r}: {error}') from None
         self.current = stage
         wrap_again(runner)
         # Wrapping with sync_bn makes new norms.

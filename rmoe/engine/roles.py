@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from rmoe.anywhere.stages import expert_role
+
 ROLES = ('core', 'residual', 'router', 'head')
 
 
@@ -18,12 +20,8 @@ def role_of(name: str) -> str:
         name: as given by named_parameters() or named_modules() of the whole
             model.
     """
-    parts = name.split('.')
-    if 'router' in parts:
-        return 'router'
-    if 'experts' in parts and parts[-1].startswith('residual_'):
-        return 'residual'
-    return 'core' if 'backbone' in parts else 'head'
+    return expert_role(name) or (
+        'core' if 'backbone' in name.split('.') else 'head')
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:

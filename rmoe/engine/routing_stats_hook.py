@@ -1,13 +1,9 @@
 """What the experts receive: to the log, to every visualizer backend, and a
 warning before a dead expert goes unnoticed."""
-import math
-
-import torch
-from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import Tensor
 
+from rmoe.anywhere.statistics import routing_stats
 from rmoe.engine.wrappers import check_buffers, unwrapped
 from rmoe.moe import MoELayer, moe_layers
 from rmoe.registry import HOOKS
@@ -42,7 +38,8 @@ class RoutingStatsHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         check_buffers(runner.model)
-        _take_counts(self._layers(runner))
+        self._layers(runner)
+        routing_stats(unwrapped(runner.model))  # from here on
 
     def after_train_iter(self, runner: Runner, batch_idx: int,
                          data_batch: object = None,
@@ -50,36 +47,33 @@ class RoutingStatsHook(Hook):
         if not self.every_n_train_iters(runner, self.interval):
             return
         layers = self._layers(runner)
-        counts = _take_counts(layers)
-        if not any(demand_E.sum() for demand_E, *_ in counts.values()):
+        stats = routing_stats(unwrapped(runner.model))
+        demand = sum(one.demand for one in stats.values())
+        if not demand:
             return  # core stage: nothing was routed
-        lines, scalars, entropies, dead_total = [], {}, [], 0
-        demanded = kept = 0.
-        for name, (demand_E, kept_E, tokens) in counts.items():
-            share_E = demand_E / demand_E.sum().clamp_min(1)
-            entropy = normalised_entropy(share_E)
-            dropped = 1 - float(kept_E.sum() / demand_E.sum().clamp_min(1))
-            dead = self._dead_experts(share_E)
+        lines, scalars, dead_total = [], {}, 0
+        for name, one in stats.items():
+            dead = one.dead(self.dead_below)
             self._warn(runner, name, layers[name], dead)
-            entropies.append(entropy)
             dead_total += len(dead)
-            demanded += float(demand_E.sum())
-            kept += float(kept_E.sum())
-            scalars.update({f'moe/{name}/load_{e}': float(share)
-                            for e, share in enumerate(share_E)})
-            scalars[f'moe/{name}/entropy'] = entropy
-            scalars[f'moe/{name}/dropped'] = dropped
-            unrouted = float(tokens[1] / tokens[0].clamp_min(1))
-            scalars[f'moe/{name}/unrouted'] = unrouted
-            loads = ' '.join(f'{100 * share:.0f}' for share in share_E)
-            lines.append(f'{name}: load % [{loads}]  entropy {entropy:.3f}  '
-                         f'dropped {100 * dropped:.1f} %  '
-                         f'unrouted {100 * unrouted:.1f} %  dead {dead}')
+            scalars.update({f'moe/{name}/load_{e}': share
+                            for e, share in enumerate(one.load)})
+            scalars[f'moe/{name}/entropy'] = one.entropy
+            scalars[f'moe/{name}/dropped'] = one.dropped
+            scalars[f'moe/{name}/unrouted'] = one.unrouted
+            loads = ' '.join(f'{100 * share:.0f}' for share in one.load)
+            lines.append(f'{name}: load % [{loads}]  entropy '
+                         f'{one.entropy:.3f}  dropped {100 * one.dropped:.1f} '
+                         f'%  unrouted {100 * one.unrouted:.1f} %  dead '
+                         f'{dead}')
         runner.logger.info('expert load over the last '
                            f'{self.interval} iterations\n' + '\n'.join(lines))
         hub = runner.message_hub
-        hub.update_scalar('train/moe_entropy', sum(entropies) / len(counts))
-        hub.update_scalar('train/moe_dropped', 1 - kept / demanded)
+        hub.update_scalar(
+            'train/moe_entropy',
+            sum(one.entropy for one in stats.values()) / len(stats))
+        kept = sum(one.kept for one in stats.values())
+        hub.update_scalar('train/moe_dropped', 1 - kept / demand)
         hub.update_scalar('train/moe_dead', dead_total)
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
@@ -91,10 +85,6 @@ class RoutingStatsHook(Hook):
                              'model: give the backbone a moe=dict(layers=...)'
                              ', or remove the hook')
         return layers
-
-    def _dead_experts(self, share_E: Tensor) -> list[int]:
-        limit = self.dead_below / len(share_E)
-        return torch.nonzero(share_E <= limit).flatten().tolist()
 
     def _warn(self, runner: Runner, name: str, layer: MoELayer,
               dead: list[int]) -> None:
@@ -114,29 +104,3 @@ class RoutingStatsHook(Hook):
                     f'{100 * self.dead_below:g} % of its fair share. Try '
                     f'{layer.router.balance_advice}')
 
-
-def normalised_entropy(share_E: Tensor) -> float:
-    """Entropy of a distribution over its maximum, in [0, 1]."""
-    if len(share_E) == 1:
-        return 1.0
-    return float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
-
-
-def _take_counts(layers: dict[str, MoELayer]) -> dict[str, list[Tensor]]:
-    """Demand, kept and token counts of all ranks since the last call, on the
-    CPU; zeroes them.
-
-    One reduction of one flat tensor serves all layers.
-    """
-    buffers = {name: [layer.demand_E, layer.kept_E, layer.token_counts]
-               for name, layer in layers.items()}
-    flat = torch.cat([part for parts in buffers.values() for part in parts])
-    all_reduce(flat)
-    pieces = iter(flat.cpu().double().split(
-        [len(part) for parts in buffers.values() for part in parts]))
-    counts = {name: [next(pieces) for _ in parts]
-              for name, parts in buffers.items()}
-    for parts in buffers.values():
-        for part in parts:
-            part.zero_()
-    return counts

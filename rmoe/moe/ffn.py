@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.moe.layer import MoELayer
-from rmoe.registry import MODELS
+from rmoe.moe.registry import MODELS
 
 
 @MODELS.register_module()

@@ -21,9 +21,9 @@ from rmoe.moe.mixing import (
     mix_sparse,
 )
 from rmoe.moe.plain_core import check_plain
+from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import NotFiniteError
 from rmoe.moe.routing import Routing, SoftRouting
-from rmoe.registry import MODELS
 
 UNROUTED = ('core', 'zero')
 

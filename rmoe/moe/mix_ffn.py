@@ -56,14 +56,7 @@ class MoEMixFFN(MoELayer):
             router=router, rank=rank, align=align, unrouted=unrouted,
             dropout=ffn.layers[3].p, fc2_bias=True, with_cp=with_cp)
         self.dropout_layer = ffn.dropout_layer
-        for mode in (False, True):
-            self.router.train(mode)
-            if self.router.soft or not self.router.keeps_every_token:
-                raise ValueError(
-                    f'{type(self.router).__name__} does not give every token '
-                    f'its experts in {"training" if mode else "evaluation"}: '
-                    'a MixFFN convolves the map of their outputs. Use a '
-                    'token-choice router without capacity')
+        check_keeps_every_token(self.router)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int],
                 identity: Tensor | None = None) -> Tensor:
@@ -80,22 +73,43 @@ class MoEMixFFN(MoELayer):
             out = self.layers(image).flatten(2).transpose(1, 2)
         else:
             out = self.layers[5](self.mixture(
-                x, None, partial(self._convolve, (height, width))))
+                x, None, partial(convolve_maps, self.layers[1],
+                                 (height, width))))
         return (x if identity is None else identity) + self.dropout_layer(out)
 
-    def _convolve(self, hw: tuple[int, int], table_TK: Tensor,
+
+def check_keeps_every_token(router: Any) -> None:
+    """Raises:
+        ValueError: for a router that drops tokens or mixes them.
+    """
+    for mode in (False, True):
+        router.train(mode)
+        if router.soft or not router.keeps_every_token:
+            raise ValueError(
+                f'{type(router).__name__} does not give every token '
+                f'its experts in {"training" if mode else "evaluation"}: '
+                'a MixFFN convolves the map of their outputs. Use a '
+                'token-choice router without capacity')
+
+
+def convolve_maps(convolve: nn.Module, hw: tuple[int, int], table_TK: Tensor,
                   hidden_NH: Tensor) -> Tensor:
-        """The depthwise convolution of each choice's map, as rows again."""
-        assert table_TK.numel() == len(hidden_NH)
-        maps = []
-        convolve = self.layers[1]
-        for rows_T in table_TK.unbind(1):
-            image = hidden_NH[rows_T].unflatten(0, (-1, *hw)).permute(
-                0, 3, 1, 2)
-            # Experts run outside autocast, in the type that it gave them.
-            same = image.dtype == convolve.weight.dtype
-            with nullcontext() if same else torch.autocast(
-                    image.device.type, image.dtype):
-                maps.append(convolve(image).permute(0, 2, 3, 1).flatten(0, 2))
-        order_N = torch.cat(table_TK.unbind(1)).argsort()
-        return torch.cat(maps)[order_N]
+    """The depthwise convolution of each choice's map, as rows again.
+
+    Args:
+        convolve: the convolution.
+        hw: height and width of a map.
+        table_TK: (T, K) the row of each choice of each token.
+        hidden_NH: (N, H) rows.
+    """
+    assert table_TK.numel() == len(hidden_NH)
+    maps = []
+    for rows_T in table_TK.unbind(1):
+        image = hidden_NH[rows_T].unflatten(0, (-1, *hw)).permute(0, 3, 1, 2)
+        # Experts run outside autocast, in the type that it gave them.
+        same = image.dtype == convolve.weight.dtype
+        with nullcontext() if same else torch.autocast(
+                image.device.type, image.dtype):
+            maps.append(convolve(image).permute(0, 2, 3, 1).flatten(0, 2))
+    order_N = torch.cat(table_TK.unbind(1)).argsort()
+    return torch.cat(maps)[order_N]

@@ -2,13 +2,13 @@
 from functools import partial
 from typing import Any
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from rmoe import compat
 from rmoe.upcycling.expert_count import EXPERT_MISMATCH
 from rmoe.upcycling.fit import fit
 from rmoe.upcycling.formats import state_dict_of
+from rmoe.upcycling.say import say
 
 
 def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
@@ -45,7 +45,7 @@ def _fit_in_place(expert_mismatch: str, backbone: Any,
              if key.startswith(inside)}
     check_prefix(backbone, state_dict, inside)
     fitted, report = fit(backbone, state, expert_mismatch)
-    print_log(report.table(), 'current')
+    say(report.table())
     for key in [key for key in state_dict if key.startswith(prefix)]:
         del state_dict[key]
     state_dict.update({prefix + key: value for key, value in fitted.items()})

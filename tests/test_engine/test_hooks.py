@@ -12,8 +12,8 @@ from mmengine.optim import OptimWrapper
 from toy import BACKBONE, STAGES, ToyImages, copied_state, toy_model, toy_runner
 from two_ranks import aux_gradient, run_two_ranks, who_stops
 
+from rmoe.anywhere.statistics import normalised_entropy
 from rmoe.engine.moe_loss_hook import MoELossHook, install
-from rmoe.engine.routing_stats_hook import normalised_entropy
 from rmoe.moe import moe_layers
 from rmoe.moe.routers.base import NotFiniteError
 

@@ -10,8 +10,8 @@ from rmoe import compat
 from rmoe.moe.assignment import Capacity
 from rmoe.moe.buffers import ExactBuffers
 from rmoe.moe.host import host_may_read
+from rmoe.moe.registry import MODELS
 from rmoe.moe.routing import Routing, SoftRouting, check_group, count_groups
-from rmoe.registry import MODELS
 
 # Of a token's logits; anything near it is no logit.
 MAX_SUM = 1e30

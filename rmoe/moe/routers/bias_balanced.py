@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rmoe import compat
 from rmoe.moe import assignment
+from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import ScoredRouter, check_top_k
 from rmoe.moe.routing import Routing
-from rmoe.registry import MODELS
 
 # More forward passes than any gradient accumulation.
 PATIENCE = 1000

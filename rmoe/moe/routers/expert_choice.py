@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rmoe import compat
 from rmoe.moe import assignment, transport
+from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import ScoredRouter, group_capacity
 from rmoe.moe.routers.token_choice import (
     check_combine,
@@ -14,7 +15,6 @@ from rmoe.moe.routers.token_choice import (
     sinkhorn_plan,
 )
 from rmoe.moe.routing import Count, Routing, compute_capacity
-from rmoe.registry import MODELS
 
 
 @MODELS.register_module()

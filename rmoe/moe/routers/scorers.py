@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmoe.registry import MODELS
+from rmoe.moe.registry import MODELS
 
 
 @MODELS.register_module()

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import Router
 from rmoe.moe.routing import SoftRouting
-from rmoe.registry import MODELS
 
 # Under the root, as in the reference.
 EPS = 1e-6

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from rmoe.moe import assignment, losses, transport, tutel
+from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import ScoredRouter, check_top_k, group_capacity
 from rmoe.moe.routing import Count, Routing, compute_capacity
-from rmoe.registry import MODELS
 
 # V-MoE's weights (papers: 0.01 for the mean of the two losses).
 DEFAULT_LOSS_WEIGHTS = {'importance': 0.005, 'load': 0.005}

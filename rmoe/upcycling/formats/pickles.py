@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
+
+from rmoe.upcycling.say import say
 
 # Rebuild tensors and containers; nothing here runs code of the file.
 REBUILDERS = {
@@ -75,10 +76,10 @@ def _read_tensors_only(path: Path, map_location: Any, mapped: bool) -> Any:
     left_out: list[str] = []
     content = _without_placeholders(content, '', left_out)
     if left_out:
-        print_log(
+        say(
             f'{path}: left out what is no tensor or plain value: '
             f'{", ".join(left_out[:6])}{" ..." if len(left_out) > 6 else ""}',
-            'current', logging.WARNING)
+            logging.WARNING)
     return content
 
 

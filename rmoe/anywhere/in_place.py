@@ -1,0 +1,196 @@
+"""Experts in the FFNs of any model, in place, and the way back."""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rmoe.anywhere.found import Found, find_ffns, find_halves, join, part
+from rmoe.anywhere.losses import start_collecting, stop_collecting
+from rmoe.moe import MoELayer, moe_layers
+from rmoe.moe.placement import choose_blocks
+
+# Where a model keeps it, out of reach of parameters and state dicts.
+RECORD = '_rmoe'
+
+
+@dataclass
+class Record:
+    """What :func:`upcycle` was asked for, and the dense modules that it
+    replaced, by name."""
+    settings: dict[str, Any]
+    dense: dict[str, nn.Module]
+
+
+@dataclass
+class UpcycleReport:
+    """What :func:`upcycle` did.
+
+    Attributes:
+        layers: by module name, the dense class that got experts.
+        left_dense: the same of FFNs that could have, and were not named.
+        num_experts: E.
+        parameters: before and after.
+    """
+    layers: dict[str, str]
+    left_dense: dict[str, str]
+    num_experts: int
+    parameters: tuple[int, int]
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        lines = [f'{len(self.layers)} FFNs have {self.num_experts} experts, '
+                 f'{len(self.left_dense)} stay dense; {before:,} parameters '
+                 f'became {after:,}']
+        lines += [f'  experts  {name} ({kind})'
+                  for name, kind in self.layers.items()]
+        lines += [f'  dense    {name} ({kind})'
+                  for name, kind in self.left_dense.items()]
+        return '\n'.join(lines)
+
+
+def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
+            router: Mapping | None = None, rank: int | None = None,
+            align: str | None = None) -> UpcycleReport:
+    """Give FFNs of a model experts, in place.
+
+    Each expert is the dense FFN (the core) plus a residual that starts at
+    zero (2204.09636), so the model computes what it did before. Names of the
+    dense weights stay: its checkpoints load with ``strict=False``, before or
+    after. FFNs are linear - activation - linear under any name, the halves of
+    Hugging Face's ViT, Swin and others, and the MixFFNs of SegFormer.
+
+    Args:
+        model: any module; timm's, Hugging Face's, torchvision's, your own.
+        layers: which FFNs, in the order of the model's modules: indices,
+            module names (the report names all), ``dict(every=n)`` or
+            ``dict(last=n)``, the last n of every second one.
+        num_experts: E.
+        router: its type and options (docs/routers.md); None means
+            ``dict(type='TokenChoiceRouter')``.
+        rank: of the residuals; None for full rank.
+        align: how gates meet outputs, see :class:`rmoe.moe.MoEFFN`.
+
+    Returns:
+        What became of which FFN.
+
+    Raises:
+        ValueError: if there is no FFN, one is named that is not there, an
+            option is wrong, or the model has experts; the model is then
+            unchanged.
+    """
+    name = type(model).__name__
+    if moe_layers(model):
+        raise ValueError(f'{name} has MoE layers: upcycle it once, with all '
+                         'the layers that you want')
+    found = _in_order(model, {**find_ffns(model), **find_halves(model)})
+    if not found:
+        raise ValueError(
+            f'{name} has no FFN that can become a MoE FFN: no module of it '
+            'is linear (with bias) - activation - linear back to the same '
+            'width. FFNs that are written out inside a block (as in torch.nn.'
+            'TransformerEncoderLayer), traced models (torch.fx) and the '
+            'model itself do not count')
+    chosen = _choose(layers, list(found), name)
+    before = sum(p.numel() for p in model.parameters())
+    options = dict(num_experts=num_experts, router=router, rank=rank,
+                   align=align)
+    built = {}
+    for key in chosen:
+        built[key] = _build(found[key], options)
+        built[key].name = f'MoE layer {key} of {name}'
+        built[key].check_core()
+    for key, layer in built.items():
+        _put(model, key, layer)
+        join(layer)
+    start_collecting(model)
+    settings = dict(options, layers=chosen,
+                    router=None if router is None else dict(router))
+    vars(model)[RECORD] = Record(
+        settings, {key: found[key].replaced for key in chosen})
+    return UpcycleReport(
+        {key: found[key].kind for key in chosen},
+        {key: one.kind for key, one in found.items() if key not in chosen},
+        num_experts, (before, sum(p.numel() for p in model.parameters())))
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Take the experts out again, in place: each FFN is its core.
+
+    Of a model whose core was frozen that is the model before
+    :func:`upcycle`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if :func:`upcycle` was not called with this model.
+    """
+    record = record_of(model)
+    layers = moe_layers(model)
+    for key, dense in record.dense.items():
+        part(layers[key])
+        for child, module in layers[key].named_children():
+            # Those that a library has put in since.
+            if child in dict(dense.named_children()):
+                setattr(dense, child, module)
+        dense.train(layers[key].training)
+        _put(model, key, dense)
+    stop_collecting(model)
+    del vars(model)[RECORD]
+    return model
+
+
+def record_of(model: nn.Module) -> Record:
+    """Raises:
+        ValueError: if :func:`upcycle` was not called with this model.
+    """
+    record = vars(model).get(RECORD)
+    if record is None:
+        raise ValueError(
+            f'{type(model).__name__} is not what rmoe.upcycle changed: give '
+            'the model that it was called with, not wrapped. Of an OpenMMLab '
+            'model rmoe.upcycling.to_dense(model) gives the dense weights')
+    return record
+
+
+def _in_order(model: nn.Module, found: Mapping[str, Found]
+              ) -> dict[str, Found]:
+    return {key: found[key] for key, _ in model.named_modules()
+            if key in found and key}
+
+
+def _choose(layers: Any, names: list[str], model: str) -> list[str]:
+    if isinstance(layers, str):
+        layers = [layers]
+    if isinstance(layers, Sequence) and any(
+            isinstance(one, str) for one in layers):
+        unknown = [one for one in layers if one not in names]
+        if unknown:
+            raise ValueError(
+                f'layers names {unknown[0]!r}, which is no FFN of {model}; '
+                f'those are {", ".join(names)}')
+        return [one for one in names if one in layers]
+    indices = choose_blocks(layers, len(names))
+    for index in indices:
+        if not 0 <= index < len(names):
+            raise ValueError(f'layers names FFN {index}; {model} has FFNs 0 '
+                             f'to {len(names) - 1}')
+    if not indices:
+        raise ValueError(f'layers={layers} selects none of the {len(names)} '
+                         f'FFNs of {model}')
+    return [names[index] for index in sorted(set(indices))]
+
+
+def _build(one: Found, options: Mapping[str, Any]) -> MoELayer:
+    layer = one.build(**options)
+    weight = next(one.replaced.parameters())
+    layer.experts.to(weight.device, weight.dtype)
+    # Routers decide in float32 whatever the model is in.
+    layer.to(weight.device).train(one.replaced.training)
+    return layer
+
+
+def _put(model: nn.Module, key: str, module: nn.Module) -> None:
+    parent, _, child = key.rpartition('.')
+    setattr(model.get_submodule(parent), child, module)
