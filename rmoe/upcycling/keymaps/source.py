@@ -82,17 +82,25 @@ class Architecture:
         return found[0] if found else None
 
     def find_prefix(self, keys: Iterable[str]) -> str | None:
-        """The prefix under which some source's weights lie, or None."""
+        """The shortest prefix under which some source's weights lie, or
+        None."""
+        return next(iter(self.find_prefixes(keys)), None)
+
+    def find_prefixes(self, keys: Iterable[str]) -> list[str]:
+        """All prefixes under which some source's weights lie: of the sources
+        in their order, and of each the shortest first."""
         keys = set(keys)
+        found: list[str] = []
         for source in self.sources:
             mark = source.marks[0]
             prefixes = [key[:-len(mark)] for key in keys
                         if key.endswith(mark)]
-            for prefix in sorted(prefixes, key=lambda key: (len(key), key)):
-                if (not prefix or prefix[-1] in './') and _has_marks(
-                        source, keys, prefix):
-                    return prefix
-        return None
+            found += [
+                prefix for prefix in sorted(
+                    prefixes, key=lambda key: (len(key), key))
+                if (not prefix or prefix[-1] in './') and prefix not in found
+                and _has_marks(source, keys, prefix)]
+        return found
 
 
 def _has_marks(source: Source, keys: set[str], prefix: str) -> bool:
