@@ -122,10 +122,14 @@ def rename(state: Mapping[str, Tensor], source: Source
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     left_out: dict[str, str] = {}
+    unknown: list[str] = []
     for key, tensor in state.items():
         reason = matching(key, source.left_out)
         if reason:
             left_out[key] = reason
+            continue
+        if not matching(key, [(rule[0], key) for rule in source.rules]):
+            unknown.append(key)
             continue
         name, tensor = _apply_rules(key, tensor, source)
         part = PART.fullmatch(name)
@@ -135,6 +139,10 @@ def rename(state: Mapping[str, Tensor], source: Source
             whole = parts.setdefault(part[1], dict.fromkeys(
                 range(int(part[3]))))  # type: ignore[arg-type]
             whole[int(part[2])] = tensor
+    if unknown:
+        raise ValueError(
+            f'{unknown[0]!r} is no weight of a {source.name} checkpoint; '
+            'is this another architecture?' + _more(unknown))
     for name, pieces in parts.items():
         missing = [i for i, piece in pieces.items() if piece is None]
         if missing:
@@ -165,5 +173,11 @@ def _apply_rules(key: str, tensor: Tensor, source: Source
             raise ValueError(
                 f'{key} {tuple(tensor.shape)} has not the shape it has in a '
                 f'{source.name} checkpoint: {error}') from None
-    raise ValueError(f'{key!r} is no weight of a {source.name} checkpoint; '
-                     'is this another architecture?')
+    raise AssertionError(key)
+
+
+def _more(unknown: list[str]) -> str:
+    if len(unknown) == 1:
+        return ''
+    return (f' {len(unknown)} names are unknown, the first '
+            f'{", ".join(unknown[:3])}')
