@@ -47,7 +47,7 @@ class MoEBackbone(BaseModule):
         Raises:
             ValueError: if a file does not fit; nothing of it is loaded.
         """
-        written = self.init_cfg
+        written: Any = self.init_cfg  # type: ignore[has-type]
         items = [written] if isinstance(written, Mapping) else written or []
         pretrained = next((item for item in items if 'checkpoint' in item),
                           {})

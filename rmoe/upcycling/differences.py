@@ -1,6 +1,6 @@
 """How a checkpoint and a model differ, on at most a screen."""
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -43,8 +43,8 @@ def settings_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
     return settings
 
 
-def _tuple(numbers: object) -> str:
-    return str(tuple(numbers)).replace(' ', '')  # type: ignore[call-overload]
+def _tuple(numbers: Iterable[int]) -> str:
+    return str(tuple(numbers)).replace(' ', '')
 
 
 def message(source: str, architecture: str, renamed: Mapping[str, Tensor],
@@ -72,10 +72,9 @@ def message(source: str, architecture: str, renamed: Mapping[str, Tensor],
     if changes:
         lines.append('  to make the model like the file: --cfg-options '
                      + ' '.join(changes))
-        if any('embed_dims' in change or 'num_layers' in change
-               for change in changes):
-            lines.append('  (with model.backbone.arch=None where the config '
-                         'names an arch, and the heads that belong to it)')
+        if 'num_layers' in ours:
+            lines.append('  (and model.backbone.arch=None where the config '
+                         'names an arch; num_heads is not in a file)')
     else:
         lines.append('  to see what is in the file: python -c "from '
                      'rmoe.upcycling import *; print(*state_dict_of('

@@ -7,6 +7,13 @@ import stat
 import numpy as np
 import pytest
 import torch
+from test_upcycling.test_sources import SWIN as SWIN_OPTIONS
+from test_upcycling.test_sources import VIT as VIT_OPTIONS
+from test_upcycling.test_sources import (
+    mmpretrain_swin,
+    original_swin,
+    timm_vit,
+)
 
 from rmoe.backbones import SwinMoE, ViTMoE
 from rmoe.upcycling import (
@@ -18,13 +25,6 @@ from rmoe.upcycling import (
     write_checkpoint,
 )
 from rmoe.upcycling.keymaps import VIT
-from test_upcycling.test_sources import SWIN as SWIN_OPTIONS
-from test_upcycling.test_sources import VIT as VIT_OPTIONS
-from test_upcycling.test_sources import (
-    mmpretrain_swin,
-    original_swin,
-    timm_vit,
-)
 
 SMALL_VIT = dict(VIT_OPTIONS, moe=dict(layers=(1, ), num_experts=2))
 SMALL_SWIN = dict(SWIN_OPTIONS, moe=dict(layers=((), (1, ), ()),
@@ -208,23 +208,25 @@ def test_several_unknown_sets_are_not_guessed():
         state_dict_of(dict(net_a=state, net_b=state))
 
 
+ARRAYS = {'a.weight': np.arange(6, dtype='f4').reshape(2, 3),
+          'a.turned': np.asfortranarray(np.arange(6.).reshape(2, 3)),
+          'a.big': np.arange(3, dtype='>f4'),
+          'a.count': np.array(7)}
+
+
 class TestArrays:
-    STATE = {'a.weight': np.arange(6, dtype='f4').reshape(2, 3),
-             'a.turned': np.asfortranarray(np.arange(6.).reshape(2, 3)),
-             'a.big': np.arange(3, dtype='>f4'),
-             'a.count': np.array(7)}
 
     @pytest.mark.parametrize('protocol', [2, 4, 5])
     @pytest.mark.parametrize('old', [False, True])
     def test_detectron2(self, protocol, old, tmp_path):
-        data = pickle.dumps(dict(model=self.STATE, __author__='Third Party',
+        data = pickle.dumps(dict(model=ARRAYS, __author__='Third Party',
                                  matching_heuristics=True), protocol)
         if old and protocol == 2:  # where numpy 1 had its functions
             data = data.replace(b'numpy._core', b'numpy.core')
         (tmp_path / 'model.pkl').write_bytes(data)
         state = state_dict_of(read_checkpoint(tmp_path / 'model.pkl'))
-        assert set(state) == set(self.STATE)
-        for key, array in self.STATE.items():
+        assert set(state) == set(ARRAYS)
+        for key, array in ARRAYS.items():
             assert np.array_equal(state[key].numpy(), array), key
 
     def test_tensors_in_a_plain_pickle(self, tmp_path):
@@ -240,7 +242,7 @@ class TestArrays:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / 'trace'), )
 
-        for content in (dict(model=self.STATE, x=Hostile()), Hostile(),
+        for content in (dict(model=ARRAYS, x=Hostile()), Hostile(),
                         dict(model=np.array([Hostile()], dtype=object))):
             (tmp_path / 'a.pkl').write_bytes(pickle.dumps(content))
             with pytest.raises(ValueError, match=r'a.pkl asks for .*mkdir'):
@@ -259,9 +261,9 @@ class TestArrays:
             read_checkpoint(tmp_path / 'a.pkl')
 
     def test_cut_short(self, tmp_path):
-        data = pickle.dumps(dict(model=self.STATE))
+        data = pickle.dumps(dict(model=ARRAYS))
         (tmp_path / 'a.pkl').write_bytes(data[:-60])
-        with pytest.raises(ValueError, match='a.pkl is corrupt'):
+        with pytest.raises(ValueError, match=r'a\.pkl is corrupt'):
             read_checkpoint(tmp_path / 'a.pkl')
 
 
@@ -304,7 +306,7 @@ class TestRefused:
     def test_pieces_of_deepspeed(self, tmp_path):
         path = tmp_path / 'zero_pp_rank_0_mp_rank_00_optim_states.pt'
         torch.save({}, path)
-        with pytest.raises(ValueError, match='zero_to_fp32.py'):
+        with pytest.raises(ValueError, match=r'zero_to_fp32\.py'):
             read_checkpoint(path)
         with pytest.raises(ValueError, match='folder of DeepSpeed ZeRO'):
             read_checkpoint(tmp_path)

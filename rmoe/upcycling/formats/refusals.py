@@ -38,7 +38,7 @@ def what_folder_it_is(path: Path) -> str | None:
     """What another program's folder of weights is; None if it is unknown."""
     if any(path.glob('*_optim_states.pt')) or (
             path / 'zero_to_fp32.py').exists():
-        return ('a folder of DeepSpeed ZeRO, with the weights in pieces: python '
+        return ('a folder of DeepSpeed ZeRO, its weights in pieces: python '
                 f'{path}/zero_to_fp32.py {path} OUT makes one file of weights')
     if any(path.glob('*.distcp')) and not (path / 'rest.pth').exists():
         return ('a distributed checkpoint of torch: python -m '
