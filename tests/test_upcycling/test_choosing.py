@@ -196,6 +196,14 @@ def test_one_line_says_what_was_taken(tmp_path):
     assert choose_weights(timm_vit(tmp_path).state, VIT).line == ''
 
 
+@pytest.mark.parametrize('name', [
+    'module.module.a.b', '_orig_mod.a.b', 'module._orig_mod.a.b',
+    '_forward_module.a._orig_mod.b', 'a._checkpoint_wrapped_module.b',
+    '_fsdp_wrapped_module.a._fsdp_wrapped_module.b'])
+def test_names_of_wrappers(name):
+    assert set(state_dict_of({name: torch.zeros(1)})) == {'a.b'}
+
+
 def test_names_that_would_become_one_stay():
     state = {'module.a': torch.zeros(1), 'a': torch.ones(1)}
     assert set(state_dict_of(state)) == {'module.a', 'a'}
