@@ -17,7 +17,8 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from rmoe.upcycling.formats import read_checkpoint
+from rmoe.upcycling.formats import read_checkpoint, without_wrappers
+from rmoe.upcycling.formats.weight_sets import WRAPPERS
 
 # (file name, map_location) -> the file's content
 Loader = Callable[[str, Any], dict[str, Any]]
@@ -33,7 +34,12 @@ def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
     """
     # A resumed optimizer keeps these tensors, and training may write to the
     # file: they must not be views of it.
-    return read_checkpoint(filename, map_location, mapped=False)
+    content = read_checkpoint(filename, map_location, mapped=False)
+    # mmengine knows DDP's 'module.' alone, not torch.compile's '_orig_mod.'.
+    if isinstance(state := content.get('state_dict'), dict) and any(
+            WRAPPERS.search(str(key)) for key in state):
+        content['state_dict'] = without_wrappers(state)
+    return content
 
 
 def load_from_http(filename: str, map_location: Any = None,
@@ -83,11 +89,11 @@ def install(local: Loader = load_from_local) -> None:
 
 
 @contextmanager
-def installed() -> Iterator[None]:
-    """The loaders for as long as the context lasts."""
+def installed(local: Loader = load_from_local) -> Iterator[None]:
+    """The loaders for as long as the context lasts; see :func:`install`."""
     schemes = dict(CheckpointLoader._schemes)
     http = mmengine_checkpoint.load_from_http
-    install()
+    install(local)
     try:
         yield
     finally:

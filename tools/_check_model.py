@@ -9,10 +9,16 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from rmoe.backbones.base import MoEBackbone
 from rmoe.engine.head_check import unfilled
 from rmoe.moe import BiasBalancedRouter, collect_losses, moe_layers
 from rmoe.registry import type_name
-from rmoe.upcycling import check_prefix, read_checkpoint, state_dict_of
+from rmoe.upcycling import (
+    check_prefix,
+    pretrained_weights,
+    read_checkpoint,
+    state_dict_of,
+)
 
 PRETRAINED = ('Pretrained', 'PretrainedInit')
 
@@ -222,7 +228,14 @@ def check_init(model: nn.Module, where: str, init: Mapping
     if not _is_file(path):
         return f'{what}: not looked at, it would be downloaded', []
     try:
-        state = state_dict_of(read_checkpoint(path))
+        # UpcycledBackbone is the backbone inside.
+        place = where.removeprefix('model').removeprefix('.').replace(
+            'backbone.backbone', 'backbone')
+        module: Any = model.get_submodule(place)
+        content = read_checkpoint(path)
+        state = state_dict_of(
+            pretrained_weights(content, module, init)
+            if isinstance(module, MoEBackbone) else content)
         if prefix:
             prefix = prefix if prefix.endswith('.') else f'{prefix}.'
             state = {key.removeprefix(prefix): value
@@ -230,10 +243,6 @@ def check_init(model: nn.Module, where: str, init: Mapping
                      if key.startswith(prefix)}
             if not state:
                 raise ValueError(f'no key of {path} starts with {prefix!r}')
-        # UpcycledBackbone is the backbone inside.
-        place = where.removeprefix('model').removeprefix('.').replace(
-            'backbone.backbone', 'backbone')
-        module: Any = model.get_submodule(place)
         if hasattr(module, 'architecture'):
             module.load_state_dict(state, strict=False)  # checks them
             return f'{what}: fits', []

@@ -39,11 +39,11 @@ from rmoe.moe import moe_layers
 from rmoe.upcycling import (
     Report,
     add_noise,
+    choose_weights,
     count_experts,
     fit,
     give_weights,
     read_checkpoint,
-    state_dict_of,
     to_dense,
     to_plain,
     weightless,
@@ -67,6 +67,11 @@ def parse_args() -> argparse.Namespace:
                         help='config whose model.backbone is the MoE model')
     parser.add_argument('--out', required=True,
                         help='.pth or .safetensors file to write')
+    parser.add_argument('--weights',
+                        help='which of the weights in the file, by the name '
+                        "they have there: 'student', 'state_dict', "
+                        "'momentum_encoder' (default: a teacher's or averaged "
+                        'ones where there are any)')
     parser.add_argument('--to-dense', nargs='?', const='core',
                         choices=['core', 'mean', 'best'],
                         help='write a file that the dense model loads: its '
@@ -127,15 +132,15 @@ def main() -> None:
             config['moe'][option] = getattr(args, option)
     images = ([torch.randn(1, 3, args.size, args.size)] if not args.images
               else list(load_images(args.images, args.size, cfg)))
-    state = state_dict_of(read_checkpoint(args.checkpoint))
+    content = read_checkpoint(args.checkpoint)
     with weightless():
         moe, dense = build(config), build(dense_twin(config))
     # Another library's backbone does not know what it can load.
     dense.architecture = moe.architecture
-    prefix = moe.architecture.find_prefix(state)
-    backbone = {key.removeprefix(prefix or ''): value
-                for key, value in state.items()
-                if key.startswith(prefix or '')}
+    choice = choose_weights(content, moe.architecture, args.weights)
+    if choice.line:
+        print(f'{args.checkpoint}: {choice.line}')
+    state, prefix, backbone = choice.state, choice.prefix, choice.backbone
     if args.to_dense:
         before, after, report = make_dense(moe, dense, backbone, images,
                                            args.to_dense)
@@ -149,8 +154,9 @@ def main() -> None:
     heads = (() if cfg.model.get('type', '').endswith('ImageClassifier')
              else (CLASSIFIER, ))
     rest = {}
-    for key in [key for key in state if not key.startswith(prefix or '')]:
-        if prefix != BACKBONE or key.startswith(heads):
+    for key in [key for key in state if not key.startswith(prefix)]:
+        if (prefix != BACKBONE or choice.pretraining or
+                key.startswith(heads)):
             report.left_out[key] = 'outside the backbone'
         else:
             rest[key] = state[key]

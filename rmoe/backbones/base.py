@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from rmoe import compat, safe_loading
 from rmoe.backbones.padding import KnownBatch
 from rmoe.moe import MoELayer
-from rmoe.upcycling import check_loading
+from rmoe.upcycling import check_loading, pretrained_weights
 from rmoe.upcycling.keymaps import Architecture
 
 
@@ -39,9 +39,38 @@ class MoEBackbone(BaseModule):
             module.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names; files are read, not executed."""
-        with safe_loading.installed():
-            super().init_weights()
+        """Load what ``init_cfg`` names; files are read, not executed.
+
+        ``dict(type='Pretrained', checkpoint=..., weights='student')`` takes
+        other weights of the file than those that evaluate best.
+
+        Raises:
+            ValueError: if a file does not fit; nothing of it is loaded.
+        """
+        written: Any = self.init_cfg  # type: ignore[has-type]
+        items = [written] if isinstance(written, Mapping) else written or []
+        pretrained = next((item for item in items if 'checkpoint' in item),
+                          {})
+
+        def load(filename: str, map_location: Any) -> dict[str, Any]:
+            return pretrained_weights(
+                safe_loading.load_from_local(filename, map_location), self,
+                pretrained)
+
+        # mmengine knows no such option.
+        plain = [{key: value for key, value in item.items()
+                  if key != 'weights'} for item in items]
+        self.init_cfg = plain if plain else written
+        try:
+            with safe_loading.installed(load):
+                super().init_weights()
+        except ValueError as error:
+            file = str(pretrained.get('checkpoint'))
+            if file in str(error):
+                raise
+            raise ValueError(f'{file}: {error}') from error
+        finally:
+            self.init_cfg = written
 
     def frozen_modules(self) -> list[nn.Module]:
         """What ``frozen_stages`` freezes."""

@@ -1,4 +1,5 @@
 """Dense checkpoints into MoE models and back."""
+from rmoe.upcycling.choosing import Choice, choose_weights
 from rmoe.upcycling.fit import count_experts, fit
 from rmoe.upcycling.folding import fold, to_plain
 from rmoe.upcycling.formats import (
@@ -8,15 +9,20 @@ from rmoe.upcycling.formats import (
     write_checkpoint,
     write_content,
 )
-from rmoe.upcycling.loading import check_loading, check_prefix
+from rmoe.upcycling.loading import (
+    check_loading,
+    check_prefix,
+    pretrained_weights,
+)
 from rmoe.upcycling.noise import add_noise
 from rmoe.upcycling.report import Report
 from rmoe.upcycling.to_dense import to_dense
 from rmoe.upcycling.weightless import give_weights, weightless
 
 __all__ = [
-    'Report', 'add_noise', 'check_loading', 'check_prefix', 'count_experts',
-    'fit', 'fold', 'give_weights', 'read_checkpoint', 'state_dict_of',
-    'to_dense', 'to_plain', 'weightless', 'write_atomically',
-    'write_checkpoint', 'write_content'
+    'Choice', 'Report', 'add_noise', 'check_loading', 'check_prefix',
+    'choose_weights', 'count_experts', 'fit', 'fold', 'give_weights',
+    'pretrained_weights', 'read_checkpoint', 'state_dict_of', 'to_dense',
+    'to_plain', 'weightless', 'write_atomically', 'write_checkpoint',
+    'write_content'
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmoe.moe import moe_layers
 from rmoe.moe.layer import MoELayer
-from rmoe.upcycling import keymaps
+from rmoe.upcycling import differences, keymaps
 from rmoe.upcycling.expert_count import choose_groups, regroup
 from rmoe.upcycling.report import Report
 
@@ -44,6 +44,10 @@ def fit(model: Any, state: Mapping[str, Tensor],
     """
     architecture = model.architecture
     source = architecture.recognise(state)
+    ours = architecture in keymaps.ARCHITECTURES
+    if (ours or source is None) and (
+            refusal := keymaps.explain_refusal(state)):
+        raise ValueError(refusal)
     if source is None:
         raise ValueError(_what_else(architecture, state))
     if source.verify:
@@ -55,10 +59,18 @@ def fit(model: Any, state: Mapping[str, Tensor],
         _convert_layer(name, layer, renamed, target, report, expert_mismatch,
                        (loads or {}).get(name))
     fitted = {}
+    wrong: list[str] = []
     for key, current in target.items():
-        fitted[key], status = _fit_key(model, key, current, renamed)
-        report.status.setdefault(key, status)
-    _check_leftovers(architecture, renamed, target, report)
+        try:
+            fitted[key], status = _fit_key(model, key, current, renamed)
+        except ValueError as error:
+            wrong.append(str(error))
+        else:
+            report.status.setdefault(key, status)
+    wrong += _check_leftovers(architecture, renamed, target, report)
+    if wrong:
+        raise ValueError(differences.message(
+            source.name, architecture.name, renamed, target, wrong))
     return fitted, report
 
 
@@ -222,7 +234,7 @@ def _fit_key(model: Any, key: str, current: Tensor,
             return current, 'new'
         raise ValueError(
             f'{key} {tuple(current.shape)} of the model is not in the '
-            'checkpoint; it is of another architecture or depth')
+            'checkpoint')
     tensor = renamed[key]
     if tensor.is_floating_point():
         tensor = tensor.to(current.dtype)
@@ -234,13 +246,17 @@ def _fit_key(model: Any, key: str, current: Tensor,
             return resized, 'resized'
     raise ValueError(
         f'{key} has shape {tuple(tensor.shape)} in the checkpoint and '
-        f'{tuple(current.shape)} in the model: another architecture, width '
-        'or rank')
+        f'{tuple(current.shape)} in the model' + (
+            ': another rank' if '.residual_' in key else ''))
 
 
 def _check_leftovers(architecture: keymaps.Architecture,
                      renamed: Mapping[str, Tensor],
-                     target: Mapping[str, Tensor], report: Report) -> None:
+                     target: Mapping[str, Tensor], report: Report
+                     ) -> list[str]:
+    """A sentence for each weight of the file that is not used and has to
+    be."""
+    wrong = []
     for key, tensor in renamed.items():
         if key in target:
             continue
@@ -258,6 +274,7 @@ def _check_leftovers(architecture: keymaps.Architecture,
                 'MoE layer where the model is dense: name its block in '
                 'moe.layers, or convert the file with tools/upcycle.py '
                 '--to-dense')
-        raise ValueError(
+        wrong.append(
             f'{key} {tuple(tensor.shape)} of the checkpoint has no place in '
-            'the model: another architecture or depth')
+            'the model')
+    return wrong

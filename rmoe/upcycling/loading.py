@@ -1,13 +1,19 @@
 """No load is silent: every checkpoint that reaches a backbone is checked."""
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from rmoe import compat
+from rmoe.upcycling.choosing import choose_weights
 from rmoe.upcycling.expert_count import EXPERT_MISMATCH
 from rmoe.upcycling.fit import fit
-from rmoe.upcycling.formats import state_dict_of
+from rmoe.upcycling.formats import (
+    choose_set,
+    state_dict_of,
+    without_wrappers,
+)
 from rmoe.upcycling.say import say
 
 
@@ -52,12 +58,42 @@ def _fit_in_place(expert_mismatch: str, backbone: Any,
 
 
 def _unwrap(content: dict[str, Any]) -> None:
-    """init_cfg hands over a file as it is: DeiT and the original Swin keep
-    their weights under 'model'."""
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        weights = state_dict_of(content)
+    """mmengine hands over a file as it is: DeiT and the original Swin keep
+    their weights under 'model', a compiled model has names of its own."""
+    whole = any(isinstance(value, Tensor) for value in content.values())
+    weights = without_wrappers(content) if whole else state_dict_of(content)
+    if list(weights) != list(content):
         content.clear()
         content.update(weights)
+
+
+def pretrained_weights(content: Mapping[str, Any], backbone: Any,
+                       init_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What a backbone's ``init_cfg`` takes of a file.
+
+    Args:
+        content: the file's, as read.
+        backbone: says by its ``architecture`` what it can load.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with, if wanted,
+            a ``prefix`` and ``weights``: see
+            :func:`rmoe.upcycling.choosing.choose_weights`.
+
+    Returns:
+        ``dict(state_dict=...)``: without a ``prefix`` the backbone's weights
+        alone, with one all weights of the set.
+    """
+    which = init_cfg.get('weights')
+    prefix = init_cfg.get('prefix')
+    if prefix is None:
+        choice = choose_weights(content, backbone.architecture, which)
+        if choice.line:
+            print_log(f"{init_cfg['checkpoint']}: {choice.line}", 'current')
+        return dict(state_dict=choice.backbone)
+    taken = choose_set(content, which)
+    if any(key.startswith(prefix) for key in taken.state):
+        return dict(state_dict=taken.state)
+    # The prefix is the name of a wrapper, or it is wrong.
+    return dict(content)
 
 
 def check_prefix(backbone: Any, state_dict: dict[str, Tensor],

@@ -173,13 +173,23 @@ def test_a_checkpoint_of_another_model(work, configs, capsys,
         capsys, configs['moe'], *scenes(work), f'load_from={dense_checkpoint}',
         'model.backbone.embed_dims=16',
         'model.decode_head.in_channels=[16,32,64,128]')
-    assert re.search(r'iter_4\.pth: .*has shape \(32, 3, 4, 4\) in the '
+    assert re.search(r'(?s)iter_4\.pth: .*has shape \(32, 3, 4, 4\) in the '
                      r'checkpoint and \(16, 3, 4, 4\) in the model', tail)
     tail = problems(
         capsys, configs['moe'], *scenes(work),
         'model.backbone.init_cfg.type=Pretrained',
+        'model.backbone.init_cfg.prefix=neck',
         f'model.backbone.init_cfg.checkpoint={dense_checkpoint}')
-    assert re.search(r"model\.backbone\.init_cfg .*prefix='backbone\.'", tail)
+    assert re.search(r"model\.backbone\.init_cfg .*starts with 'neck\.'", tail)
+
+
+def test_a_backbone_in_a_checkpoint_of_a_whole_model(work, configs, capsys,
+                                                     dense_checkpoint):
+    out = good(
+        capsys, configs['moe'], '--cfg-options', *scenes(work),
+        'model.backbone.init_cfg.type=Pretrained',
+        f'model.backbone.init_cfg.checkpoint={dense_checkpoint}')
+    assert f'model.backbone.init_cfg {dense_checkpoint}: fits' in out
 
 
 def test_a_checkpoint_with_another_head(work, configs, capsys,

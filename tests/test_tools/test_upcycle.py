@@ -304,3 +304,25 @@ def test_conversion_holds_nothing_twice(tmp_path):
     cost = json.loads((tmp_path / 'moe.report.json').read_text())['cost']
     assert cost['file_bytes'] == size
     assert cost['write_seconds'] < cost['seconds'] < 60
+
+
+def test_the_student_of_a_file_with_a_teacher(work, configs, dense_checkpoint,
+                                              capsys):
+    dense = state_dict_of(read_checkpoint(dense_checkpoint))
+    inside = {key: value for key, value in dense.items()
+              if key.startswith('backbone.')}
+    student = {f'module.{key}': value + 1 if value.is_floating_point()
+               else value for key, value in inside.items()}
+    heads = {'head.mlp.0.weight': torch.zeros(2, 2),
+             'decode_head.of_the_teacher': torch.zeros(1)}
+    torch.save(dict(student=student, teacher={**inside, **heads}),
+               work / 'dino.pth')
+    for args, taken, add in (((), 'teacher', 0),
+                             (('--weights', 'student'), 'student', 1)):
+        state, _ = convert(work, configs, work / 'dino.pth', f'{taken}.pth',
+                           *args)
+        key = 'backbone.patch_embed.projection.weight'
+        assert torch.equal(state[key], dense[key] + add)
+        # Heads of the pre-training stay where they are.
+        assert all(key.startswith('backbone.') for key in state)
+        assert f"of '{taken}' under the prefix" in capsys.readouterr().out

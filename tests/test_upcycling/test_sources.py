@@ -1,5 +1,6 @@
 """A model of each source, built at random: its weights through the file and
 the real loading path, features compared. One row for each source."""
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -252,6 +253,15 @@ def original_cvt(folder):
     return case._replace(state=state, options=CVT)
 
 
+def dinov2_training(_):
+    """Blocks in chunks of two, counted through."""
+    case = dinov2(_)
+    return case._replace(state={
+        re.sub(r'blocks\.(\d+)', lambda match: 'blocks.'
+               f'{int(match[1]) // 2}.{match[1]}', key): value
+        for key, value in case.state.items()})
+
+
 SOURCES = {
     'mmseg, mmdet or mmpretrain Swin': (mmseg_swin, mmdet_swin,
                                         mmpretrain_swin),
@@ -261,6 +271,7 @@ SOURCES = {
     'mmseg ViT': (mmseg_vit, ),
     'mmpretrain ViT': (mmpretrain_vit, ),
     'timm, DeiT or DINOv2 ViT': (timm_vit, deit3, dinov2),
+    'DINOv2 training checkpoint': (dinov2_training, ),
     'Hugging Face ViT': (hf_vit, ),
     'Hugging Face DINOv2': (hf_dinov2, ),
     'Hugging Face CvT': (hf_cvt, ),
@@ -366,11 +377,14 @@ class TestBadFiles:
                            r'attn.in_proj_bias .*numbers \[1\]'):
             fit(self.vit(), state)
 
-    @pytest.mark.parametrize('key', ['reg_token', 'dist_token'])
-    def test_tokens_the_model_has_not(self, key, tmp_path):
+    @pytest.mark.parametrize('key, message', [
+        ('reg_token', 'the model has no register tokens'),
+        ('dist_token', 'the model has no distillation token'),
+        ('some_token', "'some_token' is no weight of a")])
+    def test_tokens_the_model_has_not(self, key, message, tmp_path):
         state = timm_vit(tmp_path).state
         state[key] = torch.zeros(1, 1, 24)
-        with pytest.raises(ValueError, match=f'{key!r} is no weight of a'):
+        with pytest.raises(ValueError, match=message):
             fit(self.vit(), state)
 
     def test_layer_scale_the_model_has_not(self, tmp_path):

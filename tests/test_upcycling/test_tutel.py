@@ -400,5 +400,5 @@ def test_file_without_tables():
     assert SWIN.recognise(key for key in state if 'layers.0.b' in key)
     # Swin V2 has such a bias too, but another attention.
     state['layers.0.blocks.0.attn.logit_scale'] = torch.ones(1, 1, 1)
-    with pytest.raises(ValueError, match='of no source'):
+    with pytest.raises(ValueError, match='that of Swin Transformer V2'):
         fit(model(0, fc2_bias=True), state)

@@ -5,23 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from rmoe.upcycling.formats.flax import is_flax, read_flax
 from rmoe.upcycling.formats.hub import download, is_hub
 from rmoe.upcycling.formats.pickles import read_pickle
+from rmoe.upcycling.formats.refusals import what_folder_it_is
 from rmoe.upcycling.formats.tutel import rank_files, read_rank_files
+from rmoe.upcycling.formats.weight_sets import (
+    WeightSet,
+    choose_set,
+    state_dict_of,
+    without_wrappers,
+)
 from rmoe.upcycling.formats.writing import (
     write_atomically,
     write_checkpoint,
     write_content,
 )
 
-__all__ = ['read_checkpoint', 'state_dict_of', 'write_atomically',
-           'write_checkpoint', 'write_content']
-
-# Where the weights of a training checkpoint lie, by who wrote it.
-STATE_KEYS = ('state_dict', 'model', 'module')
+__all__ = ['WeightSet', 'choose_set', 'read_checkpoint', 'state_dict_of',
+           'without_wrappers', 'write_atomically', 'write_checkpoint',
+           'write_content']
 
 
 def read_checkpoint(path: str | os.PathLike,
@@ -30,7 +34,8 @@ def read_checkpoint(path: str | os.PathLike,
     """Read a checkpoint; no code in it is executed.
 
     Args:
-        path: a .pth or .safetensors file; a Flax checkpoint (.msgpack, .npz
+        path: a .pth or .safetensors file, a .pkl of arrays as detectron2
+            writes it; a Flax checkpoint (.msgpack, .npz
             or .index); one of Tutel's rank files or their common name; or
             'timm:NAME' or 'hf:NAME' to download.
         map_location: as for torch.load.
@@ -57,6 +62,8 @@ def read_checkpoint(path: str | os.PathLike,
     if rank_files(path):
         return read_rank_files(path, map_location)
     if path.is_dir():
+        if kind := what_folder_it_is(path):
+            raise ValueError(f'checkpoint {path} was not read, it is {kind}')
         raise ValueError(
             f'checkpoint {path} is a folder. If CheckpointHook(sharded=True) '
             'wrote it, python tools/gather_checkpoint.py '
@@ -72,26 +79,6 @@ def read_checkpoint(path: str | os.PathLike,
         raise ValueError(f'checkpoint {path} holds a '
                          f'{type(content).__name__}, not a state dict')
     return content
-
-
-def state_dict_of(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint's content, without a 'module.' prefix.
-
-    Raises:
-        ValueError: if there are no tensors.
-    """
-    for key in STATE_KEYS:
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    state = {
-        key.removeprefix('module.'): value
-        for key, value in content.items() if isinstance(value, Tensor)
-    }
-    if not state:
-        raise ValueError('the checkpoint holds no weights; its top-level keys '
-                         f'are {list(content)[:8]}')
-    return state
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:

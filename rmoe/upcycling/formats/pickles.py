@@ -11,6 +11,12 @@ import torch
 
 from rmoe.upcycling.say import say
 
+from rmoe.upcycling.formats.plain_pickles import (
+    is_plain_pickle,
+    read_plain_pickle,
+)
+from rmoe.upcycling.formats.refusals import Refused, what_it_is
+
 # Rebuild tensors and containers; nothing here runs code of the file.
 REBUILDERS = {
     ('collections', 'OrderedDict'), ('torch', 'Size'), ('torch', 'device'),
@@ -32,11 +38,16 @@ BYSTANDERS = {
     ('numpy._core.multiarray', '_reconstruct'),
     ('numpy.core.multiarray', 'scalar'),
     ('numpy._core.multiarray', 'scalar'),
+    ('typing', 'Any'), ('collections', 'defaultdict'),
+    ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'int'),
 }
+# Settings: whatever of these packages a file names is left out.
+SETTINGS = ('omegaconf', 'yacs', 'lightning', 'lightning_fabric',
+            'pytorch_lightning')
 
 
 def read_pickle(path: Path, map_location: Any, mapped: bool = True) -> Any:
-    """The content of a .pth file.
+    """The content of a .pth file, or of a plain pickle of arrays.
 
     Args:
         path: the file.
@@ -47,6 +58,10 @@ def read_pickle(path: Path, map_location: Any, mapped: bool = True) -> Any:
         ValueError: if the file is cut short, no checkpoint, or asks for code
             to be run.
     """
+    if kind := what_it_is(path):
+        raise ValueError(f'checkpoint {path} was not read, it is {kind}')
+    if is_plain_pickle(path):
+        return _read_arrays(path, map_location)
     try:
         # Said aloud: torch before 2.6 runs what a file asks for by default.
         return _load(path, map_location, mapped, weights_only=True)
@@ -65,12 +80,8 @@ def _read_tensors_only(path: Path, map_location: Any, mapped: bool) -> Any:
     try:
         content = _load(path, map_location, mapped, pickle_module=loader,
                         weights_only=False)
-    except _Refused as error:
-        raise ValueError(
-            f'checkpoint {path} asks for {error} to be called. It was not '
-            'read: only tensors and plain values are. If you trust the file, '
-            'save its weights anew, e.g. torch.save({"state_dict": ...})'
-        ) from None
+    except Refused as error:
+        raise _refusal(path, error) from None
     except Exception as error:
         raise _corrupt(path, error) from error
     left_out: list[str] = []
@@ -81,6 +92,22 @@ def _read_tensors_only(path: Path, map_location: Any, mapped: bool) -> Any:
             f'{", ".join(left_out[:6])}{" ..." if len(left_out) > 6 else ""}',
             logging.WARNING)
     return content
+
+
+def _read_arrays(path: Path, map_location: Any) -> Any:
+    try:
+        return read_plain_pickle(path, map_location)
+    except Refused as error:
+        raise _refusal(path, error) from None
+    except Exception as error:
+        raise _corrupt(path, error) from error
+
+
+def _refusal(path: Path, error: Refused) -> ValueError:
+    return ValueError(
+        f'checkpoint {path} asks for {error} to be called. It was not read: '
+        'only tensors and plain values are. If you trust the file, save its '
+        'weights anew, e.g. torch.save({"state_dict": ...})')
 
 
 def _load(path: Path, map_location: Any, mapped: bool, **options: Any
@@ -95,10 +122,6 @@ def _corrupt(path: Path, error: Exception) -> ValueError:
     reason = str(error).split('\n')[0] or type(error).__name__
     return ValueError(f'checkpoint {path} is corrupt, cut short or no '
                       f'checkpoint at all: {reason}')
-
-
-class _Refused(Exception):
-    pass
 
 
 class _LeftOut:
@@ -137,9 +160,10 @@ class _TensorsOnly(pickle.Unpickler):
             return getattr(torch, name)
         if module in ('torch', 'torch.storage') and name.endswith('Storage'):
             return super().find_class(module, name)
-        if (module, name) in BYSTANDERS:
+        if (module, name) in BYSTANDERS or (
+                module.split('.')[0] in SETTINGS):
             return _LeftOut
-        raise _Refused(f'{module}.{name}')
+        raise Refused(f'{module}.{name}')
 
 
 def _without_placeholders(value: Any, path: str, left_out: list[str]) -> Any:

@@ -1,6 +1,7 @@
 """Write checkpoint files, whole or not at all."""
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ def _write(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
+        # What the user's umask gives a new file. safetensors would give one
+        # that nobody else can read.
+        temporary.touch()
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
+        temporary.chmod(permissions)
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         temporary.replace(path)

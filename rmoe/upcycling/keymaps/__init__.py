@@ -1,5 +1,6 @@
 """What each architecture's checkpoints look like."""
 from rmoe.upcycling.keymaps.cvt import CVT
+from rmoe.upcycling.keymaps.refused import explain_refusal
 from rmoe.upcycling.keymaps.source import (
     Architecture,
     Source,
@@ -12,4 +13,4 @@ from rmoe.upcycling.keymaps.vit import VIT
 ARCHITECTURES = (SWIN, CVT, VIT)
 
 __all__ = ['ARCHITECTURES', 'CVT', 'SWIN', 'VIT', 'Architecture', 'Source',
-           'matching', 'rename']
+           'explain_refusal', 'matching', 'rename']

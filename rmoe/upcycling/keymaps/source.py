@@ -82,17 +82,25 @@ class Architecture:
         return found[0] if found else None
 
     def find_prefix(self, keys: Iterable[str]) -> str | None:
-        """The prefix under which some source's weights lie, or None."""
+        """The shortest prefix under which some source's weights lie, or
+        None."""
+        return next(iter(self.find_prefixes(keys)), None)
+
+    def find_prefixes(self, keys: Iterable[str]) -> list[str]:
+        """All prefixes under which some source's weights lie: of the sources
+        in their order, and of each the shortest first."""
         keys = set(keys)
+        found: list[str] = []
         for source in self.sources:
             mark = source.marks[0]
             prefixes = [key[:-len(mark)] for key in keys
                         if key.endswith(mark)]
-            for prefix in sorted(prefixes, key=lambda key: (len(key), key)):
-                if (not prefix or prefix[-1] in './') and _has_marks(
-                        source, keys, prefix):
-                    return prefix
-        return None
+            found += [
+                prefix for prefix in sorted(
+                    prefixes, key=lambda key: (len(key), key))
+                if (not prefix or prefix[-1] in './') and prefix not in found
+                and _has_marks(source, keys, prefix)]
+        return found
 
 
 def _has_marks(source: Source, keys: set[str], prefix: str) -> bool:
@@ -114,10 +122,14 @@ def rename(state: Mapping[str, Tensor], source: Source
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     left_out: dict[str, str] = {}
+    unknown: list[str] = []
     for key, tensor in state.items():
         reason = matching(key, source.left_out)
         if reason:
             left_out[key] = reason
+            continue
+        if not matching(key, [(rule[0], key) for rule in source.rules]):
+            unknown.append(key)
             continue
         name, tensor = _apply_rules(key, tensor, source)
         part = PART.fullmatch(name)
@@ -127,6 +139,10 @@ def rename(state: Mapping[str, Tensor], source: Source
             whole = parts.setdefault(part[1], dict.fromkeys(
                 range(int(part[3]))))  # type: ignore[arg-type]
             whole[int(part[2])] = tensor
+    if unknown:
+        raise ValueError(
+            f'{unknown[0]!r} is no weight of a {source.name} checkpoint; '
+            'is this another architecture?' + _more(unknown))
     for name, pieces in parts.items():
         missing = [i for i, piece in pieces.items() if piece is None]
         if missing:
@@ -157,5 +173,11 @@ def _apply_rules(key: str, tensor: Tensor, source: Source
             raise ValueError(
                 f'{key} {tuple(tensor.shape)} has not the shape it has in a '
                 f'{source.name} checkpoint: {error}') from None
-    raise ValueError(f'{key!r} is no weight of a {source.name} checkpoint; '
-                     'is this another architecture?')
+    raise AssertionError(key)
+
+
+def _more(unknown: list[str]) -> str:
+    if len(unknown) == 1:
+        return ''
+    return (f' {len(unknown)} names are unknown, the first '
+            f'{", ".join(unknown[:3])}')

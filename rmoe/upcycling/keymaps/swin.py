@@ -89,9 +89,15 @@ COMPUTED = (
     (r'.*attn_mask', 'buffer that is computed'),
     (r'.*relative_position_index', 'buffer that is computed'),
 )
+MASK_TOKEN = (
+    # SimMIM, and iBOT.
+    (r'mask_token|masked_embed', 'token of masked images'),
+)
 CLASSIFIER = (
-    (r'head\..+', 'classification head'),
+    # EsViT has a second head, for regions.
+    (r'head(?:_dense)?\..+', 'classification head'),
     (r'norm\..+', 'final norm, fitted to the classifier'),
+    *MASK_TOKEN,
     *COMPUTED,
 )
 
@@ -101,7 +107,7 @@ SWIN = Architecture(
         Source('mmseg, mmdet or mmpretrain Swin',
                marks=('stages.0.blocks.0.attn.w_msa.qkv.weight', ),
                rules=((r'(.+)', r'\1', None), ),
-               left_out=COMPUTED),
+               left_out=(*MASK_TOKEN, *COMPUTED)),
         Source('timm Swin',
                marks=('layers.0.blocks.0.attn.qkv.weight',
                       'layers.0.blocks.0.norm1.weight'),

@@ -16,8 +16,7 @@ EMBEDDINGS: tuple[Rule, ...] = (
 )
 
 
-def _timm_rules() -> tuple[Rule, ...]:
-    block = r'blocks\.(\d+)\.'
+def _timm_rules(block: str = r'blocks\.(\d+)\.') -> tuple[Rule, ...]:
     return (
         *EMBEDDINGS,
         (block + r'norm([12])\.(.+)', TO + r'ln\2.\3', None),
@@ -93,7 +92,9 @@ def _resize_positions(table: Tensor, current: Tensor, model: Any
 
 CLASSIFIER = (
     (r'(?:head|fc_norm|pre_logits)\..+', 'classification head'),
-    (r'mask_token', 'token of masked images'),
+    # MAE and SimMIM, and iBOT.
+    (r'mask_token|masked_embed', 'token of masked images'),
+    (r'decoder(?:_.+|\..+)', 'decoder of the pre-training'),
 )
 
 VIT = Architecture(
@@ -101,14 +102,22 @@ VIT = Architecture(
     sources=(
         Source('mmseg ViT',
                marks=('layers.0.attn.attn.in_proj_weight', ),
-               rules=((r'(.+)', r'\1', None), )),
+               rules=((r'(.+)', r'\1', None), ),
+               left_out=CLASSIFIER[1:2]),
         Source('mmpretrain ViT',
                marks=('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
-               rules=_mmpretrain_rules()),
+               rules=_mmpretrain_rules(),
+               left_out=CLASSIFIER[1:2]),
         Source('timm, DeiT or DINOv2 ViT',
                marks=('blocks.0.attn.qkv.weight', 'patch_embed.proj.weight',
                       'pos_embed'),
                rules=_timm_rules(),
+               left_out=CLASSIFIER),
+        Source('DINOv2 training checkpoint',
+               marks=('blocks.0.0.attn.qkv.weight', 'patch_embed.proj.weight',
+                      'pos_embed'),
+               # Blocks lie in chunks; the second number counts them all.
+               rules=_timm_rules(r'blocks\.\d+\.(\d+)\.'),
                left_out=CLASSIFIER),
         Source('Hugging Face ViT',
                marks=('encoder.layer.0.attention.attention.query.weight',

@@ -1,0 +1,100 @@
+"""Transformers that look like a ViT or a Swin by their names and compute
+something else: they are refused for what they are."""
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Weights that none of our backbones can hold.
+
+    Attributes:
+        name: of the model or models.
+        marks: patterns; a file of it has a key for each, of which the
+            pattern matches the end.
+        reason: what it has that ours have not, and what can hold it.
+    """
+    name: str
+    marks: tuple[str, ...]
+    reason: str
+
+
+BY_HOST = ('. Use it through rmoe.UpcycledBackbone, around a backbone that '
+           'has them, such as ')
+
+REFUSED = (
+    Refused('SAM or ViTDet encoder',
+            (r'blocks\.0\.attn\.rel_pos_h', ),
+            'its attention has decomposed relative positions and windows'
+            + BY_HOST + 'mmpretrain.ViTSAM'),
+    Refused('SAM 2 or Hiera encoder',
+            (r'(?:trunk|hiera)\.(?:.+\.)?blocks\.0\.attn\.qkv\.weight', ),
+            'its stages pool queries' + BY_HOST + 'mmpretrain.HiViT'),
+    Refused('DINOv3',
+            (r'(?:rope_embed\.periods|storage_tokens|'
+             r'(?:layer|layers)\.0\.attention\.q_proj\.weight)', ),
+            'it has rotary positions and register tokens' + BY_HOST
+            + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
+            "model_name='vit_base_patch16_dinov3')"),
+    Refused('ViT with register tokens (DINOv2 with registers)',
+            (r'(?:register_tokens|reg_token)', ),
+            'the model has no register tokens' + BY_HOST
+            + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
+            "model_name='vit_base_patch14_reg4_dinov2')"),
+    Refused('distilled DeiT', (r'dist_token', ),
+            'the model has no distillation token. The releases that were '
+            'not distilled, deit_*_patch16_224, load'),
+    Refused('data2vec 2.0',
+            (r'modality_encoders\.IMAGE\.local_encoder\.proj\.weight', ),
+            'it normalises after each block and not before'),
+    Refused('CLIP or OpenCLIP',
+            (r'(?:visual\.ln_pre\.weight|vision_model\.pre_layrnorm\.weight)',
+             ),
+            'it has a norm before its blocks' + BY_HOST
+            + "mmseg.VisionTransformer with pre_norm=True, or a timm model: "
+            "dict(type='mmpretrain.TIMMBackbone', "
+            "model_name='vit_base_patch16_clip_224')"),
+    Refused('SigLIP',
+            (r'vision_model\.head\.attention\.in_proj_weight', ),
+            'it has no class token and names that are not known here'
+            + BY_HOST + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
+            "model_name='vit_base_patch16_siglip_224')"),
+    Refused('EVA', (r'blocks\.0\.attn\.(?:q_proj\.weight|rope\.freqs_cos)', ),
+            'it has gated FFNs or rotary positions' + BY_HOST
+            + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
+            "model_name='eva02_base_patch14_224')"),
+    Refused('Swin Transformer V2', (r'blocks\.0\.attn\.logit_scale', ),
+            'it normalises after each block and compares by cosine'
+            + BY_HOST + 'mmpretrain.SwinTransformerV2'),
+    # After Swin V2 and EVA-02, which have such biases too.
+    Refused('BEiT, data2vec or EVA',
+            (r'(?:(?:blocks|layers)\.0\.attn\.q_bias|layer\.0\.lambda_1)', ),
+            'its attention has relative positions or no bias of keys'
+            + BY_HOST + 'mmseg.BEiT'),
+)
+
+
+def refused(keys: Iterable[str]) -> Refused | None:
+    """What these names belong to, if none of our backbones can hold it."""
+    keys = list(keys)
+    for model in REFUSED:
+        if all(any(re.search(rf'(?:^|\.){mark}$', key) for key in keys)
+               for mark in model.marks):
+            return model
+    return None
+
+
+def explain_refusal(state: Mapping[str, Tensor], prefix: str = '') -> str:
+    """A message for weights of a model that is refused; empty if it is not.
+
+    Args:
+        state: weights by name.
+        prefix: only what lies under it is looked at.
+    """
+    model = refused(key for key in state if key.startswith(prefix))
+    if model is None:
+        return ''
+    return f'the checkpoint is that of {model.name}: {model.reason}'
