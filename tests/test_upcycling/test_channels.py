@@ -126,7 +126,7 @@ def test_other_files_are_refused(build, key, theirs, ours):
 def test_another_patch_size_stays_an_error():
     state = dict(vit(3).state_dict(),
                  **{PROJECTION: torch.zeros(24, 3, 16, 16)})
-    with pytest.raises(ValueError, match=r'\(24, 3, 16, 16\) in the checkpoint'):
+    with pytest.raises(ValueError, match=r'\(24, 3, 16, 16\) in the check'):
         fit(vit(4), state)
 
 
