@@ -1,4 +1,5 @@
 """What ranks do in the tests of rmoe.parallel; see two_ranks.py."""
+from collections import Counter
 from types import SimpleNamespace
 
 import torch

@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
+from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
 from rmoe.engine.image_check import evenly_spaced
 from rmoe.engine.label_findings import (
     MASK_HEADS,
@@ -27,6 +28,9 @@ class LabelCheckHook(Hook):
     is logged as a warning: classes that never occur, many ignored pixels,
     labels that look shifted by one.
 
+    It also lets losses of mmseg with ``class_weight`` meet ignored pixels
+    (:mod:`rmoe.engine.class_weight`).
+
     Args:
         max_files: label maps that are read, evenly spaced over the dataset.
 
@@ -43,7 +47,13 @@ class LabelCheckHook(Hook):
         self.max_files = max_files
 
     def before_train(self, runner: Runner) -> None:
-        head = decode_head(unwrapped(runner.model))
+        model = unwrapped(runner.model)
+        losses = let_weights_meet_ignored_pixels(model)
+        if losses:
+            runner.logger.info(
+                f'{", ".join(losses)}: class_weight is averaged without '
+                'ignored pixels by rmoe, since mmseg fails on them')
+        head = decode_head(model)
         if head is None:
             return
         datasets = list(leaf_datasets(runner.train_dataloader.dataset))

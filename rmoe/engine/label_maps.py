@@ -41,7 +41,8 @@ class LabelCount:
         self.maps += other.maps
         self.pixels.update(other.pixels)
         self.stored.update(other.stored)
-        self.files = other.files | self.files
+        for label, path in other.files.items():
+            self.files.setdefault(label, path)
         self.uniform.update(other.uniform)
         self.coloured += other.coloured
         self.reduced |= other.reduced
@@ -76,7 +77,7 @@ def count_labels(dataset: Any, index: int) -> LabelCount:
     count = LabelCount(maps=1, reduced=reduced, converters=tuple(
         kind.__name__ for kind in kinds[place + 1:]
         if kind.__module__.split('.')[0] not in KNOWN_PACKAGES))
-    if label_map.ndim != 2:
+    if label_map.ndim > 2:
         count.coloured.append((path, label_map.shape))
         return count
     count.pixels.update(_histogram(label_map))

@@ -53,6 +53,7 @@ from torch import nn
 from train import set_precision
 
 from rmoe import safe_loading
+from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
 from rmoe.engine.coco_file import read_coco
 from rmoe.engine.data_check import MAX_IMAGES, check_roots, examine_split
 from rmoe.engine.image_check import evenly_spaced
@@ -140,6 +141,8 @@ def examine(cfg: Config, args: argparse.Namespace, report: Report) -> None:
             set_precision(quiet, False)
             runner = Runner.from_cfg(quiet)
         model = runner.model if runner else None
+        if model and 'LabelCheckHook' in hook_names(cfg):  # as it does
+            let_weights_meet_ignored_pixels(model)
         if dataset is not None:
             with report.part('train_dataloader'):
                 loader = Runner.build_dataloader(
