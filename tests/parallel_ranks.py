@@ -11,8 +11,8 @@ from toy import ToyImages, toy_model, toy_runner
 
 from rmoe import compat
 from rmoe.engine import data_check, label_check
-from rmoe.engine.label_maps import LabelCount
 from rmoe.engine.data_check import examine_split
+from rmoe.engine.label_maps import LabelCount
 from rmoe.moe import moe_layers
 from rmoe.parallel import data_parallel
 from rmoe.parallel.data_parallel import DistributedDataParallel
@@ -131,10 +131,11 @@ def labels_of_ranks(rank, work_dir, files, max_files):
 
     label_check.count_labels = count
     says = []
+    model = torch.nn.Module()
+    model.decode_head = SimpleNamespace(num_classes=2, ignore_index=255)
     for dataset in (list(range(files)), list(range(files + 2))):
         runner = SimpleNamespace(
-            model=SimpleNamespace(decode_head=SimpleNamespace(
-                num_classes=2, ignore_index=255)),
+            model=model,
             train_dataloader=SimpleNamespace(dataset=dataset),
             logger=SimpleNamespace(info=says.append,
                                    warning=says.append))

@@ -1,5 +1,6 @@
 """Class weights beside ignored pixels, where mmseg cannot have both."""
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def let_weights_meet_ignored_pixels(model: nn.Module) -> list[str]:
     # Known by name: mmseg need not be installed.
     found = []
     for name, module in model.named_modules():
-        host = getattr(module, 'cls_criterion', None)
+        host: Any = getattr(module, 'cls_criterion', None)
         if (getattr(module, 'class_weight', None) is not None and
                 getattr(host, '__name__', '') == 'cross_entropy' and
                 getattr(host, '__module__', '').startswith('mmseg.')):
