@@ -1,4 +1,5 @@
 """What ranks do in the tests of rmoe.parallel; see two_ranks.py."""
+from collections import Counter
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from toy import ToyImages, toy_model, toy_runner
 from rmoe import compat
 from rmoe.engine import data_check, label_check
 from rmoe.engine.data_check import examine_split
+from rmoe.engine.label_maps import LabelCount
 from rmoe.moe import moe_layers
 from rmoe.parallel import data_parallel
 from rmoe.parallel.data_parallel import DistributedDataParallel
@@ -120,19 +122,23 @@ def labels_of_ranks(rank, work_dir, files, max_files):
     """Which label maps each rank reads, and what it says of a wrong one."""
     read = []
 
-    def check(dataset, index, *limits):
+    def count(dataset, index):
         read.append(index)
         if index == files:
             raise ValueError(f'{index} is wrong')
+        return LabelCount(1, Counter({rank: 3, 255: 1}), Counter({rank: 3}),
+                          {rank: f'{index}.png'})
 
-    label_check.check_labels = check
+    label_check.count_labels = count
     says = []
+    model = torch.nn.Module()
+    model.decode_head = SimpleNamespace(num_classes=2, ignore_index=255)
     for dataset in (list(range(files)), list(range(files + 2))):
         runner = SimpleNamespace(
-            model=SimpleNamespace(decode_head=SimpleNamespace(
-                num_classes=2, ignore_index=255)),
+            model=model,
             train_dataloader=SimpleNamespace(dataset=dataset),
-            logger=SimpleNamespace(info=says.append))
+            logger=SimpleNamespace(info=says.append,
+                                   warning=says.append))
         try:
             label_check.LabelCheckHook(max_files).before_train(runner)
         except ValueError as error:

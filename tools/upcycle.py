@@ -210,11 +210,12 @@ def make_dense(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
                images: list[Tensor], how: str
                ) -> tuple[nn.Module, nn.Module, Report]:
     """The MoE model, the dense model with its weights, and the report."""
-    fitted, _ = fit(moe, state)
+    fitted, found = fit(moe, state)
     give_weights(moe, fitted)
     loads = None if how == 'core' else measure_loads(moe, images)
     result = to_dense(moe, how, loads)
     dense_state, report = fit(dense, result)
+    report.include(found)
     give_weights(dense, dense_state)
     for key in fitted:
         if key not in result:
@@ -269,6 +270,7 @@ def make_folded(config: dict, moe: nn.Module, state: dict[str, Tensor],
         plain = build(dict(config, moe=dict(
             config['moe'], **plain_options(config['moe']))))
     plain_fitted, report = fit(plain, plain_state)
+    report.include(found)
     give_weights(plain, plain_fitted)
     for key in report.status:
         if '.experts.residual_' in key:
@@ -333,7 +335,7 @@ def write_report(args: argparse.Namespace, report: Report,
         preserves_function=not any(changing.values()),
         layers_that_change_the_function=changing, cost=cost,
         counts=report.counts(),
-        keys=report.status, left_out=report.left_out)
+        keys=report.status, left_out=report.left_out, notes=report.notes)
     write_atomically(report_path(args.out),
                      json.dumps(content, indent=1).encode())
 

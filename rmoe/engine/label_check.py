@@ -1,14 +1,20 @@
 """Label maps against the decode head, before the first iteration."""
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
+from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
 from rmoe.engine.image_check import evenly_spaced
+from rmoe.engine.label_findings import (
+    MASK_HEADS,
+    Classes,
+    ignored_share,
+    judge_labels,
+)
+from rmoe.engine.label_maps import LabelCount, count_labels, leaf_datasets
 from rmoe.engine.wrappers import unwrapped
 from rmoe.parallel.together import together
 from rmoe.registry import HOOKS
@@ -18,14 +24,21 @@ from rmoe.registry import HOOKS
 class LabelCheckHook(Hook):
     """Looks at label maps before the first iteration of a segmentor.
 
-    Ranks share the files, and all of them raise or none.
+    Ranks share the files, and all of them raise or none. What can be meant
+    is logged as a warning: classes that never occur, many ignored pixels,
+    labels that look shifted by one.
+
+    It also lets losses of mmseg with ``class_weight`` meet ignored pixels
+    (:mod:`rmoe.engine.class_weight`).
 
     Args:
         max_files: label maps that are read, evenly spaced over the dataset.
 
     Raises:
-        ValueError: (before training) for a label that is neither a class of
-            the decode head nor its ignore_index; names file and fix.
+        ValueError: (before training) for label maps in colour, labels that
+            are neither a class of the decode head nor its ignore_index, and
+            maps from which nothing can be learnt, as those that hold 0 and
+            255; names files and fix.
     """
 
     def __init__(self, max_files: int = 1000) -> None:
@@ -34,24 +47,60 @@ class LabelCheckHook(Hook):
         self.max_files = max_files
 
     def before_train(self, runner: Runner) -> None:
-        head = decode_head(unwrapped(runner.model))
+        model = unwrapped(runner.model)
+        losses = let_weights_meet_ignored_pixels(model)
+        if losses:
+            runner.logger.info(
+                f'{", ".join(losses)}: class_weight is averaged without '
+                'ignored pixels by rmoe, since mmseg fails on them')
+        head = decode_head(model)
         if head is None:
             return
         datasets = list(leaf_datasets(runner.train_dataloader.dataset))
-        files = [(dataset, index) for dataset in datasets for index in
-                 evenly_spaced(len(dataset), self.max_files)]
+        files = [(place, index) for place, dataset in enumerate(datasets)
+                 for index in evenly_spaced(len(dataset), self.max_files)]
 
-        def check_share() -> int:
-            share = files[get_rank()::get_world_size()]
-            for dataset, index in share:
-                check_labels(dataset, index, head.num_classes,
-                             head.ignore_index)
-            return len(share)
+        def count_share() -> list[LabelCount]:
+            counts = [LabelCount() for _ in datasets]
+            for place, index in files[get_rank()::get_world_size()]:
+                counts[place].add(count_labels(datasets[place], index))
+            return counts
 
-        checked = sum(together(check_share))
+        counts, *others = together(count_share)
+        for other in others:
+            for count, more in zip(counts, other, strict=True):
+                count.add(more)
+        classes = classes_of(head, datasets)
         total = sum(map(len, datasets))
-        runner.logger.info(f'labels of {checked} of {total} training images '
-                           f'lie in 0 to {head.num_classes - 1}')
+        # Every rank has all counts, and comes to the same end.
+        findings = judge_labels(counts, classes, total)
+        for note in findings.notes:
+            runner.logger.warning(note)
+        if findings.errors:
+            raise ValueError('\n'.join(findings.errors))
+        runner.logger.info(summary(counts, classes, total))
+
+
+def summary(counts: list[LabelCount], classes: Classes, total: int) -> str:
+    """What was read, in one line."""
+    whole = LabelCount()
+    for count in counts:
+        whole.add(count)
+    read = f'labels of {whole.maps} of {total} training images'
+    if whole.converters:
+        return (f'{read} were read; {", ".join(whole.converters)} may change '
+                'them after that, so that classes are not counted')
+    return (f'{read} lie in 0 to {classes.number - 1}, '
+            f'{100 * ignored_share(whole, classes):.1f} % of their pixels '
+            'are ignored')
+
+
+def classes_of(head: Any, datasets: list[Any]) -> Classes:
+    """What a built head tells apart, with the names of the first data
+    set."""
+    names = getattr(datasets[0], 'metainfo', {}).get('classes') or ()
+    return Classes(head.num_classes, head.ignore_index, names, not any(
+        base.__name__ in MASK_HEADS for base in type(head).__mro__))
 
 
 def decode_head(model: nn.Module) -> Any:
@@ -59,39 +108,3 @@ def decode_head(model: nn.Module) -> Any:
     for other models."""
     head = getattr(model, 'decode_head', None)
     return head[-1] if isinstance(head, nn.ModuleList) else head
-
-
-def leaf_datasets(dataset: Any) -> Iterator[Any]:
-    """The data sets inside wrappers and concatenations."""
-    if hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
-            yield from leaf_datasets(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from leaf_datasets(dataset.dataset)
-    else:
-        yield dataset
-
-
-def check_labels(dataset: Any, index: int, num_classes: int,
-                 ignore_index: int) -> set[int]:
-    """The labels of one label map, as the pipeline loads it; empty if it
-    loads none.
-
-    Raises:
-        ValueError: for a label that is neither a class nor ignored.
-    """
-    load = next((transform for transform in dataset.pipeline.transforms
-                 if type(transform).__name__ == 'LoadAnnotations'), None)
-    if load is None:
-        return set()
-    result = load(dataset.get_data_info(index))
-    labels = set(np.unique(result['gt_seg_map']).tolist())
-    wrong = [label for label in sorted(labels)
-             if label >= num_classes and label != ignore_index]
-    if wrong:
-        raise ValueError(
-            f'{result["seg_map_path"]} has the labels {wrong[:8]}; the decode '
-            f'head has num_classes={num_classes} (0 to {num_classes - 1}) and '
-            f'ignore_index={ignore_index}. Set decode_head.num_classes, or '
-            'reduce_zero_label=True in LoadAnnotations if 0 means "other"')
-    return labels

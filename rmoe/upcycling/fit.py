@@ -11,6 +11,7 @@ from torch import Tensor
 from rmoe.moe import moe_layers
 from rmoe.moe.layer import MoELayer
 from rmoe.upcycling import differences, keymaps
+from rmoe.upcycling.channels import adapt_channels, image_convolution
 from rmoe.upcycling.expert_count import choose_groups, regroup
 from rmoe.upcycling.report import Report
 
@@ -58,6 +59,7 @@ def fit(model: Any, state: Mapping[str, Tensor],
     for name, layer in moe_layers(model).items():
         _convert_layer(name, layer, renamed, target, report, expert_mismatch,
                        (loads or {}).get(name))
+    _adapt_image_channels(model, renamed, target, report)
     fitted = {}
     wrong: list[str] = []
     for key, current in target.items():
@@ -222,6 +224,26 @@ def _upcycle_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
             dense = renamed.pop(core)
             renamed[expert] = dense.expand(layer.num_experts, *dense.shape)
             report.status[expert] = 'upcycled'
+
+
+def _adapt_image_channels(model: Any, renamed: dict[str, Tensor],
+                          target: Mapping[str, Tensor], report: Report
+                          ) -> None:
+    """Give ``renamed`` weights for as many image channels as the model
+    takes."""
+    key = image_convolution(model)
+    if key not in renamed or key not in target:
+        return
+    theirs, ours = renamed[key].shape, target[key].shape
+    if theirs[1:2] == ours[1:2] or (theirs[:1], theirs[2:]) != (
+            ours[:1], ours[2:]):
+        return
+    try:
+        renamed[key], report.notes[key] = adapt_channels(
+            renamed[key], ours[1])
+    except ValueError as error:
+        raise ValueError(f'{key}: {error}') from None
+    report.status[key] = 'adapted'
 
 
 def _fit_key(model: Any, key: str, current: Tensor,

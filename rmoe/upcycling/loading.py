@@ -87,7 +87,7 @@ def pretrained_weights(content: Mapping[str, Any], backbone: Any,
     if prefix is None:
         choice = choose_weights(content, backbone.architecture, which)
         if choice.line:
-            print_log(f"{init_cfg['checkpoint']}: {choice.line}", 'current')
+            say(f"{init_cfg['checkpoint']}: {choice.line}")
         return dict(state_dict=choice.backbone)
     taken = choose_set(content, which)
     if any(key.startswith(prefix) for key in taken.state):

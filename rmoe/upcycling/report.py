@@ -10,20 +10,32 @@ class Report:
     Attributes:
         source: who named the file's weights.
         status: for each key of the model: 'loaded', 'upcycled' (a dense FFN
-            that is now a core), 'resized', 'new' (not in the file) or
-            'converted' (another expert count, or with and without a core).
+            that is now a core), 'resized', 'adapted' (to another number of
+            image channels), 'new' (not in the file) or 'converted' (another
+            expert count, or with and without a core).
         left_out: for each key of the file that was not used, why.
+        notes: for keys of the model whose status does not say enough, what
+            was done.
     """
     source: str
     status: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         return {**Counter(self.status.values()), 'left out': len(
             self.left_out)}
 
+    def include(self, earlier: 'Report') -> None:
+        """Take over the notes of an earlier step on the way from the file to
+        the model."""
+        self.notes.update(earlier.notes)
+        self.status.update({key: earlier.status[key]
+                            for key in earlier.notes})
+
     def table(self) -> str:
-        """One line per outcome: how many keys, and the first few."""
+        """One line per outcome: how many keys, and the first few. Then one
+        for each note."""
         groups: dict[str, list[str]] = {}
         for key, status in self.status.items():
             groups.setdefault(status, []).append(key)
@@ -33,4 +45,5 @@ class Report:
         for status, keys in groups.items():
             some = ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
             lines.append(f'  {status:<10}{len(keys):>5}  {some}')
+        lines += [f'  {key}: {note}' for key, note in self.notes.items()]
         return '\n'.join(lines)

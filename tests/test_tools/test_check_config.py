@@ -105,7 +105,7 @@ BROKEN = {
     'image suffix': (['train_dataloader.dataset.img_suffix=.jpg'],
                      r"no image that ends in '\.jpg'.*set img_suffix"),
     'labels': (['model.decode_head.num_classes=3'],
-               r'has the labels \[\d.*reduce_zero_label'),
+               r'has the label 3; in all.*reduce_zero_label'),
     'classes': (['model.decode_head.num_classes=9'],
                 r'train_dataloader has 7 classes and model\.decode_head\.'
                 r'num_classes=9: set model\.decode_head\.num_classes=7'),

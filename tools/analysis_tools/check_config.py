@@ -53,13 +53,20 @@ from torch import nn
 from train import set_precision
 
 from rmoe import safe_loading
+from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
 from rmoe.engine.coco_file import read_coco
 from rmoe.engine.data_check import MAX_IMAGES, check_roots, examine_split
 from rmoe.engine.image_check import evenly_spaced
-from rmoe.engine.label_check import check_labels, leaf_datasets
+from rmoe.engine.label_findings import (
+    MASK_HEADS,
+    Classes,
+    ignored_share,
+    judge_labels,
+)
+from rmoe.engine.label_maps import LabelCount, count_labels, leaf_datasets
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import inactive_params
-from rmoe.registry import MODELS
+from rmoe.registry import MODELS, type_name
 
 MAX_LABEL_MAPS = 1000
 
@@ -134,6 +141,8 @@ def examine(cfg: Config, args: argparse.Namespace, report: Report) -> None:
             set_precision(quiet, False)
             runner = Runner.from_cfg(quiet)
         model = runner.model if runner else None
+        if model and 'LabelCheckHook' in hook_names(cfg):  # as it does
+            let_weights_meet_ignored_pixels(model)
         if dataset is not None:
             with report.part('train_dataloader'):
                 loader = Runner.build_dataloader(
@@ -211,31 +220,36 @@ def examine_labels(model: Any, dataset: Any, name: str, everything: bool,
     number = (head or model).get('num_classes')
     if number is None:
         return  # heads of detectors were compared already
-    for leaf in leaf_datasets(dataset):
-        classes = getattr(leaf, 'metainfo', {}).get('classes')
-        if classes is not None and len(classes) != number:
-            report.wrong(f'{name} has {len(classes)} classes and {where}.'
+    leaves = list(leaf_datasets(dataset))
+    for leaf in leaves:
+        names = getattr(leaf, 'metainfo', {}).get('classes')
+        if names is not None and len(names) != number:
+            report.wrong(f'{name} has {len(names)} classes and {where}.'
                          f'num_classes={number}: set {where}.num_classes='
-                         f'{len(classes)}, or metainfo=dict(classes=(...))')
-        if not head:
-            continue
-        ignored = head.get('ignore_index', 255)
-        found: set[int] = set()
-        count = 0
-        try:
-            for index in evenly_spaced(
-                    len(leaf), None if everything else MAX_LABEL_MAPS):
-                found |= check_labels(leaf, index, number, ignored)
-                count += 1
-        except ValueError as error:
-            report.wrong(str(error))
-            continue
-        labels = sorted(found - {ignored})
+                         f'{len(names)}, or metainfo=dict(classes=(...))')
+    if not head:
+        return
+    classes = Classes(number, head.get('ignore_index', 255),
+                      getattr(leaves[0], 'metainfo', {}).get('classes') or (),
+                      type_name(head) not in MASK_HEADS)
+    counts = []
+    for leaf in leaves:
+        count = LabelCount()
+        for index in evenly_spaced(
+                len(leaf), None if everything else MAX_LABEL_MAPS):
+            count.add(count_labels(leaf, index))
+        counts.append(count)
+        labels = classes.seen(count.pixels)
         if labels:
-            report.say(f'    labels {labels[0]} to {labels[-1]}'
-                       + (f' and {ignored} (ignored)' * (ignored in found))
-                       + f' in {count} label maps; {where} has {number} '
-                       'classes')
+            share = 100 * ignored_share(count, classes)
+            report.say(f'    labels {labels[0]} to {labels[-1]} in '
+                       f'{count.maps} label maps; {where} has {number} '
+                       f'classes; {share:.1f} % of the pixels are ignored')
+    found = judge_labels(counts, classes, sum(map(len, leaves)),
+                         trains=name == 'train_dataloader')
+    for note in found.notes:
+        report.say(f'    {note}')
+    report.wrong(*found.errors)
 
 
 def examine_channels(cfg: Config, model: nn.Module | None, batch: Any,
