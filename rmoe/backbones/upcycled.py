@@ -8,6 +8,7 @@ from torch import nn
 
 from rmoe.backbones.ffn import choose_blocks, layer_args
 from rmoe.backbones.padding import mask_foreign_layers
+from rmoe.backbones.recomputation import keep_routing_outside
 from rmoe.moe import MoEFFN, MoELayer, MoEMixFFN, MoEMlp, moe_layers
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
@@ -22,7 +23,9 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
     What comes back is the backbone itself: its class, its options and its
     parameter names, so that its checkpoints load as they are. FFNs are known
     by their type: mmcv's FFN (mmseg's ViT, BEiT, Swin, Twins, ...), the
-    MixFFN of mmseg and mmdet (SegFormer, PVT), and timm's Mlp.
+    MixFFN of mmseg and mmdet (SegFormer, PVT), and timm's Mlp. A block of the
+    host with ``with_cp=True`` recomputes its attention and its experts, and
+    routes outside of that.
 
     Args:
         backbone: config of the dense backbone, e.g.
@@ -35,7 +38,7 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
 
     Raises:
         ValueError: if the backbone has no such FFN, ``layers`` is missing or
-            points outside, or the backbone recomputes activations by itself.
+            points outside, or the backbone recomputes more than blocks.
     """
     config = dict(backbone)
     if init_cfg is not None:
@@ -50,13 +53,13 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
             f'{name} has no FFN that can become a MoE FFN: none of its '
             "modules is mmcv's FFN, a MixFFN or timm's Mlp, but "
             f'{", ".join(kinds)}')
-    _check_recomputation(host)
     for i in _chosen(moe, len(dense), name):
         key = list(dense)[i]
         layer = _with_experts(dense[key], layer_args(moe))
         layer.name = f'MoE layer {key} of {name}'
         parent, _, child = key.rpartition('.')
         setattr(host.get_submodule(parent), child, layer)
+    keep_routing_outside(host)
     mask_foreign_layers(host)
     host.architecture = _architecture(host)
     check_loading(host, moe.get('expert_mismatch', 'raise'))
@@ -98,17 +101,6 @@ def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:
         raise ValueError(f'moe.layers={moe["layers"]} selects none of the '
                          f'{count} FFNs of {name}')
     return chosen
-
-
-def _check_recomputation(host: nn.Module) -> None:
-    for key, module in host.named_modules():
-        for flag in ('with_cp', 'grad_checkpointing'):
-            if getattr(module, flag, False) is True:
-                raise ValueError(
-                    f'{key or type(host).__name__} has {flag}=True: the host '
-                    'would route tokens twice and could choose other experts '
-                    f'the second time. Set {flag}=False there and with_cp='
-                    'True in moe, which recomputes the experts alone')
 
 
 def _architecture(host: nn.Module) -> Architecture:

@@ -277,8 +277,8 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(key, value, message):
         (dict(layers=dict(every=5)), 'every.: 5.*up to 4 blocks'),
         (dict(layers='unset'), 'moe needs layers'),
         (dict(expert_mismatch='drop'), "expert_mismatch='drop'"))),
-    (dict(HOSTS['ViT'][0], with_cp=True), {}, 'Transformer has with_cp=True'),
-    (dict(TOY, grad_checkpointing=True), {}, 'has grad_checkpointing=True'),
+    (dict(TOY, grad_checkpointing=True), dict(layers=(0, )),
+     'UpcycledToy has grad_checkpointing=True: the host would route'),
     (dict(TOY, num_fcs=3), dict(layers=(0, )), 'num_fcs=3 is not two linear'),
     *((dict(TOY, **mlp), dict(layers=(1, )), 'cannot become a MoE layer')
       for mlp in (dict(norm_layer=nn.LayerNorm), dict(use_conv=True),
