@@ -59,7 +59,8 @@ def keep_routing_outside(host: nn.Module) -> None:
                 child.with_cp = True
             elif any(p.dim() > 1 for p in child.parameters()):
                 # Norms have vectors alone; what they save is not worth it.
-                child.__class__ = _recomputed(type(child))
+                kind: Any = type(child)
+                child.__class__ = _recomputed(kind)
 
 
 class _Recomputed(nn.Module):
@@ -76,10 +77,10 @@ class _Recomputed(nn.Module):
 
 
 @cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+def _recomputed(kind: Any) -> Any:
     return type(kind.__name__, (_Recomputed, kind), {})
 
 
-def _empty(kind: type[nn.Module]) -> nn.Module:
+def _empty(kind: Any) -> Any:
     recomputed = _recomputed(kind)
     return recomputed.__new__(recomputed)

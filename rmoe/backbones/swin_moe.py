@@ -195,9 +195,8 @@ class SwinMoE(MoEBackbone):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         windows = _per_stage('window_size', window_size, len(depths))
-        pretrained = _per_stage('pretrained_window_size',
-                                pretrained_window_size, len(depths))
-        self.pretrained_window_sizes = pretrained
+        self.pretrained_window_sizes = _per_stage(
+            'pretrained_window_size', pretrained_window_size, len(depths))
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
 
         self.patch_embed = PatchEmbed(
@@ -232,7 +231,8 @@ class SwinMoE(MoEBackbone):
                          qkv_bias=qkv_bias, qk_scale=qk_scale,
                          attn_drop_rate=attn_drop_rate,
                          proj_drop_rate=drop_rate,
-                         pretrained_window_size=pretrained[stage]))
+                         pretrained_window_size=self.pretrained_window_sizes[
+                             stage]))
                 ffn = plan.build(stage, block, width, int(mlp_ratio * width),
                                  act_cfg, drop_rate, drop_path,
                                  fc2_bias=fc2_bias)

@@ -9,7 +9,15 @@ from torch import nn
 from rmoe.backbones.ffn import choose_blocks, layer_args
 from rmoe.backbones.padding import mask_foreign_layers
 from rmoe.backbones.recomputation import keep_routing_outside
-from rmoe.moe import MoEFFN, MoELayer, MoEMixFFN, MoEMlp, moe_layers
+from rmoe.moe import (
+    MoEConvMlp,
+    MoEFFN,
+    MoELayer,
+    MoEMixFFN,
+    MoEMlp,
+    moe_layers,
+)
+from rmoe.moe.mlp import layout_of
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture, Source
@@ -23,8 +31,9 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
     What comes back is the backbone itself: its class, its options and its
     parameter names, so that its checkpoints load as they are. FFNs are known
     by their type: mmcv's FFN (mmseg's ViT, BEiT, Swin, Twins, ...), the
-    MixFFN of mmseg and mmdet (SegFormer, PVT), and timm's Mlp. A block of the
-    host with ``with_cp=True`` recomputes its attention and its experts, and
+    MixFFN of mmseg and mmdet (SegFormer, PVT), the Mlp of MSCAN, timm's Mlp
+    and GluMlp, and Hugging Face's (:data:`rmoe.moe.mlp.LAYOUTS`). A block of
+    the host with ``with_cp=True`` recomputes its attention and its experts, and
     routes outside of that.
 
     Args:
@@ -51,7 +60,8 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
         kinds = sorted({type(module).__name__ for module in host.modules()})
         raise ValueError(
             f'{name} has no FFN that can become a MoE FFN: none of its '
-            "modules is mmcv's FFN, a MixFFN or timm's Mlp, but "
+            "modules is mmcv's FFN, a MixFFN, MSCAN's Mlp, timm's Mlp or "
+            "GluMlp, or one of Hugging Face's, but "
             f'{", ".join(kinds)}')
     for i in _chosen(moe, len(dense), name):
         key = list(dense)[i]
@@ -73,13 +83,11 @@ def _moe_class(module: nn.Module) -> type[MoELayer] | None:
     kind = type(module)
     if kind.__name__ == 'MixFFN' and kind.__module__.startswith(
             ('mmseg.', 'mmdet.')):
-        # PVT without positional encoding leaves out the convolution.
-        depthwise = isinstance(module.layers, nn.Sequential) and len(
-            module.layers) == 6
-        return MoEMixFFN if depthwise else None
-    if kind.__name__ == 'Mlp' and kind.__module__.startswith('timm.'):
-        return MoEMlp
-    return None
+        return MoEMixFFN
+    if (kind.__name__, kind.__module__) == (
+            'Mlp', 'mmseg.models.backbones.mscan'):
+        return MoEConvMlp
+    return MoEMlp if layout_of(module) else None
 
 
 def _with_experts(module: Any, options: dict[str, Any]) -> MoELayer:
