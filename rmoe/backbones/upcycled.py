@@ -53,6 +53,21 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
     if init_cfg is not None:
         config['init_cfg'] = init_cfg
     host = MODELS.build(config)
+    put_experts(host, moe)
+    finish(host, moe)
+    return host
+
+
+def put_experts(host: nn.Module, moe: Mapping) -> None:
+    """Turn FFNs of a dense backbone into MoE FFNs, in place.
+
+    Args:
+        host: the backbone.
+        moe: see :func:`upcycled_backbone`.
+
+    Raises:
+        ValueError: see :func:`upcycled_backbone`.
+    """
     name = type(host).__name__
     dense = {key: module for key, module in host.named_modules()
              if _moe_class(module) is not None}
@@ -71,9 +86,18 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
         setattr(host.get_submodule(parent), child, layer)
     keep_routing_outside(host)
     mask_foreign_layers(host)
-    host.architecture = _architecture(host)
-    check_loading(host, moe.get('expert_mismatch', 'raise'))
-    return host
+
+
+def finish(host: Any, moe: Mapping | None, inner: str = '') -> None:
+    """Make every load of a backbone complete or an error.
+
+    Args:
+        host: the backbone, with its experts.
+        moe: its ``expert_mismatch`` is read.
+        inner: prefix of the names that files of the host leave out.
+    """
+    host.architecture = _architecture(host, inner)
+    check_loading(host, (moe or {}).get('expert_mismatch', 'raise'))
 
 
 def _moe_class(module: nn.Module) -> type[MoELayer] | None:
@@ -111,7 +135,7 @@ def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:
     return chosen
 
 
-def _architecture(host: nn.Module) -> Architecture:
+def _architecture(host: nn.Module, inner: str) -> Architecture:
     """Own names only; whatever the file lacks or has too much is an error."""
     name = type(host).__name__
     inside = tuple(f'{key}.' for key in moe_layers(host))
@@ -120,10 +144,15 @@ def _architecture(host: nn.Module) -> Architecture:
     # Tables that follow from the config; statistics are weights.
     buffers = tuple(re.escape(key) for key, _ in host.named_buffers()
                     if not key.endswith(('running_mean', 'running_var')))
+    sources = [Source(name, marks=(mark, ), rules=((r'(.+)', r'\1', None), ))]
+    if inner:
+        sources.append(Source(
+            f'{name} without {inner!r}', marks=(mark.removeprefix(inner), ),
+            rules=((r'(.+)', rf'{inner}\1', None), )))
     return Architecture(
         name,
-        sources=(Source(name, marks=(mark, ),
-                        rules=((r'(.+)', r'\1', None), )), ),
+        sources=tuple(sources),
         new=buffers,
-        spare=((r'(head|fc|classifier|norm|fc_norm)\..+',
+        spare=((rf'({re.escape(inner)})?'
+                r'(head|fc|classifier|pooler|norm|fc_norm)\..+',
                 'head or norm, which the model has not'), ))

@@ -94,7 +94,9 @@ class MoEMlp(MoELayer):
             act = Gate(act, getattr(mlp, 'gate_last', False))
         modules = {name: module for name, module in mlp.named_children()
                    if name not in ('norm', 'drop2')}
-        drop1, drop2 = (getattr(mlp, name, None) for name in ('drop1', 'drop2'))
+        # ViTDet has one for both places.
+        drop1, drop2 = (getattr(mlp, name, getattr(mlp, 'drop', None))
+                        for name in ('drop1', 'drop2'))
         super().__init__(
             fc1.in_features, fc2.in_features, act,
             core=modules if core else None, num_experts=num_experts,

@@ -371,6 +371,43 @@ def test_gated_experts_are_gated_mlps(last, options):
         assert (twin(row) - out).abs().max() < 1e-5
 
 
+class DINOv3ViTMLP(nn.Module):
+    """As in transformers, which has it from 4.56 on."""
+    __module__ = 'transformers.models.dinov3_vit.modeling_dinov3_vit'
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.act_fn = nn.GELU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class VitDetMlp(Mlp):
+    """Of transformers: one dropout for both places."""
+    __module__ = 'transformers.models.vitdet.modeling_vitdet'
+
+    def __init__(self):
+        super().__init__(8, 16)
+        self.drop = nn.Dropout(1.)
+        del self.drop1, self.drop2, self.norm
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+@pytest.mark.parametrize('kind', [DINOv3ViTMLP, VitDetMlp])
+def test_mlps_of_hugging_face(kind):
+    mlp = kind().eval()
+    layer = MoEMlp(mlp, num_experts=2, router=ROUTER).eval()
+    assert set(mlp.state_dict()) < set(layer.state_dict())
+    x = torch.randn(2, 5, 8)
+    assert (layer(x) - mlp(x)).abs().max() < 1e-6
+    # Half a layer without dropout would give the bias of the second linear.
+    assert layer.train()(x).any() == mlp.train()(x).any()
+
+
 def test_a_norm_inside_a_gated_mlp_is_refused():
     with pytest.raises(ValueError, match='cannot become a MoE layer'):
         MoEMlp(GluMlp(8, 16, norm_layer=nn.LayerNorm))
