@@ -16,7 +16,7 @@ def expert_weights(layer: MoELayer, expert: int) -> list[Tensor | None]:
         bias = None if bias is None else bias[expert]
         if layer.core is not None:
             core = getattr(layer.core, name)
-            weight = weight + core.weight
+            weight = weight + core.weight.flatten(1)
             bias = None if bias is None else bias + core.bias
         weights += [weight, bias]
     return weights
@@ -24,7 +24,12 @@ def expert_weights(layer: MoELayer, expert: int) -> list[Tensor | None]:
 
 def ffn(x: Tensor, weights: list[Tensor | None]) -> Tensor:
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias))
+    hidden = F.linear(x, fc1_weight, fc1_bias)
+    if len(hidden) == 2 * fc2_weight.shape[1]:
+        gate, hidden = hidden.view(2, -1)
+        hidden = F.silu(gate) * hidden
+    else:
+        hidden = F.gelu(hidden)
     return F.linear(hidden, fc2_weight, fc2_bias)
 
 

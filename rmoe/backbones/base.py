@@ -135,12 +135,26 @@ def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,
     if ``with_cp``; in a traced model it is torch.compile that decides."""
     if with_cp and x.requires_grad and not compat.is_compiling():
         module = function.__self__  # type: ignore[attr-defined]
-        # Reentrant checkpointing would drop the gradient of auxiliary
-        # losses without a word.
-        return checkpoint(
-            function, x, *args, use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _same_statistics(module)))
+        return recompute(module, function, x, *args)
     return function(x, *args)
+
+
+def recompute(module: nn.Module, function: Callable[..., Any], *args: Any,
+              **options: Any) -> Any:
+    """``function(*args, **options)``, computed again in backward.
+
+    Args:
+        module: whose batch norms must not count a batch twice.
+        function: what is computed.
+        args: what it is called with.
+        options: what it is called with by name.
+    """
+    # Reentrant checkpointing would drop the gradient of auxiliary losses
+    # without a word.
+    return checkpoint(
+        function, *args, use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _same_statistics(module)),
+        **options)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rmoe import compat
-from rmoe.moe import MoEFFN, MoEMlp, moe_layers
+from rmoe.moe import moe_layers
 
 # Strides of the maps of foreign backbones.
 STRIDES = (16, 4, 8, 32, 14)
@@ -189,15 +189,15 @@ def area_of(backbone: Any, images: Tensor) -> ValidArea | None:
 def mask_foreign_layers(backbone: Any) -> None:
     """Let the MoE layers of a backbone that is not ours know the padding.
 
-    Their grid is read off the number of their tokens. A MixFFN is left out:
-    its convolution needs the outputs of all tokens.
+    Their grid is read off the number of their tokens. FFNs that convolve
+    are left out: they need the outputs of all tokens.
     """
     backbone.known_batches = ()
     backbone.register_forward_pre_hook(_share)
     layers: Any = moe_layers(backbone).values()
     for layer in layers:
         layer.valid_area = None
-        if isinstance(layer, (MoEFFN, MoEMlp)):
+        if not layer.needs_all_rows:
             layer.register_forward_pre_hook(_mask, with_kwargs=True)
 
 

@@ -101,7 +101,8 @@ class SwinMoE(MoEBackbone):
             ('raise', 'tile', 'slice' or 'merge': what to do with a
             checkpoint of another expert count), and arguments of
             :class:`rmoe.moe.MoEFFN`.
-        pretrain_img_size: image side the absolute position table is for.
+        pretrain_img_size: image side the absolute position table is for, or
+            height and width.
         in_channels: image channels.
         embed_dims: width of the first stage.
         patch_size: side of a patch in pixels.
@@ -130,13 +131,19 @@ class SwinMoE(MoEBackbone):
         act_cfg: activation; None means exact GELU.
         norm_cfg: norm layer; None means LN.
         with_cp: activation checkpointing (non-reentrant).
+        pretrained: checkpoint to start from, as older configs name it, and
+            as mmseg's segmentors pass on their own ``pretrained``.
+        convert_weights: of mmdet's configs, where it says that the file is
+            one of the original Swin. Both values are taken and mean the
+            same: a file is known by its keys.
         frozen_stages: freeze the patch embedding (0) and the first n stages;
             -1 freezes nothing.
         init_cfg: mmengine's initialisation config.
 
     Raises:
-        ValueError: for an unknown ``arch``, a stage out of range, or a
-            ``moe`` that selects no block.
+        ValueError: for an unknown ``arch``, a stage out of range, a
+            ``moe`` that selects no block, a ``pretrain_img_size`` of more
+            than two sides, or ``pretrained`` beside ``init_cfg``.
     """
 
     architecture = SWIN
@@ -144,7 +151,7 @@ class SwinMoE(MoEBackbone):
     def __init__(self,
                  arch: str | None = None,
                  moe: Mapping | None = None,
-                 pretrain_img_size: int | tuple[int, int] = 224,
+                 pretrain_img_size: int | Sequence[int] = 224,
                  in_channels: int = 3,
                  embed_dims: int = 96,
                  patch_size: int = 4,
@@ -167,9 +174,11 @@ class SwinMoE(MoEBackbone):
                  act_cfg: Mapping | None = None,
                  norm_cfg: Mapping | None = None,
                  with_cp: bool = False,
+                 pretrained: str | None = None,
+                 convert_weights: bool = False,
                  frozen_stages: int = -1,
                  init_cfg: Mapping | None = None) -> None:
-        super().__init__(init_cfg=init_cfg)
+        super().__init__(init_cfg=_start(pretrained, init_cfg))
         if arch is not None:
             if arch not in ARCHITECTURES:
                 raise ValueError(f'arch={arch!r} is not one of '
@@ -177,6 +186,7 @@ class SwinMoE(MoEBackbone):
             embed_dims, depths, num_heads = ARCHITECTURES[arch]
         _check_structure(depths, num_heads, strides, patch_size, out_indices,
                          frozen_stages)
+        sides = _two_sides(pretrain_img_size)
         act_cfg = act_cfg or dict(type='GELU')
         norm_cfg = norm_cfg or dict(type='LN')
         merge_norm_cfg = norm_cfg if patch_norm else None
@@ -185,9 +195,8 @@ class SwinMoE(MoEBackbone):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         windows = _per_stage('window_size', window_size, len(depths))
-        pretrained = _per_stage('pretrained_window_size',
-                                pretrained_window_size, len(depths))
-        self.pretrained_window_sizes = pretrained
+        self.pretrained_window_sizes = _per_stage(
+            'pretrained_window_size', pretrained_window_size, len(depths))
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
 
         self.patch_embed = PatchEmbed(
@@ -197,8 +206,6 @@ class SwinMoE(MoEBackbone):
             norm_cfg=dict(norm_cfg) if patch_norm else None)
         self.absolute_pos_embed = None
         if use_abs_pos_embed:
-            sides = (pretrain_img_size, ) * 2 if isinstance(
-                pretrain_img_size, int) else pretrain_img_size
             self.position_grid = (sides[0] // patch_size,
                                   sides[1] // patch_size)
             self.absolute_pos_embed = nn.Parameter(torch.zeros(
@@ -224,7 +231,8 @@ class SwinMoE(MoEBackbone):
                          qkv_bias=qkv_bias, qk_scale=qk_scale,
                          attn_drop_rate=attn_drop_rate,
                          proj_drop_rate=drop_rate,
-                         pretrained_window_size=pretrained[stage]))
+                         pretrained_window_size=self.pretrained_window_sizes[
+                             stage]))
                 ffn = plan.build(stage, block, width, int(mlp_ratio * width),
                                  act_cfg, drop_rate, drop_path,
                                  fc2_bias=fc2_bias)
@@ -329,6 +337,30 @@ def _per_stage(name: str, value: Any, stages: int) -> list:
         raise ValueError(f'{name}={value} must be one size or one for each '
                          f'of the {stages} stages')
     return list(value)
+
+
+def _two_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, of one number or two."""
+    sides = (size, ) if isinstance(size, int) else tuple(size)
+    if len(sides) not in (1, 2):
+        raise ValueError(f'pretrain_img_size={size} has {len(sides)} numbers; '
+                         'give one side of the image, or height and width')
+    return sides[0], sides[-1]
+
+
+def _start(pretrained: str | None, init_cfg: Mapping | None
+           ) -> Mapping | None:
+    """The ``init_cfg`` that ``pretrained`` of older configs stands for."""
+    if pretrained is None:
+        return init_cfg
+    if init_cfg:
+        raise ValueError(f'pretrained={pretrained!r} and init_cfg='
+                         f'{dict(init_cfg)} both say what to start from; '
+                         'remove one')
+    if not isinstance(pretrained, str):
+        raise ValueError(f'pretrained={pretrained!r} is no path or URL of a '
+                         'checkpoint; pretrained=None starts from scratch')
+    return dict(type='Pretrained', checkpoint=pretrained)
 
 
 def _check_structure(depths: Sequence[int], num_heads: Sequence[int],

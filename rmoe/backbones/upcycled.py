@@ -8,7 +8,16 @@ from torch import nn
 
 from rmoe.backbones.ffn import layer_args
 from rmoe.backbones.padding import mask_foreign_layers
-from rmoe.moe import MoEFFN, MoELayer, MoEMixFFN, MoEMlp, moe_layers
+from rmoe.backbones.recomputation import keep_routing_outside
+from rmoe.moe import (
+    MoEConvMlp,
+    MoEFFN,
+    MoELayer,
+    MoEMixFFN,
+    MoEMlp,
+    moe_layers,
+)
+from rmoe.moe.mlp import layout_of
 from rmoe.moe.placement import choose_blocks
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
@@ -23,7 +32,10 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
     What comes back is the backbone itself: its class, its options and its
     parameter names, so that its checkpoints load as they are. FFNs are known
     by their type: mmcv's FFN (mmseg's ViT, BEiT, Swin, Twins, ...), the
-    MixFFN of mmseg and mmdet (SegFormer, PVT), and timm's Mlp.
+    MixFFN of mmseg and mmdet (SegFormer, PVT), the Mlp of MSCAN, timm's Mlp
+    and GluMlp, and Hugging Face's (:data:`rmoe.moe.mlp.LAYOUTS`). A block of
+    the host with ``with_cp=True`` recomputes its attention and its experts, and
+    routes outside of that.
 
     Args:
         backbone: config of the dense backbone, e.g.
@@ -36,12 +48,27 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
 
     Raises:
         ValueError: if the backbone has no such FFN, ``layers`` is missing or
-            points outside, or the backbone recomputes activations by itself.
+            points outside, or the backbone recomputes more than blocks.
     """
     config = dict(backbone)
     if init_cfg is not None:
         config['init_cfg'] = init_cfg
     host = MODELS.build(config)
+    put_experts(host, moe)
+    finish(host, moe)
+    return host
+
+
+def put_experts(host: nn.Module, moe: Mapping) -> None:
+    """Turn FFNs of a dense backbone into MoE FFNs, in place.
+
+    Args:
+        host: the backbone.
+        moe: see :func:`upcycled_backbone`.
+
+    Raises:
+        ValueError: see :func:`upcycled_backbone`.
+    """
     name = type(host).__name__
     dense = {key: module for key, module in host.named_modules()
              if _moe_class(module) is not None}
@@ -49,19 +76,29 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
         kinds = sorted({type(module).__name__ for module in host.modules()})
         raise ValueError(
             f'{name} has no FFN that can become a MoE FFN: none of its '
-            "modules is mmcv's FFN, a MixFFN or timm's Mlp, but "
+            "modules is mmcv's FFN, a MixFFN, MSCAN's Mlp, timm's Mlp or "
+            "GluMlp, or one of Hugging Face's, but "
             f'{", ".join(kinds)}')
-    _check_recomputation(host)
     for i in _chosen(moe, len(dense), name):
         key = list(dense)[i]
         layer = _with_experts(dense[key], layer_args(moe))
         layer.name = f'MoE layer {key} of {name}'
         parent, _, child = key.rpartition('.')
         setattr(host.get_submodule(parent), child, layer)
+    keep_routing_outside(host)
     mask_foreign_layers(host)
-    host.architecture = _architecture(host)
-    check_loading(host, moe.get('expert_mismatch', 'raise'))
-    return host
+
+
+def finish(host: Any, moe: Mapping | None, inner: str = '') -> None:
+    """Make every load of a backbone complete or an error.
+
+    Args:
+        host: the backbone, with its experts.
+        moe: its ``expert_mismatch`` is read.
+        inner: prefix of the names that files of the host leave out.
+    """
+    host.architecture = _architecture(host, inner)
+    check_loading(host, (moe or {}).get('expert_mismatch', 'raise'))
 
 
 def _moe_class(module: nn.Module) -> type[MoELayer] | None:
@@ -71,13 +108,11 @@ def _moe_class(module: nn.Module) -> type[MoELayer] | None:
     kind = type(module)
     if kind.__name__ == 'MixFFN' and kind.__module__.startswith(
             ('mmseg.', 'mmdet.')):
-        # PVT without positional encoding leaves out the convolution.
-        depthwise = isinstance(module.layers, nn.Sequential) and len(
-            module.layers) == 6
-        return MoEMixFFN if depthwise else None
-    if kind.__name__ == 'Mlp' and kind.__module__.startswith('timm.'):
-        return MoEMlp
-    return None
+        return MoEMixFFN
+    if (kind.__name__, kind.__module__) == (
+            'Mlp', 'mmseg.models.backbones.mscan'):
+        return MoEConvMlp
+    return MoEMlp if layout_of(module) else None
 
 
 def _with_experts(module: Any, options: dict[str, Any]) -> MoELayer:
@@ -101,18 +136,7 @@ def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:
     return chosen
 
 
-def _check_recomputation(host: nn.Module) -> None:
-    for key, module in host.named_modules():
-        for flag in ('with_cp', 'grad_checkpointing'):
-            if getattr(module, flag, False) is True:
-                raise ValueError(
-                    f'{key or type(host).__name__} has {flag}=True: the host '
-                    'would route tokens twice and could choose other experts '
-                    f'the second time. Set {flag}=False there and with_cp='
-                    'True in moe, which recomputes the experts alone')
-
-
-def _architecture(host: nn.Module) -> Architecture:
+def _architecture(host: nn.Module, inner: str) -> Architecture:
     """Own names only; whatever the file lacks or has too much is an error."""
     name = type(host).__name__
     inside = tuple(f'{key}.' for key in moe_layers(host))
@@ -121,10 +145,15 @@ def _architecture(host: nn.Module) -> Architecture:
     # Tables that follow from the config; statistics are weights.
     buffers = tuple(re.escape(key) for key, _ in host.named_buffers()
                     if not key.endswith(('running_mean', 'running_var')))
+    sources = [Source(name, marks=(mark, ), rules=((r'(.+)', r'\1', None), ))]
+    if inner:
+        sources.append(Source(
+            f'{name} without {inner!r}', marks=(mark.removeprefix(inner), ),
+            rules=((r'(.+)', rf'{inner}\1', None), )))
     return Architecture(
         name,
-        sources=(Source(name, marks=(mark, ),
-                        rules=((r'(.+)', r'\1', None), )), ),
+        sources=tuple(sources),
         new=buffers,
-        spare=((r'(head|fc|classifier|norm|fc_norm)\..+',
+        spare=((rf'({re.escape(inner)})?'
+                r'(head|fc|classifier|pooler|norm|fc_norm)\..+',
                 'head or norm, which the model has not'), ))

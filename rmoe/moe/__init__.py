@@ -2,7 +2,7 @@
 from rmoe.moe.experts import Experts
 from rmoe.moe.ffn import MoEFFN
 from rmoe.moe.layer import MoELayer, collect_losses, moe_layers
-from rmoe.moe.mix_ffn import MoEMixFFN
+from rmoe.moe.mix_ffn import MoEConvMlp, MoEMixFFN
 from rmoe.moe.mlp import MoEMlp
 from rmoe.moe.routers import (
     BiasBalancedRouter,
@@ -19,7 +19,7 @@ from rmoe.moe.routing import Routing, SoftRouting, compute_capacity
 
 __all__ = [
     'BiasBalancedRouter', 'CosineScorer', 'ExpertChoiceRouter', 'Experts',
-    'LinearScorer', 'MoEFFN', 'MoELayer', 'MoEMixFFN',
+    'LinearScorer', 'MoEConvMlp', 'MoEFFN', 'MoELayer', 'MoEMixFFN',
     'MoEMlp', 'Routing',
     'SinkhornExpertChoiceRouter', 'SinkhornTokenChoiceRouter', 'SoftRouter',
     'SoftRouting', 'SparseExpertChoiceRouter', 'TokenChoiceRouter',

@@ -92,6 +92,7 @@ class Experts(nn.Module):
         core: False for plain experts, whose "residual" is the whole weight
             and starts as a normal layer would.
         fc2_bias: whether the second linear layer has a bias.
+        gated: the first linear layer gives 2 H, of which ``act`` makes H.
 
     Attributes:
         folded: None, or a buffer where the "residuals" hold core + residual
@@ -113,7 +114,8 @@ class Experts(nn.Module):
                  dropout: float = 0.,
                  rank: int | None = None,
                  core: bool = True,
-                 fc2_bias: bool = True) -> None:
+                 fc2_bias: bool = True,
+                 gated: bool = False) -> None:
         super().__init__()
         if rank is not None and not core:
             raise ValueError(f'rank={rank} needs a core: a low-rank matrix '
@@ -131,7 +133,7 @@ class Experts(nn.Module):
         # A buffer, so that a state dict says what its "residuals" are.
         self.register_buffer('folded', None)
         for layer, out_dim, in_dim in (
-                ('fc1', feedforward_channels, embed_dims),
+                ('fc1', (1 + gated) * feedforward_channels, embed_dims),
                 ('fc2', embed_dims, feedforward_channels)):
             if layer == 'fc1' or fc2_bias:
                 self._add(f'{layer}_bias', num_experts, out_dim)

@@ -1,6 +1,6 @@
 """The mixture-of-experts FFN, a drop-in for mmcv's FFN."""
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class MoEFFN(MoELayer):
     """
     layers: nn.Sequential | None
     gamma2: nn.Module
-    core_keys: ClassVar[Mapping[str, str]] = {
+    core_keys: Mapping[str, str] = {
         'fc1': 'layers.0.0', 'fc2': 'layers.1'}
 
     def __init__(self,

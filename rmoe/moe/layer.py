@@ -4,7 +4,6 @@ Axis letters as in routing.py.
 """
 import warnings
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +53,7 @@ class MoELayer(ExactBuffers):
         dropout: on the hidden activations of an expert.
         fc2_bias: whether the second linear layer has a bias.
         with_cp: recompute the experts in backward.
+        gated: the first linear layer gives 2 H, of which ``act`` makes H.
 
     Attributes:
         core_keys: where the core's two linear layers are in this module.
@@ -70,8 +70,8 @@ class MoELayer(ExactBuffers):
     Raises:
         ValueError: for an unknown option or a contradictory pair.
     """
-    core_keys: ClassVar[Mapping[str, str]] = {}
-    needs_all_rows: ClassVar[bool] = False
+    core_keys: Mapping[str, str] = {}
+    needs_all_rows: bool = False
     loads_2E: Tensor
     token_counts: Tensor
     exact_buffers = ('loads_2E', 'token_counts')
@@ -81,7 +81,7 @@ class MoELayer(ExactBuffers):
                  num_experts: int, router: Mapping | None,
                  rank: int | None, align: str | None,
                  unrouted: str | None, dropout: float, fc2_bias: bool,
-                 with_cp: bool) -> None:
+                 with_cp: bool, gated: bool = False) -> None:
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts={num_experts} must be at least 1')
@@ -105,7 +105,7 @@ class MoELayer(ExactBuffers):
         self.experts = Experts(
             embed_dims, feedforward_channels, num_experts, act=act,
             dropout=dropout, rank=rank, core=core is not None,
-            fc2_bias=fc2_bias)
+            fc2_bias=fc2_bias, gated=gated)
         self.core_only = False
         self.name = ''
         self.losses: list[Mapping[str, Tensor]] | None = None

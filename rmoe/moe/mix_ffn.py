@@ -1,33 +1,108 @@
-"""The mixture-of-experts MixFFN, a drop-in for SegFormer's.
+"""Mixtures of experts of FFNs that look at the map: SegFormer's and PVT's
+MixFFN, and SegNeXt's Mlp.
 
 Axis letters as in routing.py.
 """
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rmoe.moe.layer import MoELayer
+from rmoe.moe.mixing import Middle
 
 
 class MoEMixFFN(MoELayer):
-    """SegFormer's MixFFN (2105.15203) with experts.
+    """SegFormer's MixFFN (2105.15203) with experts, and PVT's (2102.12122).
 
-    Experts are linear - depthwise convolution - activation - linear. The two
-    linear layers are core + residual; the convolution belongs to the core and
-    serves all experts. It runs over the map of the tokens' hidden
-    activations, each computed by the token's own expert: with zero residuals
-    that is the dense map. With K choices there are K maps.
+    SegFormer's experts, and those of PVT v2, are linear - depthwise
+    convolution - activation - linear. The two linear layers are core +
+    residual; the convolution belongs to the core and serves all experts. It
+    runs over the map of the tokens' hidden activations, each computed by the
+    token's own expert: with zero residuals that is the dense map. With K
+    choices there are K maps. PVT v1 has no convolution.
 
     Args:
         ffn: the MixFFN of mmseg or mmdet; its modules and weights become the
             core and keep their names.
         num_experts: E.
+        router: see :class:`rmoe.moe.MoEFFN`, like all that follow. With a
+            convolution it must keep every token: a map with holes cannot be
+            convolved.
+        core: must be True.
+        rank: rank of the residuals.
+        align: how gates meet outputs.
+        unrouted: what a token gets that no expert kept.
+        with_cp: recompute the experts in backward.
+
+    Raises:
+        ValueError: without a core, or, with a convolution, for a router
+            that drops tokens or mixes them.
+    """
+    layers: nn.Sequential
+
+    def __init__(self, ffn: Any, num_experts: int = 8,
+                 router: Mapping | None = None, core: bool = True,
+                 rank: int | None = None, align: str | None = None,
+                 unrouted: str | None = None, with_cp: bool = False) -> None:
+        _needs_core(core)
+        convolves = len(ffn.layers) == 6
+        fc2 = 4 if convolves else 3
+        super().__init__(
+            ffn.embed_dims, ffn.feedforward_channels, ffn.layers[fc2 - 2],
+            core=dict(layers=ffn.layers), num_experts=num_experts,
+            router=router, rank=rank, align=align,
+            unrouted=unrouted, dropout=ffn.layers[fc2 - 1].p, fc2_bias=True,
+            with_cp=with_cp)
+        self.core_keys = {'fc1': 'layers.0', 'fc2': f'layers.{fc2}'}
+        self.needs_all_rows = convolves
+        self.out_drop = nn.Dropout(ffn.layers[-1].p)
+        self.dropout_layer = ffn.dropout_layer
+        if convolves:
+            check_keeps_every_token(self.router)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int],
+                identity: Tensor | None = None,
+                valid: Tensor | None = None) -> Tensor:
+        """Same signature as MixFFN.
+
+        Args:
+            x: (B, h w, D) tokens.
+            hw_shape: (h, w).
+            identity: (B, h w, D), added to the output; None means ``x``.
+            valid: without a convolution, as in :class:`rmoe.moe.MoEFFN`.
+        """
+        if self.core_only:
+            image = x.transpose(1, 2).unflatten(2, hw_shape)
+            out = self.layers(image).flatten(2).transpose(1, 2)
+        else:
+            middle = (_middle(self.layers[1], hw_shape)
+                      if self.needs_all_rows else None)
+            out = self.out_drop(self.mixture(x, valid, middle))
+        return (x if identity is None else identity) + self.dropout_layer(out)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        # Without a convolution a token is a map of its own.
+        assert not self.needs_all_rows
+        rows_ND11 = x.reshape(-1, x.shape[-1], 1, 1)
+        return self.layers(rows_ND11).reshape(x.shape)
+
+
+class MoEConvMlp(MoELayer):
+    """The Mlp of SegNeXt's MSCAN (2209.08575) with experts.
+
+    Its experts are SegFormer's, see :class:`MoEMixFFN`; it takes maps instead
+    of tokens and leaves the identity to its block.
+
+    Args:
+        mlp: mmseg's; its modules and weights become the core and keep their
+            names (``fc1``, ``dwconv``, ``fc2``).
+        num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow. It must
-            keep every token: a map with holes cannot be convolved.
+            keep every token.
         core: must be True.
         rank: rank of the residuals.
         align: how gates meet outputs.
@@ -38,50 +113,45 @@ class MoEMixFFN(MoELayer):
         ValueError: without a core, or for a router that drops tokens or
             mixes them.
     """
-    layers: nn.Sequential
-    core_keys: ClassVar[Mapping[str, str]] = {
-        'fc1': 'layers.0', 'fc2': 'layers.4'}
-    needs_all_rows: ClassVar[bool] = True
+    fc1: nn.Module
+    dwconv: nn.Module
+    act: nn.Module
+    drop: nn.Module
+    fc2: nn.Module
+    core_keys: Mapping[str, str] = {'fc1': 'fc1', 'fc2': 'fc2'}
+    needs_all_rows = True
 
-    def __init__(self, ffn: Any, num_experts: int = 8,
+    def __init__(self, mlp: Any, num_experts: int = 8,
                  router: Mapping | None = None, core: bool = True,
                  rank: int | None = None, align: str | None = None,
                  unrouted: str | None = None, with_cp: bool = False) -> None:
-        if not core:
-            raise ValueError('core=False: the experts of a MixFFN share the '
-                             'convolution of its core')
+        _needs_core(core)
         super().__init__(
-            ffn.embed_dims, ffn.feedforward_channels, ffn.layers[2],
-            core=dict(layers=ffn.layers), num_experts=num_experts,
+            mlp.fc1.in_channels, mlp.fc1.out_channels, mlp.act,
+            core=dict(mlp.named_children()), num_experts=num_experts,
             router=router, rank=rank, align=align, unrouted=unrouted,
-            dropout=ffn.layers[3].p, fc2_bias=True, with_cp=with_cp)
-        self.dropout_layer = ffn.dropout_layer
+            dropout=mlp.drop.p, fc2_bias=mlp.fc2.bias is not None,
+            with_cp=with_cp)
         check_keeps_every_token(self.router)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int],
-                identity: Tensor | None = None) -> Tensor:
-        """Same signature as MixFFN.
-
-        Args:
-            x: (B, h w, D) tokens.
-            hw_shape: (h, w).
-            identity: (B, h w, D), added to the output; None means ``x``.
-        """
-        height, width = hw_shape
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, h, w) maps to (B, D, h, w)."""
         if self.core_only:
-            image = x.transpose(1, 2).unflatten(2, (height, width))
-            out = self.layers(image).flatten(2).transpose(1, 2)
-        else:
-            out = self.layers[5](self.mixture(
-                x, None, partial(convolve_maps, self.layers[1],
-                                 (height, width))))
-        return (x if identity is None else identity) + self.dropout_layer(out)
+            hidden = self.drop(self.act(self.dwconv(self.fc1(x))))
+            return self.drop(self.fc2(hidden))
+        out = self.mixture(x.flatten(2).transpose(1, 2), None,
+                           _middle(self.dwconv, x.shape[2:]))
+        return self.drop(out.transpose(1, 2).reshape(x.shape))
+
+
+def _needs_core(core: bool) -> None:
+    if not core:
+        raise ValueError('core=False: the experts of a FFN made of '
+                         'convolutions keep its core, which they share. Set '
+                         'core=True')
 
 
 def check_keeps_every_token(router: Any) -> None:
-    """Raises:
-        ValueError: for a router that drops tokens or mixes them.
-    """
     for mode in (False, True):
         router.train(mode)
         if router.soft or not router.keeps_every_token:
@@ -92,24 +162,22 @@ def check_keeps_every_token(router: Any) -> None:
                 'token-choice router without capacity')
 
 
-def convolve_maps(convolve: nn.Module, hw: tuple[int, int], table_TK: Tensor,
-                  hidden_NH: Tensor) -> Tensor:
-    """The depthwise convolution of each choice's map, as rows again.
+def _middle(convolution: nn.Module, hw: tuple[int, ...]) -> Middle:
+    return partial(convolve_maps, convolution, hw)
 
-    Args:
-        convolve: the convolution.
-        hw: height and width of a map.
-        table_TK: (T, K) the row of each choice of each token.
-        hidden_NH: (N, H) rows.
-    """
+
+def convolve_maps(convolution: Callable[[Tensor], Tensor], hw: tuple[int, ...],
+              table_TK: Tensor, hidden_NH: Tensor) -> Tensor:
+    """The depthwise convolution of each choice's map, as rows again."""
     assert table_TK.numel() == len(hidden_NH)
     maps = []
+    weight: Any = convolution.weight  # type: ignore[attr-defined]
     for rows_T in table_TK.unbind(1):
         image = hidden_NH[rows_T].unflatten(0, (-1, *hw)).permute(0, 3, 1, 2)
         # Experts run outside autocast, in the type that it gave them.
-        same = image.dtype == convolve.weight.dtype
+        same = image.dtype == weight.dtype
         with nullcontext() if same else torch.autocast(
                 image.device.type, image.dtype):
-            maps.append(convolve(image).permute(0, 2, 3, 1).flatten(0, 2))
+            maps.append(convolution(image).permute(0, 2, 3, 1).flatten(0, 2))
     order_N = torch.cat(table_TK.unbind(1)).argsort()
     return torch.cat(maps)[order_N]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmoe.moe import MoELayer, MoEMixFFN, moe_layers
+from rmoe.moe import MoELayer, moe_layers
 
 LINEARS = ('fc1', 'fc2')
 
@@ -126,8 +126,8 @@ def _whole_experts(layer: MoELayer) -> dict[str, Tensor]:
 def _needs_core(layer: MoELayer) -> str:
     """Why a layer that has a core cannot be without in evaluation; empty if
     it can."""
-    if isinstance(layer, MoEMixFFN):
-        return 'the experts of a MixFFN share the convolution of its core'
+    if layer.needs_all_rows:
+        return 'its experts share the convolution of its core'
     if layer.router.soft:
         return ("align='difference' applies the core to tokens and slots"
                 if layer.align == 'difference' else '')

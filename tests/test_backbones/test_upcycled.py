@@ -4,10 +4,10 @@ import reference
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp
 from torch import nn
 
-from rmoe.moe import MoEMlp, moe_layers
+from rmoe.moe import MoEConvMlp, MoEFFN, MoEMlp, moe_layers
 from rmoe.registry import MODELS
 from rmoe.upcycling import fit, to_dense
 
@@ -32,6 +32,13 @@ HOSTS = {
     'PVTv2': (dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=32,
                    num_layers=[1] * 4, num_heads=[1] * 4, drop_path_rate=.3),
               ['layers.1.1.0.ffn', 'layers.2.1.0.ffn']),
+    'PVTv1': (dict(type='mmdet.PyramidVisionTransformer', embed_dims=32,
+                   num_layers=[1] * 4, num_heads=[1] * 4, drop_path_rate=0.,
+                   pretrain_img_size=32),
+              ['layers.1.1.1.ffn', 'layers.2.1.1.ffn']),
+    'MSCAN': (dict(type='mmseg.MSCAN', embed_dims=[8, 16], num_stages=2,
+                   depths=[2, 2], mlp_ratios=[4, 4], drop_path_rate=0.,
+                   norm_cfg=dict(type='BN')), ['block1.1.mlp', 'block2.0.mlp']),
     'timm Swin': (dict(TIMM, model_name='swin_tiny_patch4_window7_224',
                        depths=(1, 2), num_heads=(1, 2), drop_path_rate=0.,
                        out_indices=(0, 1)),
@@ -39,19 +46,28 @@ HOSTS = {
     'timm ViT': (dict(TIMM, model_name='vit_tiny_patch16_224', depth=3,
                       patch_size=8, num_heads=2, out_indices=(2, )),
                  [f'timm_model.model.blocks.{i}.mlp' for i in (1, 2)]),
+    'timm DINOv2-g': (dict(
+        TIMM, model_name='vit_giant_patch14_dinov2', depth=3, patch_size=8,
+        num_heads=2, mlp_ratio=4, out_indices=(2, )),
+        [f'timm_model.model.blocks.{i}.mlp' for i in (1, 2)]),
+    'timm EVA-02': (dict(
+        TIMM, model_name='eva02_tiny_patch14_224', depth=3, patch_size=8,
+        num_heads=2, out_indices=(2, )),
+        [f'timm_model.model.blocks.{i}.mlp' for i in (1, 2)]),
     'mmpretrain ViT': (dict(
         type='mmpretrain.VisionTransformer', img_size=32, patch_size=8,
         out_type='featmap', layer_scale_init_value=.5, arch=dict(
             embed_dims=32, num_layers=3, num_heads=2,
             feedforward_channels=64)), PLAIN),
 }
-MIX = ('MiT', 'PVTv2')
+MIX = ('MiT', 'PVTv2', 'MSCAN')
+WITH_CORE = (*MIX, 'PVTv1')
 TOY = dict(type='rmoe.UpcycledToy')
 ROUTER = dict(type='TokenChoiceRouter', noise_std=0., loss_weights={})
 TOP_2 = dict(ROUTER, top_k=2)
 every_host = pytest.mark.parametrize('name, core', [
     (name, core) for name in HOSTS for core in (True, False)
-    if core or name not in MIX])
+    if core or name not in WITH_CORE])
 
 
 @MODELS.register_module(force=True)
@@ -143,7 +159,8 @@ def test_every_parameter_learns_also_when_recomputed(name, core):
     (TOP_2, 'stopgrad'), (TOP_2, 'none'), (TOP_2, 'renormalize'),
     (dict(type='ExpertChoiceRouter', noise_std=0.), 'stopgrad')])
 @pytest.mark.parametrize('name', [
-    'BEiT', 'SVT', 'timm Swin', 'timm ViT', 'mmpretrain ViT'])
+    'BEiT', 'SVT', 'PVTv1', 'timm Swin', 'timm ViT', 'timm DINOv2-g',
+    'timm EVA-02', 'mmpretrain ViT'])
 @torch.no_grad()
 def test_inside_the_host_equals_the_oracle(name, router, align):
     moe, calls = randomise(moe_of(name, router=router, align=align)), []
@@ -152,13 +169,15 @@ def test_inside_the_host_equals_the_oracle(name, router, align):
                                     with_kwargs=True)
     moe(torch.randn(2, 3, 32, 32))
     assert len(calls) == 2
-    for layer, (x, ), kwargs, out in calls:
+    for layer, (x, *_), kwargs, out in calls:
         rows = x.flatten(0, -2)
         expected = reference.mixture(
             layer, rows, layer.router(rows, None, len(x))).view_as(x)
         if not isinstance(layer, MoEMlp):
-            identity = layer.add_identity * kwargs.get('identity', x)
-            expected = layer.gamma2(expected) + identity
+            if isinstance(layer, MoEFFN):
+                expected = layer.gamma2(expected)
+                x = layer.add_identity * x
+            expected = expected + kwargs.get('identity', x)
         assert (out - expected).abs().max() < 1e-4
 
 
@@ -178,7 +197,9 @@ def mix_ffn(layer, x, hw, top_k):
     for gates, experts_T in zip(gates_TK.split(1, 1), experts_TK.unbind(1)):
         image = linear(x.flatten(0, 1), 'fc1', experts_T).view(
             len(x), *hw, -1).permute(0, 3, 1, 2)
-        conv, padded = layer.layers[1], nn.functional.pad(image, (1, 1, 1, 1))
+        conv = (layer.dwconv if isinstance(layer, MoEConvMlp)
+                else layer.layers[1])
+        padded = nn.functional.pad(image, (1, 1, 1, 1))
         image = conv.bias[:, None, None] + sum(
             padded[:, :, i:i + hw[0], j:j + hw[1]] *
             conv.weight[:, :, i, j, None] for i in range(3) for j in range(3))
@@ -199,8 +220,12 @@ def mix_layer(name, **options):
 @pytest.mark.parametrize('top_k', [1, 2])
 def test_mix_ffn_equals_loops_over_tokens(name, top_k, align):
     layer = mix_layer(name, router=dict(ROUTER, top_k=top_k), align=align)
-    x = torch.randn(2, 15, 32, requires_grad=True)
-    ours, expected = layer(x, (3, 5)), mix_ffn(layer, x, (3, 5), top_k)
+    x = torch.randn(2, 15, layer.experts.widths[0], requires_grad=True)
+    expected = mix_ffn(layer, x, (3, 5), top_k)
+    if isinstance(layer, MoEConvMlp):  # takes maps and adds nothing
+        ours = layer(x.mT.unflatten(2, (3, 5))).flatten(2).mT + x
+    else:
+        ours = layer(x, (3, 5))
     assert (ours - expected).abs().max() < 1e-4
     wanted = [x, *layer.parameters()]
     for a, b in zip(torch.autograd.grad(ours.square().mean(), wanted),
@@ -269,7 +294,6 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(key, value, message):
 
 @pytest.mark.parametrize('host, options, message', [
     (dict(type='mmseg.ResNet', depth=18), {}, 'ResNet has no FFN.*BasicBlock'),
-    (dict(type='mmdet.PyramidVisionTransformer'), {}, 'Transformer has no FFN'),
     *(('ViT', options, message) for options, message in (
         (dict(layers=(1, 4)), 'FFN 4; VisionTransformer has FFNs 0 to 3'),
         (dict(layers=(-1, )), 'names FFN -1'),
@@ -277,15 +301,16 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(key, value, message):
         (dict(layers=dict(every=5)), 'every.: 5.*up to 4 blocks'),
         (dict(layers='unset'), 'moe needs layers'),
         (dict(expert_mismatch='drop'), "expert_mismatch='drop'"))),
-    (dict(HOSTS['ViT'][0], with_cp=True), {}, 'Transformer has with_cp=True'),
-    (dict(TOY, grad_checkpointing=True), {}, 'has grad_checkpointing=True'),
+    (dict(TOY, grad_checkpointing=True), dict(layers=(0, )),
+     'UpcycledToy has grad_checkpointing=True: the host would route'),
     (dict(TOY, num_fcs=3), dict(layers=(0, )), 'num_fcs=3 is not two linear'),
     *((dict(TOY, **mlp), dict(layers=(1, )), 'cannot become a MoE layer')
       for mlp in (dict(norm_layer=nn.LayerNorm), dict(use_conv=True),
                   dict(bias=False), dict(out_features=4))),
-    ('MiT', dict(core=False), 'core=False: the experts of a MixFFN'),
-    *(('MiT', dict(router=router), f'{router["type"]} does not give every '
-       f'token its experts in {mode}') for router, mode in (
+    *((name, dict(core=False), 'core=False: the experts of a FFN made of')
+      for name in WITH_CORE),
+    *((name, dict(router=router), f'{router["type"]} does not give every '
+       f'token its experts in {mode}') for name in MIX for router, mode in (
         (dict(type='ExpertChoiceRouter'), 'evaluation'),
         (dict(type='SoftRouter'), 'evaluation'),
         (dict(ROUTER, capacity_factor=1.), 'training'),
@@ -320,3 +345,69 @@ def test_experts_are_recomputed_if_asked():
             outs = model(torch.randn(1, 3, 32, 32))
             sum(out.sum() for out in outs).backward()
             assert len(calls) == runs
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('options', [{}, dict(rank=2), dict(core=False)],
+                         ids=str)
+@torch.no_grad()
+def test_gated_experts_are_gated_mlps(last, options):
+    """Each expert equals a GluMlp that is given the expert's weights."""
+    mlp = randomise(GluMlp(8, 20, gate_last=last, act_layer=nn.Tanh))
+    layer = MoEMlp(mlp, num_experts=3, router=ROUTER, **options).eval()
+    x = torch.randn(4, 5, 8)
+    assert (layer(x) - mlp(x)).abs().max() < 1e-5
+    for parameter in layer.experts.parameters():
+        parameter.add_(torch.randn_like(parameter) / 5)
+    rows = x.flatten(0, 1)
+    chosen = layer.router(rows, None, 4).logits_TE.argmax(1)
+    assert len(chosen.unique()) > 1
+    for row, out, expert in zip(rows, layer(x).flatten(0, 1), chosen):
+        twin = GluMlp(8, 20, gate_last=last, act_layer=nn.Tanh)
+        for name in ('fc1', 'fc2'):
+            linear = getattr(twin, name)
+            linear.weight.copy_(layer.experts.weight(name, layer.core)[expert])
+            linear.bias.copy_(layer.experts.bias(name, layer.core)[expert])
+        assert (twin(row) - out).abs().max() < 1e-5
+
+
+class DINOv3ViTMLP(nn.Module):
+    """As in transformers, which has it from 4.56 on."""
+    __module__ = 'transformers.models.dinov3_vit.modeling_dinov3_vit'
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.act_fn = nn.GELU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class VitDetMlp(Mlp):
+    """Of transformers: one dropout for both places."""
+    __module__ = 'transformers.models.vitdet.modeling_vitdet'
+
+    def __init__(self):
+        super().__init__(8, 16)
+        self.drop = nn.Dropout(1.)
+        del self.drop1, self.drop2, self.norm
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+@pytest.mark.parametrize('kind', [DINOv3ViTMLP, VitDetMlp])
+def test_mlps_of_hugging_face(kind):
+    mlp = kind().eval()
+    layer = MoEMlp(mlp, num_experts=2, router=ROUTER).eval()
+    assert set(mlp.state_dict()) < set(layer.state_dict())
+    x = torch.randn(2, 5, 8)
+    assert (layer(x) - mlp(x)).abs().max() < 1e-6
+    # Half a layer without dropout would give the bias of the second linear.
+    assert layer.train()(x).any() == mlp.train()(x).any()
+
+
+def test_a_norm_inside_a_gated_mlp_is_refused():
+    with pytest.raises(ValueError, match='cannot become a MoE layer'):
+        MoEMlp(GluMlp(8, 16, norm_layer=nn.LayerNorm))

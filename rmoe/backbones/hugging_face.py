@@ -1,0 +1,78 @@
+"""Backbones of Hugging Face's transformers, dense or with experts."""
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.model import BaseModule
+from torch import Tensor
+
+from rmoe import safe_loading
+from rmoe.backbones.upcycled import finish, put_experts
+from rmoe.registry import MODELS
+
+
+@MODELS.register_module()
+class HuggingFaceBackbone(BaseModule):
+    """What ``transformers.AutoBackbone`` makes of a config, as a backbone of
+    mmseg and mmdet.
+
+    The model is built from its settings alone: nothing is downloaded and no
+    code of a repository is executed. Weights come from ``init_cfg``, which
+    reads a file (``pytorch_model.bin``, ``model.safetensors``) under the
+    names that transformers gave it; those of a whole classifier need its
+    prefix, e.g. ``prefix='dinov2.'``.
+
+    Args:
+        config: ``model_type``, e.g. 'dinov2', and any setting of that
+            model's config, e.g. ``out_indices``; what a ``config.json``
+            holds can be copied.
+        moe: None for the dense model, or as for
+            :func:`rmoe.backbones.upcycled.upcycled_backbone`. The FFNs of
+            DINOv2, with and without registers or gates, of Hiera and of
+            ViTDet can have experts.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ImportError: without transformers.
+        ValueError: for a setting the model has not, or a ``moe`` that does
+            not fit it.
+    """
+
+    def __init__(self, config: Mapping, moe: Mapping | None = None,
+                 init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg)
+        self.model = _build(dict(config))
+        if moe:
+            put_experts(self, moe)
+        finish(self, moe, inner='model.')
+
+    def init_weights(self) -> None:
+        """Load what ``init_cfg`` names; transformers has done the rest."""
+        if self.init_cfg is not None:
+            with safe_loading.installed():
+                super().init_weights()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, height, width) image -> maps (B, D_i, h_i, w_i)."""
+        return tuple(self.model(x).feature_maps)
+
+
+def _build(config: dict[str, Any]) -> Any:
+    try:
+        from transformers import AutoBackbone, AutoConfig
+    except ImportError as error:
+        raise ImportError('rmoe.HuggingFaceBackbone needs the package '
+                          'transformers: pip install transformers') from error
+    kind = config.pop('model_type', None)
+    if kind is None:
+        raise ValueError("config needs model_type, e.g. dict(model_type="
+                         f"'dinov2', ...); it has {sorted(config)}")
+    # transformers keeps settings that it does not know without a word.
+    known = {*AutoConfig.for_model(kind).to_dict(), 'out_indices',
+             'out_features'}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(f'config has {unknown}, which are no settings of '
+                         f'{kind!r}; those are {sorted(known)}')
+    config = {key: list(value) if isinstance(value, tuple) else value
+              for key, value in config.items()}
+    return AutoBackbone.from_config(AutoConfig.for_model(kind, **config))
