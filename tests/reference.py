@@ -16,8 +16,9 @@ def expert_weights(layer: MoELayer, expert: int) -> list[Tensor | None]:
         bias = None if bias is None else bias[expert]
         if layer.core is not None:
             core = getattr(layer.core, name)
-            weight = weight + core.weight.flatten(1)
-            bias = None if bias is None else bias + core.bias
+            weight = weight + torch.cat([x.weight.flatten(1) for x in core])
+            if bias is not None:
+                bias = bias + torch.cat([linear.bias for linear in core])
         weights += [weight, bias]
     return weights
 
@@ -63,8 +64,10 @@ def mixture(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
 
 def soft_mixture(layer: MoELayer, x_TD: Tensor, routing: SoftRouting) -> Tensor:
     """The same for a soft routing: one slot at a time."""
-    core = layer.core and [layer.core.fc1.weight, layer.core.fc1.bias,
-                           layer.core.fc2.weight, layer.core.fc2.bias]
+    core = layer.core and [
+        getattr(linear, part) for (linear, ) in (layer.core.fc1,
+                                                 layer.core.fc2)
+        for part in ('weight', 'bias')]
     groups, tokens, slots = routing.dispatch_GSN.shape
     outputs = []
     for group, x_SD in enumerate(x_TD.view(groups, tokens, -1)):

@@ -1,14 +1,13 @@
 """Experts in the FFNs of any model, in place, and the way back."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from rmoe.anywhere.found import Found, find_ffns, find_halves, join, part
 from rmoe.anywhere.losses import start_collecting, stop_collecting
-from rmoe.moe import MoELayer, moe_layers
-from rmoe.moe.placement import choose_blocks
+from rmoe.moe import moe_layers
+from rmoe.moe.found import choose_ffns, find_ffns, put_layers, take_out
 
 # Where a model keeps it, out of reach of parameters and state dicts.
 RECORD = '_rmoe'
@@ -57,8 +56,9 @@ def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
     Each expert is the dense FFN (the core) plus a residual that starts at
     zero (2204.09636), so the model computes what it did before. Names of the
     dense weights stay: its checkpoints load with ``strict=False``, before or
-    after. FFNs are linear - activation - linear under any name, the halves of
-    Hugging Face's ViT, Swin and others, and the MixFFNs of SegFormer.
+    after. FFNs are linear - activation - linear under any name, with or
+    without a gate, the halves of Hugging Face's ViT, Swin and others, the
+    MixFFNs of SegFormer and PVT, and mmcv's.
 
     Args:
         model: any module; timm's, Hugging Face's, torchvision's, your own.
@@ -83,26 +83,19 @@ def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
     if moe_layers(model):
         raise ValueError(f'{name} has MoE layers: upcycle it once, with all '
                          'the layers that you want')
-    found = _in_order(model, {**find_ffns(model), **find_halves(model)})
+    found = find_ffns(model)
     if not found:
         raise ValueError(
             f'{name} has no FFN that can become a MoE FFN: no module of it '
             'is linear (with bias) - activation - linear back to the same '
-            'width. FFNs that are written out inside a block (as in torch.nn.'
-            'TransformerEncoderLayer), traced models (torch.fx) and the '
-            'model itself do not count')
-    chosen = _choose(layers, list(found), name)
+            'width, with or without a gate. FFNs that are written out inside '
+            'a block (as in torch.nn.TransformerEncoderLayer), traced models '
+            '(torch.fx) and the model itself do not count')
+    chosen = choose_ffns(layers, list(found), name)
     before = sum(p.numel() for p in model.parameters())
     options = dict(num_experts=num_experts, router=router, rank=rank,
                    align=align)
-    built = {}
-    for key in chosen:
-        built[key] = _build(found[key], options)
-        built[key].name = f'MoE layer {key} of {name}'
-        built[key].check_core()
-    for key, layer in built.items():
-        _put(model, key, layer)
-        join(layer)
+    put_layers(model, {key: found[key] for key in chosen}, **options)
     start_collecting(model)
     settings = dict(options, layers=chosen,
                     router=None if router is None else dict(router))
@@ -127,15 +120,8 @@ def to_dense(model: nn.Module) -> nn.Module:
         ValueError: if :func:`upcycle` was not called with this model.
     """
     record = record_of(model)
-    layers = moe_layers(model)
     for key, dense in record.dense.items():
-        part(layers[key])
-        for child, module in layers[key].named_children():
-            # Those that a library has put in since.
-            if child in dict(dense.named_children()):
-                setattr(dense, child, module)
-        dense.train(layers[key].training)
-        _put(model, key, dense)
+        take_out(model, key, dense)
     stop_collecting(model)
     del vars(model)[RECORD]
     return model
@@ -152,45 +138,3 @@ def record_of(model: nn.Module) -> Record:
             'the model that it was called with, not wrapped. Of an OpenMMLab '
             'model rmoe.upcycling.to_dense(model) gives the dense weights')
     return record
-
-
-def _in_order(model: nn.Module, found: Mapping[str, Found]
-              ) -> dict[str, Found]:
-    return {key: found[key] for key, _ in model.named_modules()
-            if key in found and key}
-
-
-def _choose(layers: Any, names: list[str], model: str) -> list[str]:
-    if isinstance(layers, str):
-        layers = [layers]
-    if isinstance(layers, Sequence) and any(
-            isinstance(one, str) for one in layers):
-        unknown = [one for one in layers if one not in names]
-        if unknown:
-            raise ValueError(
-                f'layers names {unknown[0]!r}, which is no FFN of {model}; '
-                f'those are {", ".join(names)}')
-        return [one for one in names if one in layers]
-    indices = choose_blocks(layers, len(names))
-    for index in indices:
-        if not 0 <= index < len(names):
-            raise ValueError(f'layers names FFN {index}; {model} has FFNs 0 '
-                             f'to {len(names) - 1}')
-    if not indices:
-        raise ValueError(f'layers={layers} selects none of the {len(names)} '
-                         f'FFNs of {model}')
-    return [names[index] for index in sorted(set(indices))]
-
-
-def _build(one: Found, options: Mapping[str, Any]) -> MoELayer:
-    layer = one.build(**options)
-    weight = next(one.replaced.parameters())
-    layer.experts.to(weight.device, weight.dtype)
-    # Routers decide in float32 whatever the model is in.
-    layer.to(weight.device).train(one.replaced.training)
-    return layer
-
-
-def _put(model: nn.Module, key: str, module: nn.Module) -> None:
-    parent, _, child = key.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)

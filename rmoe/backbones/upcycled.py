@@ -3,22 +3,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mmcv.cnn.bricks.transformer import FFN
 from torch import nn
 
 from rmoe.backbones.ffn import layer_args
 from rmoe.backbones.padding import mask_foreign_layers
 from rmoe.backbones.recomputation import keep_routing_outside
-from rmoe.moe import (
-    MoEConvMlp,
-    MoEFFN,
-    MoELayer,
-    MoEMixFFN,
-    MoEMlp,
-    moe_layers,
-)
-from rmoe.moe.mlp import layout_of
-from rmoe.moe.placement import choose_blocks
+from rmoe.moe import moe_layers
+from rmoe.moe.found import choose_ffns, find_ffns, put_layers
 from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture, Source
@@ -30,18 +21,18 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
     """Build a dense backbone and turn FFNs of it into MoE FFNs.
 
     What comes back is the backbone itself: its class, its options and its
-    parameter names, so that its checkpoints load as they are. FFNs are known
-    by their type: mmcv's FFN (mmseg's ViT, BEiT, Swin, Twins, ...), the
-    MixFFN of mmseg and mmdet (SegFormer, PVT), the Mlp of MSCAN, timm's Mlp
-    and GluMlp, and Hugging Face's (:data:`rmoe.moe.mlp.LAYOUTS`). A block of
-    the host with ``with_cp=True`` recomputes its attention and its experts, and
-    routes outside of that.
+    parameter names, so that its checkpoints load as they are. Which modules
+    are FFNs is said in :func:`rmoe.moe.found.find_ffns`: mmcv's FFN (mmseg's
+    ViT, BEiT, Swin, Twins, ...), the MixFFN of mmseg and mmdet (SegFormer,
+    PVT), the Mlp of MSCAN, and the MLPs of any library. A block of the host
+    with ``with_cp=True`` recomputes its attention and its experts, and routes
+    outside of that.
 
     Args:
         backbone: config of the dense backbone, e.g.
             ``dict(type='mmseg.VisionTransformer', ...)``.
         moe: ``layers`` (which FFNs in the order of the backbone's modules:
-            indices, ``dict(every=n)`` or ``dict(last=n)``),
+            indices, names, ``dict(every=n)`` or ``dict(last=n)``),
             ``expert_mismatch``, and arguments of :class:`rmoe.moe.MoEFFN`
             that concern experts and routing.
         init_cfg: the backbone's, for those who write it here.
@@ -70,21 +61,19 @@ def put_experts(host: nn.Module, moe: Mapping) -> None:
         ValueError: see :func:`upcycled_backbone`.
     """
     name = type(host).__name__
-    dense = {key: module for key, module in host.named_modules()
-             if _moe_class(module) is not None}
-    if not dense:
+    found = find_ffns(host)
+    if not found:
         kinds = sorted({type(module).__name__ for module in host.modules()})
         raise ValueError(
             f'{name} has no FFN that can become a MoE FFN: none of its '
-            "modules is mmcv's FFN, a MixFFN, MSCAN's Mlp, timm's Mlp or "
-            "GluMlp, or one of Hugging Face's, but "
+            "modules is mmcv's FFN, a MixFFN, MSCAN's Mlp, or linear (with "
+            'bias) - activation - linear, with or without a gate; they are '
             f'{", ".join(kinds)}')
-    for i in _chosen(moe, len(dense), name):
-        key = list(dense)[i]
-        layer = _with_experts(dense[key], layer_args(moe))
-        layer.name = f'MoE layer {key} of {name}'
-        parent, _, child = key.rpartition('.')
-        setattr(host.get_submodule(parent), child, layer)
+    if not moe or 'layers' not in moe:
+        raise ValueError('moe needs layers: which of the FFNs become MoE, '
+                         'e.g. layers=dict(every=2)')
+    chosen = choose_ffns(moe['layers'], list(found), name, 'moe.layers')
+    put_layers(host, {key: found[key] for key in chosen}, **layer_args(moe))
     keep_routing_outside(host)
     mask_foreign_layers(host)
 
@@ -99,41 +88,6 @@ def finish(host: Any, moe: Mapping | None, inner: str = '') -> None:
     """
     host.architecture = _architecture(host, inner)
     check_loading(host, (moe or {}).get('expert_mismatch', 'raise'))
-
-
-def _moe_class(module: nn.Module) -> type[MoELayer] | None:
-    if type(module) is FFN:
-        return MoEFFN
-    # Known by name: neither timm nor mmseg and mmdet need be installed.
-    kind = type(module)
-    if kind.__name__ == 'MixFFN' and kind.__module__.startswith(
-            ('mmseg.', 'mmdet.')):
-        return MoEMixFFN
-    if (kind.__name__, kind.__module__) == (
-            'Mlp', 'mmseg.models.backbones.mscan'):
-        return MoEConvMlp
-    return MoEMlp if layout_of(module) else None
-
-
-def _with_experts(module: Any, options: dict[str, Any]) -> MoELayer:
-    kind: Any = _moe_class(module)
-    build = MoEFFN.from_dense if kind is MoEFFN else kind
-    return build(module, **options)
-
-
-def _chosen(moe: Mapping, count: int, name: str) -> tuple[int, ...]:
-    if not moe or 'layers' not in moe:
-        raise ValueError('moe needs layers: which of the FFNs become MoE, '
-                         'e.g. layers=dict(every=2)')
-    chosen = choose_blocks(moe['layers'], count)
-    for index in chosen:
-        if not 0 <= index < count:
-            raise ValueError(f'moe.layers names FFN {index}; {name} has '
-                             f'FFNs 0 to {count - 1}')
-    if not chosen:
-        raise ValueError(f'moe.layers={moe["layers"]} selects none of the '
-                         f'{count} FFNs of {name}')
-    return chosen
 
 
 def _architecture(host: nn.Module, inner: str) -> Architecture:

@@ -2,10 +2,10 @@
 
 Axis letters as in routing.py; R is the rank of a low-rank residual.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,32 @@ class Core:
     """The dense FFN of a MoE layer, without what stands around it.
 
     Attributes:
-        fc1: D to H.
-        fc2: H to D.
+        fc1: D to H, or to 2 H with a gate. Usually one layer; the rows of
+            several stand below each other.
+        fc2: H to D, likewise.
         function: tokens (..., D) through both.
     """
-    fc1: nn.Module
-    fc2: nn.Module
+    fc1: Sequence[nn.Module]
+    fc2: Sequence[nn.Module]
     function: Callable[[Tensor], Tensor]
 
     def weight(self, layer: str) -> Tensor:
         """(out, in) of 'fc1' or 'fc2', which may be 1x1 convolutions."""
-        return getattr(self, layer).weight.flatten(1)
+        weight = join(getattr(self, layer), 'weight')
+        assert weight is not None
+        return weight.flatten(1)
 
     def bias(self, layer: str) -> Tensor | None:
-        return getattr(self, layer).bias
+        return join(getattr(self, layer), 'bias')
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+def join(linears: Sequence[Any], part: str) -> Tensor | None:
+    """The weights or biases of linear layers as one; None without."""
+    parts = [getattr(linear, part) for linear in linears]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Elsewhere(Protocol):
@@ -165,14 +174,16 @@ class Experts(nn.Module):
                 nn.init.zeros_(parameter)
 
     @torch.no_grad()
-    def copy_from(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        """Make every plain expert the dense FFN of these two layers."""
+    def copy_from(self, fc1: Sequence[nn.Module], fc2: Sequence[nn.Module]
+                  ) -> None:
+        """Make every plain expert the dense FFN of these layers, which are
+        as in :class:`Core`."""
         assert not self.core
-        for layer, linear in (('fc1', fc1), ('fc2', fc2)):
+        for layer, linears in (('fc1', fc1), ('fc2', fc2)):
             for part in ('weight', 'bias'):
                 stacked = getattr(self, f'residual_{layer}_{part}')
                 if stacked is not None:
-                    stacked.copy_(getattr(linear, part))
+                    stacked.copy_(join(linears, part))
 
     def forward(self, rows_ND: Tensor, rows: Rows | None,
                 core: Core | None = None,
@@ -280,9 +291,11 @@ class Experts(nn.Module):
     def _act_can_run_twice(self) -> bool:
         """Is what stands between the layers a function of its input alone?"""
         random = self.training and self.dropout.p > 0
-        in_place = getattr(self.act, 'inplace', False)
-        return not (random or in_place or any(
-            True for _ in self.act.parameters()))
+        in_place = any(getattr(part, 'inplace', False)
+                       for part in self.act.modules())
+        return (getattr(self.act, 'can_run_twice', True)
+                and not (random or in_place or any(
+                    True for _ in self.act.parameters())))
 
     def _parameters_of(self, layer: str, core: Core | None
                        ) -> tuple[Tensor | None, ...]:

@@ -55,8 +55,8 @@ class MoEFFN(MoELayer):
     """
     layers: nn.Sequential | None
     gamma2: nn.Module
-    core_keys: Mapping[str, str] = {
-        'fc1': 'layers.0.0', 'fc2': 'layers.1'}
+    core_keys: Mapping[str, tuple[str, ...]] = {
+        'fc1': ('layers.0.0', ), 'fc2': ('layers.1', )}
 
     def __init__(self,
                  embed_dims: int,
@@ -119,7 +119,7 @@ class MoEFFN(MoELayer):
         if layer.layers is not None:
             layer.layers = ffn.layers
         else:
-            layer.experts.copy_from(ffn.layers[0][0], ffn.layers[1])
+            layer.experts.copy_from([ffn.layers[0][0]], [ffn.layers[1]])
         return layer
 
     def forward(self, x: Tensor, identity: Tensor | None = None,

@@ -56,7 +56,10 @@ class MoELayer(ExactBuffers):
         gated: the first linear layer gives 2 H, of which ``act`` makes H.
 
     Attributes:
-        core_keys: where the core's two linear layers are in this module.
+        core_keys: the names that the core's linear layers have in this
+            module, of 'fc1' and of 'fc2'.
+        shares_core: what of the core, beside its linear layers, all experts
+            use; '' if they can be without a core.
         needs_all_rows: whether the experts of a token look at the hidden rows
             of others, which then must not leave their process.
         core_only: True makes the layer its dense core, at dense cost.
@@ -70,7 +73,8 @@ class MoELayer(ExactBuffers):
     Raises:
         ValueError: for an unknown option or a contradictory pair.
     """
-    core_keys: Mapping[str, str] = {}
+    core_keys: Mapping[str, tuple[str, ...]] = {}
+    shares_core: str = ''
     needs_all_rows: bool = False
     loads_2E: Tensor
     token_counts: Tensor
@@ -85,6 +89,10 @@ class MoELayer(ExactBuffers):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts={num_experts} must be at least 1')
+        if core is None and self.shares_core:
+            raise ValueError('core=False: the experts of this FFN keep its '
+                             f'core, whose {self.shares_core} they share. '
+                             'Set core=True')
         for name, module in (core or {}).items():
             self.add_module(name, module)
         if unrouted is None:
@@ -135,9 +143,18 @@ class MoELayer(ExactBuffers):
         """The dense FFN inside, without what stands around it."""
         if not self.experts.core:
             return None
-        fc1, fc2 = (self.get_submodule(self.core_keys[layer])
+        fc1, fc2 = ([self.get_submodule(key) for key in self.core_keys[layer]]
                     for layer in ('fc1', 'fc2'))
         return Core(fc1, fc2, self._dense)
+
+    def core_names(self, place: str, linear: str) -> tuple[str, ...]:
+        """Names of the core's 'fc1' or 'fc2' in a model.
+
+        Args:
+            place: the layer's own name there.
+            linear: which of the two.
+        """
+        return tuple(f'{place}.{key}' for key in self.core_keys[linear])
 
     def _dense(self, x: Tensor) -> Tensor:
         """The core's function."""
@@ -152,14 +169,16 @@ class MoELayer(ExactBuffers):
         Raises:
             ValueError: see :func:`rmoe.moe.plain_core.check_plain`.
         """
-        for key in self.core_keys.values() if self.experts.core else ():
-            check_plain(self.get_submodule(key),
-                        f'{self.name or place or "a MoE layer"}: {key}')
+        core, where = self.core, self.name or place or 'a MoE layer'
+        for layer in ('fc1', 'fc2') if core is not None else ():
+            for linear, key in zip(getattr(core, layer),
+                                   self.core_names('', layer)):
+                check_plain(linear, f'{where}: {key.removeprefix(".")}')
 
     def _check_new(self, core: Core) -> None:
         """Check at the first forward pass, and again when a library has put
         other modules in."""
-        linears = core.fc1, core.fc2
+        linears = *core.fc1, *core.fc2
         found = (*map(id, linears), *map(type, linears))
         if found != self._checked:
             self.check_core()

@@ -43,26 +43,27 @@ class MoEMixFFN(MoELayer):
             that drops tokens or mixes them.
     """
     layers: nn.Sequential
+    # Where there is no convolution too: its layers take maps.
+    shares_core = 'convolution'
 
     def __init__(self, ffn: Any, num_experts: int = 8,
                  router: Mapping | None = None, core: bool = True,
                  rank: int | None = None, align: str | None = None,
                  unrouted: str | None = None, with_cp: bool = False) -> None:
-        _needs_core(core)
         convolves = len(ffn.layers) == 6
         fc2 = 4 if convolves else 3
         super().__init__(
             ffn.embed_dims, ffn.feedforward_channels, ffn.layers[fc2 - 2],
-            core=dict(layers=ffn.layers), num_experts=num_experts,
-            router=router, rank=rank, align=align,
+            core=dict(layers=ffn.layers) if core else None,
+            num_experts=num_experts, router=router, rank=rank, align=align,
             unrouted=unrouted, dropout=ffn.layers[fc2 - 1].p, fc2_bias=True,
             with_cp=with_cp)
-        self.core_keys = {'fc1': 'layers.0', 'fc2': f'layers.{fc2}'}
+        self.core_keys = {'fc1': ('layers.0', ), 'fc2': (f'layers.{fc2}', )}
         self.needs_all_rows = convolves
         self.out_drop = nn.Dropout(ffn.layers[-1].p)
         self.dropout_layer = ffn.dropout_layer
         if convolves:
-            check_keeps_every_token(self.router)
+            _check_keeps_every_token(self.router)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int],
                 identity: Tensor | None = None,
@@ -118,21 +119,22 @@ class MoEConvMlp(MoELayer):
     act: nn.Module
     drop: nn.Module
     fc2: nn.Module
-    core_keys: Mapping[str, str] = {'fc1': 'fc1', 'fc2': 'fc2'}
+    core_keys: Mapping[str, tuple[str, ...]] = {
+        'fc1': ('fc1', ), 'fc2': ('fc2', )}
+    shares_core = 'convolution'
     needs_all_rows = True
 
     def __init__(self, mlp: Any, num_experts: int = 8,
                  router: Mapping | None = None, core: bool = True,
                  rank: int | None = None, align: str | None = None,
                  unrouted: str | None = None, with_cp: bool = False) -> None:
-        _needs_core(core)
         super().__init__(
             mlp.fc1.in_channels, mlp.fc1.out_channels, mlp.act,
-            core=dict(mlp.named_children()), num_experts=num_experts,
-            router=router, rank=rank, align=align, unrouted=unrouted,
-            dropout=mlp.drop.p, fc2_bias=mlp.fc2.bias is not None,
-            with_cp=with_cp)
-        check_keeps_every_token(self.router)
+            core=dict(mlp.named_children()) if core else None,
+            num_experts=num_experts, router=router, rank=rank, align=align,
+            unrouted=unrouted, dropout=mlp.drop.p,
+            fc2_bias=mlp.fc2.bias is not None, with_cp=with_cp)
+        _check_keeps_every_token(self.router)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, h, w) maps to (B, D, h, w)."""
@@ -144,14 +146,64 @@ class MoEConvMlp(MoELayer):
         return self.drop(out.transpose(1, 2).reshape(x.shape))
 
 
-def _needs_core(core: bool) -> None:
-    if not core:
-        raise ValueError('core=False: the experts of a FFN made of '
-                         'convolutions keep its core, which they share. Set '
-                         'core=True')
+class MoESegformerFFN(MoELayer):
+    """The MixFFN of Hugging Face's SegFormer with experts; how is said in
+    :class:`MoEMixFFN`.
+
+    Args:
+        ffn: the SegformerMixFFN; its modules become the core.
+        num_experts: E.
+        router: see :class:`rmoe.moe.MoEFFN`, like all that follow. It must
+            keep every token: a map with holes cannot be convolved.
+        core: must be True.
+        rank: rank of the residuals.
+        align: how gates meet outputs.
+        unrouted: what a token gets that no expert kept.
+        with_cp: recompute the experts in backward.
+
+    Raises:
+        ValueError: without a core, or for a router that drops tokens or
+            mixes them.
+    """
+    dense1: nn.Module
+    dwconv: Any
+    intermediate_act_fn: nn.Module
+    dense2: nn.Module
+    dropout: nn.Module
+    core_keys: Mapping[str, tuple[str, ...]] = {
+        'fc1': ('dense1', ), 'fc2': ('dense2', )}
+    shares_core = 'convolution'
+    needs_all_rows = True
+
+    def __init__(self, ffn: Any, num_experts: int = 8,
+                 router: Mapping | None = None, core: bool = True,
+                 rank: int | None = None, align: str | None = None,
+                 unrouted: str | None = None, with_cp: bool = False) -> None:
+        super().__init__(
+            ffn.dense1.in_features, ffn.dense1.out_features,
+            ffn.intermediate_act_fn,
+            core=dict(ffn.named_children()) if core else None,
+            num_experts=num_experts, router=router, rank=rank, align=align,
+            unrouted=unrouted, dropout=ffn.dropout.p,
+            fc2_bias=ffn.dense2.bias is not None, with_cp=with_cp)
+        _check_keeps_every_token(self.router)
+
+    def forward(self, hidden_states: Tensor, height: int, width: int
+                ) -> Tensor:
+        """(B, h w, D) tokens of a map to (B, h w, D)."""
+        if self.core_only:
+            hidden = self.dwconv(self.dense1(hidden_states), height, width)
+            out = self.dense2(self.dropout(self.intermediate_act_fn(hidden)))
+        else:
+            out = self.mixture(hidden_states, None, _middle(
+                self.dwconv.dwconv, (height, width)))
+        return self.dropout(out)
 
 
-def check_keeps_every_token(router: Any) -> None:
+def _check_keeps_every_token(router: Any) -> None:
+    """Raises:
+        ValueError: for a router that drops tokens or mixes them.
+    """
     for mode in (False, True):
         router.train(mode)
         if router.soft or not router.keeps_every_token:
@@ -163,10 +215,10 @@ def check_keeps_every_token(router: Any) -> None:
 
 
 def _middle(convolution: nn.Module, hw: tuple[int, ...]) -> Middle:
-    return partial(convolve_maps, convolution, hw)
+    return partial(_convolve, convolution, hw)
 
 
-def convolve_maps(convolution: Callable[[Tensor], Tensor], hw: tuple[int, ...],
+def _convolve(convolution: Callable[[Tensor], Tensor], hw: tuple[int, ...],
               table_TK: Tensor, hidden_NH: Tensor) -> Tensor:
     """The depthwise convolution of each choice's map, as rows again."""
     assert table_TK.numel() == len(hidden_NH)

@@ -7,13 +7,27 @@ would be left out without a word, so it is refused.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # Known by name: mmcv need not be imported. Its wrappers add empty batches.
 WRAPPERS = 'mmcv.cnn.bricks.wrappers'
 HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
          '_backward_hooks')
+
+
+class PassedOn(nn.Linear):
+    """A linear layer whose product was computed before: it hands over what it
+    gets. Its weights keep their name and belong to the layer before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.out_features:
+            raise ValueError(
+                f'the second half of a MoE FFN got tokens of {x.shape[-1]} '
+                f'channels instead of {self.out_features}: its library calls '
+                'the two halves in another way, so these FFNs cannot become '
+                'MoE layers')
+        return x
 
 
 def check_plain(linear: nn.Module, place: str) -> None:
@@ -50,7 +64,7 @@ def _problem(linear: nn.Module) -> str:
     if kind is nn.Conv2d or name == f'{WRAPPERS}.Conv2d':
         if not _is_pointwise(linear):
             return f'is no 1x1 convolution but {linear}'
-    elif kind is not nn.Linear and name != f'{WRAPPERS}.Linear':
+    elif kind not in (nn.Linear, PassedOn) and name != f'{WRAPPERS}.Linear':
         return f'is a {name}, not an nn.Linear or a 1x1 nn.Conv2d'
     if 'forward' in vars(linear):
         return 'has a forward() put in place of its own'

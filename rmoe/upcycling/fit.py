@@ -172,9 +172,11 @@ def _check_router(name: str, layer: MoELayer, renamed: Mapping[str, Tensor],
             'tools/upcycle.py --to-dense and upcycle it again')
 
 
-def _core_pairs(name: str, layer: MoELayer) -> list[tuple[str, str]]:
-    """(key of the core, key stacked over experts) of weights and biases."""
-    return [(f'{name}.{layer.core_keys[linear]}.{part}',
+def _core_pairs(name: str, layer: MoELayer
+                ) -> list[tuple[list[str], str]]:
+    """(keys of the core, key stacked over experts) of weights and biases. The
+    rows of several keys stand below each other."""
+    return [([f'{place}.{part}' for place in layer.core_names(name, linear)],
              f'{name}.experts.residual_{linear}_{part}')
             for linear in ('fc1', 'fc2') for part in ('weight', 'bias')]
 
@@ -184,17 +186,20 @@ def _match_core(name: str, layer: MoELayer, renamed: dict[str, Tensor],
     """Plain experts get their mean as core; or a core goes into each."""
     pairs = [(core, expert) for core, expert in _core_pairs(name, layer)
              if expert in renamed]
-    in_file = pairs[0][0] in renamed
+    in_file = pairs[0][0][0] in renamed
     if in_file == layer.experts.core:
         return
     for core, expert in pairs:
+        whole = renamed[expert]
         if in_file:
-            renamed[expert] = renamed[expert] + renamed.pop(core)
+            renamed[expert] = whole + torch.cat(
+                [renamed.pop(key) for key in core])
         else:
-            whole = renamed[expert]
-            renamed[core] = whole.float().mean(0).to(whole.dtype)
-            renamed[expert] = whole - renamed[core]
-            report.status[core] = 'converted'
+            mean = whole.float().mean(0).to(whole.dtype)
+            renamed[expert] = whole - mean
+            for key, rows in zip(core, mean.chunk(len(core))):
+                renamed[key] = rows
+                report.status[key] = 'converted'
         report.status[expert] = 'converted'
 
 
@@ -216,12 +221,12 @@ def _upcycle_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
                 (), dtype=current.dtype,
                 device=current.device).expand(current.shape)
     for core, expert in _core_pairs(name, layer):
-        if core not in renamed:
+        if not set(core) <= set(renamed):
             continue
         if layer.experts.core:
-            report.status[core] = 'upcycled'
+            report.status.update(dict.fromkeys(core, 'upcycled'))
         else:
-            dense = renamed.pop(core)
+            dense = torch.cat([renamed.pop(key) for key in core])
             renamed[expert] = dense.expand(layer.num_experts, *dense.shape)
             report.status[expert] = 'upcycled'
 

@@ -89,8 +89,8 @@ def to_plain(model: nn.Module) -> dict[str, Tensor]:
         if layer.core is None:
             continue
         own = tuple(f'{name}.experts.{key}' for key in ('residual_', 'folded'))
-        own += tuple(f'{name}.{layer.core_keys[linear]}.'
-                     for linear in LINEARS)
+        own += tuple(f'{key}.' for linear in LINEARS
+                     for key in layer.core_names(name, linear))
         for key in [key for key in state if key.startswith(own)]:
             del state[key]
         for key, value in _whole_experts(layer).items():
@@ -126,8 +126,8 @@ def _whole_experts(layer: MoELayer) -> dict[str, Tensor]:
 def _needs_core(layer: MoELayer) -> str:
     """Why a layer that has a core cannot be without in evaluation; empty if
     it can."""
-    if layer.needs_all_rows:
-        return 'its experts share the convolution of its core'
+    if layer.shares_core:
+        return f'its experts share the {layer.shares_core} of its core'
     if layer.router.soft:
         return ("align='difference' applies the core to tokens and slots"
                 if layer.align == 'difference' else '')

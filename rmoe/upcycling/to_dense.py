@@ -40,8 +40,7 @@ def to_dense(model: nn.Module, how: str = 'core',
         share_E = torch.full((layer.num_experts, ), 1 / layer.num_experts)
         if how != 'core':
             share_E = _share(name, (loads or {})[name], how)
-        for key, weight in _blend(layer, share_E).items():
-            state[f'{name}.{key}'] = weight
+        state.update(_blend(name, layer, share_E))
     return state
 
 
@@ -59,21 +58,25 @@ def _share(name: str, loads_E: Tensor, how: str) -> Tensor:
 
 
 @torch.no_grad()
-def _blend(layer: MoELayer, share_E: Tensor) -> dict[str, Tensor]:
+def _blend(place: str, layer: MoELayer, share_E: Tensor
+           ) -> dict[str, Tensor]:
     """The weighted mean of core + residual under the core's names."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     # Folded experts hold their core already.
     core = layer.core if layer.experts.folded is None else None
     for name in ('fc1', 'fc2'):
-        linear = core and getattr(core, name)
+        keys = layer.core_names(place, name)
         for part, stacked in (
                 ('weight', layer.experts.residual_weight(name)),
                 ('bias', getattr(layer.experts, f'residual_{name}_bias'))):
             if stacked is None:
                 continue
             blended = torch.tensordot(share_E.to(stacked), stacked, 1)
-            if linear:
-                dense = getattr(linear, part)
-                blended = blended.reshape(dense.shape) + dense
-            weights[f'{layer.core_keys[name]}.{part}'] = blended
+            blocks = blended.chunk(len(keys))
+            if core is not None:
+                dense = [getattr(linear, part)
+                         for linear in getattr(core, name)]
+                blocks = tuple(block.reshape(own.shape) + own
+                               for block, own in zip(blocks, dense))
+            weights.update(zip((f'{key}.{part}' for key in keys), blocks))
     return weights

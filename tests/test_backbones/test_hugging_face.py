@@ -18,6 +18,11 @@ CONFIGS = {
     'DINOv2': dict(DINO, model_type='dinov2'),
     'DINOv2 with gates': dict(DINO, model_type='dinov2', use_swiglu_ffn=True),
     'DINOv2 with registers': dict(DINO, model_type='dinov2_with_registers'),
+    'Swin': dict(model_type='swin', embed_dim=16, depths=[1, 2, 2],
+                 num_heads=[1, 2, 4], window_size=4, image_size=64,
+                 drop_path_rate=0., out_indices=(1, 3)),
+    'BEiT': dict(DINO, model_type='beit', reshape_hidden_states=True,
+                 add_fpn=False, use_mask_token=False, drop_path_rate=0.),
     'Hiera': dict(model_type='hiera', embed_dim=16, image_size=[64, 64],
                   depths=[1, 1, 1], num_heads=[1, 2, 4], num_layers=3,
                   masked_unit_size=[4, 4], query_stride=[2, 2],
@@ -36,7 +41,7 @@ def model_of(name, **moe):
 
 
 def images(name):
-    side = 64 if name in ('Hiera', 'ViTDet') else 32
+    side = 64 if name in ('Swin', 'Hiera', 'ViTDet') else 32
     return torch.randn(2, 3, side, side)
 
 
@@ -45,6 +50,10 @@ def images(name):
     dict(core=True), dict(rank=2), dict(core=False)], ids=str)
 @torch.no_grad()
 def test_experts_start_as_the_dense_model(name, options):
+    if options == dict(core=False) and name in ('Swin', 'BEiT'):
+        with pytest.raises(ValueError, match='whose second half they share'):
+            model_of(name, **options)
+        return
     dense, moe = model_of(name).eval(), model_of(name, **options).eval()
     for parameter in dense.parameters():
         nn.init.normal_(parameter, std=.2)
@@ -125,8 +134,8 @@ def test_it_is_the_backbone_of_a_segmentor():
 @pytest.mark.parametrize('config, moe, message', [
     (DINO, None, 'config needs model_type'),
     (dict(DINO, model_type='dinov2', width=3), None, r"\['width'\], which"),
-    (dict(model_type='swin', embed_dim=12, depths=[1], num_heads=[1]),
-     dict(layers=(0, )), 'has no FFN that can become a MoE FFN'),
+    (dict(model_type='resnet', embedding_size=8, hidden_sizes=[8],
+          depths=[1]), dict(layers=(0, )), 'has no FFN that can become a MoE FFN'),
     (CONFIGS['DINOv2'], dict(layers=(3, )), 'names FFN 3')])
 def test_errors_name_the_value(config, moe, message):
     with pytest.raises(ValueError, match=message):

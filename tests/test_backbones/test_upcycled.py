@@ -4,7 +4,7 @@ import reference
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
-from timm.layers import GluMlp, Mlp
+from timm.layers import Mlp
 from torch import nn
 
 from rmoe.moe import MoEConvMlp, MoEFFN, MoEMlp, moe_layers
@@ -304,10 +304,13 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(key, value, message):
     (dict(TOY, grad_checkpointing=True), dict(layers=(0, )),
      'UpcycledToy has grad_checkpointing=True: the host would route'),
     (dict(TOY, num_fcs=3), dict(layers=(0, )), 'num_fcs=3 is not two linear'),
-    *((dict(TOY, **mlp), dict(layers=(1, )), 'cannot become a MoE layer')
-      for mlp in (dict(norm_layer=nn.LayerNorm), dict(use_conv=True),
-                  dict(bias=False), dict(out_features=4))),
-    *((name, dict(core=False), 'core=False: the experts of a FFN made of')
+    *((dict(TOY, **mlp), dict(layers=(1, )),
+       'FFN 1; UpcycledToy has FFNs 0 to 0')
+      for mlp in (dict(use_conv=True), dict(bias=False),
+                  dict(out_features=4))),
+    (dict(TOY, norm_layer=nn.LayerNorm), dict(layers=(1, ), core=False),
+     'experts of a Mlp keep its core, whose norm they share'),
+    *((name, dict(core=False), 'core=False: the experts of this FFN keep')
       for name in WITH_CORE),
     *((name, dict(router=router), f'{router["type"]} does not give every '
        f'token its experts in {mode}') for name in MIX for router, mode in (
@@ -345,69 +348,3 @@ def test_experts_are_recomputed_if_asked():
             outs = model(torch.randn(1, 3, 32, 32))
             sum(out.sum() for out in outs).backward()
             assert len(calls) == runs
-
-
-@pytest.mark.parametrize('last', [False, True])
-@pytest.mark.parametrize('options', [{}, dict(rank=2), dict(core=False)],
-                         ids=str)
-@torch.no_grad()
-def test_gated_experts_are_gated_mlps(last, options):
-    """Each expert equals a GluMlp that is given the expert's weights."""
-    mlp = randomise(GluMlp(8, 20, gate_last=last, act_layer=nn.Tanh))
-    layer = MoEMlp(mlp, num_experts=3, router=ROUTER, **options).eval()
-    x = torch.randn(4, 5, 8)
-    assert (layer(x) - mlp(x)).abs().max() < 1e-5
-    for parameter in layer.experts.parameters():
-        parameter.add_(torch.randn_like(parameter) / 5)
-    rows = x.flatten(0, 1)
-    chosen = layer.router(rows, None, 4).logits_TE.argmax(1)
-    assert len(chosen.unique()) > 1
-    for row, out, expert in zip(rows, layer(x).flatten(0, 1), chosen):
-        twin = GluMlp(8, 20, gate_last=last, act_layer=nn.Tanh)
-        for name in ('fc1', 'fc2'):
-            linear = getattr(twin, name)
-            linear.weight.copy_(layer.experts.weight(name, layer.core)[expert])
-            linear.bias.copy_(layer.experts.bias(name, layer.core)[expert])
-        assert (twin(row) - out).abs().max() < 1e-5
-
-
-class DINOv3ViTMLP(nn.Module):
-    """As in transformers, which has it from 4.56 on."""
-    __module__ = 'transformers.models.dinov3_vit.modeling_dinov3_vit'
-
-    def __init__(self):
-        super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.act_fn = nn.GELU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.up_proj(x)))
-
-
-class VitDetMlp(Mlp):
-    """Of transformers: one dropout for both places."""
-    __module__ = 'transformers.models.vitdet.modeling_vitdet'
-
-    def __init__(self):
-        super().__init__(8, 16)
-        self.drop = nn.Dropout(1.)
-        del self.drop1, self.drop2, self.norm
-
-    def forward(self, x):
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-@pytest.mark.parametrize('kind', [DINOv3ViTMLP, VitDetMlp])
-def test_mlps_of_hugging_face(kind):
-    mlp = kind().eval()
-    layer = MoEMlp(mlp, num_experts=2, router=ROUTER).eval()
-    assert set(mlp.state_dict()) < set(layer.state_dict())
-    x = torch.randn(2, 5, 8)
-    assert (layer(x) - mlp(x)).abs().max() < 1e-6
-    # Half a layer without dropout would give the bias of the second linear.
-    assert layer.train()(x).any() == mlp.train()(x).any()
-
-
-def test_a_norm_inside_a_gated_mlp_is_refused():
-    with pytest.raises(ValueError, match='cannot become a MoE layer'):
-        MoEMlp(GluMlp(8, 16, norm_layer=nn.LayerNorm))

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from rmoe.upcycling.say import say
-
 from rmoe.upcycling.formats.plain_pickles import (
     is_plain_pickle,
     read_plain_pickle,
 )
 from rmoe.upcycling.formats.refusals import Refused, what_it_is
+from rmoe.upcycling.say import say
 
 # Rebuild tensors and containers; nothing here runs code of the file.
 REBUILDERS = {

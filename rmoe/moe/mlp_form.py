@@ -1,0 +1,188 @@
+"""What a MLP computes, found by running it.
+
+Names say little: each library has its own. A module is a MLP of a form that
+experts can have if its linear layers, what is called between and after them,
+and a gate of two halves, give its output.
+"""
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SILENT = (nn.Dropout, nn.Identity)
+NORMS = ('LayerNorm', 'RMSNorm')
+# Float32, on a handful of values of order one: sums in another order.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Form:
+    """The parts of a MLP, by the names of its submodules.
+
+    Attributes:
+        fc1: D to H; of a MLP with a gate (2002.05202) one layer D to 2 H, or
+            two layers D to H each, in the order of their calls.
+        act: activation; '' for SiLU that is called as a function.
+        gate: which half of the hidden values the activation applies to,
+            'first' or 'last', to multiply the other; '' without a gate.
+        norm: before the second linear layer; '' for none.
+        fc2: H to D.
+        middle: activation, norm and dropouts before the second linear layer,
+            in the order of their calls.
+        after: dropouts after it.
+    """
+    fc1: tuple[str, ...]
+    act: str
+    gate: str
+    norm: str
+    fc2: str
+    middle: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+def small_mlps(model: nn.Module) -> list[str]:
+    """Names of the smallest modules that hold two or three linear layers and,
+    but for norms, no other parameters; some are MLPs."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        linears = [child for child in module.modules()
+                   if isinstance(child, nn.Linear)]
+        own = {id(p) for child in module.modules()
+               if isinstance(child, nn.Linear) or _is_norm(child)
+               for p in child.parameters()}
+        if len(linears) in (2, 3) and module not in linears and all(
+                id(p) in own for p in module.parameters()):
+            # Parents come first: a smaller one replaces what is around it.
+            found = [other for other in found if not (
+                other == '' or name.startswith(f'{other}.'))] + [name]
+    return found
+
+
+@torch.no_grad()
+def form_of(mlp: nn.Module) -> Form | None:
+    """The form of a MLP, or None if it has none that experts can have.
+
+    A copy with made-up weights is run on a few made-up tokens: zeros, which
+    many models start with, would make any form fit. The module and the state
+    of random generators are as before.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _form_of(_twin(mlp))
+    except Exception:
+        # Somebody's module took something else than tokens: it is no MLP.
+        return None
+
+
+def _twin(mlp: nn.Module) -> nn.Module:
+    on_meta = any(p.is_meta for p in mlp.parameters())
+    twin = copy.deepcopy(mlp)
+    twin = twin.to_empty(device='cpu') if on_meta else twin.cpu()
+    twin = twin.float().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():
+        parameter.normal_(0, parameter[0].numel()**-0.5, generator=generator)
+    return twin
+
+
+def _form_of(twin: nn.Module) -> Form | None:
+    names = {child: name for name, child in twin.named_modules()
+             if not any(True for _ in child.children())}
+    order: list[str] = []
+    for child in names:
+        child.register_forward_hook(
+            lambda child, *_: order.append(names[child]))
+    first = next(child for child in names if isinstance(child, nn.Linear))
+    x = torch.linspace(-1, 1, 4 * first.in_features).sin().view(1, 4, -1)
+    out = twin(x)
+    if not isinstance(out, Tensor):
+        return None
+    called = tuple(order)
+    # With the dropouts off, only code of the module itself is random.
+    twin.training = True
+    again = twin(x)
+    for form in _candidates(twin, called):
+        wanted = run(twin, form, x)
+        if all(wanted.shape == other.shape and torch.allclose(
+                wanted, other, TOLERANCE, TOLERANCE)
+                for other in (out, again)):
+            return form
+    return None
+
+
+def run(mlp: nn.Module, form: Form, x: Tensor) -> Tensor:
+    """The MLP on tokens (..., D), by its parts, without what is after the
+    second linear layer."""
+    part = mlp.get_submodule
+    hidden = [part(name)(x) for name in form.fc1]
+    x = hidden[0]
+    if form.gate:
+        first, last = hidden if len(hidden) == 2 else x.chunk(2, -1)
+        x = gated(first, last, part(form.act) if form.act else nn.SiLU(),
+                  form.gate)
+    for name in form.middle:
+        if not form.gate or name != form.act:
+            x = part(name)(x)
+    return part(form.fc2)(x)
+
+
+def gated(first: Tensor, last: Tensor, act: nn.Module, gate: str) -> Tensor:
+    """(..., H), the half that is the gate through the activation, times the
+    other."""
+    return act(first) * last if gate == 'first' else first * act(last)
+
+
+def _candidates(twin: nn.Module, called: tuple[str, ...]) -> Iterator[Form]:
+    """Forms that the modules may have that were called in this order."""
+    parts = [twin.get_submodule(name) for name in called]
+    linears = [i for i, part in enumerate(parts)
+               if isinstance(part, nn.Linear)]
+    if len(linears) not in (2, 3) or linears[0] != 0:
+        return
+    middle = [name for name, part in zip(called[:linears[-1]], parts)
+              if not isinstance(part, nn.Linear)]
+    after = called[linears[-1] + 1:]
+    others: list[str] = []
+    norms: list[str] = []
+    for name in middle:
+        part = twin.get_submodule(name)
+        if not isinstance(part, SILENT):
+            (norms if _is_norm(part) else others).append(name)
+    if len(others) > 1 or len(norms) > 1 or not all(
+            isinstance(twin.get_submodule(name), SILENT) for name in after):
+        return
+    fc1 = tuple(called[i] for i in linears[:-1])
+    if not _fit(twin, fc1, called[linears[-1]]):
+        return
+    width: Any = parts[linears[-1]]
+    packed = _hidden(twin, fc1) == 2 * width.in_features
+    # Without an activation it is no MLP; that of a gate may be a function.
+    if not packed and not others:
+        return
+    for gate in ('first', 'last') if packed else ('', ):
+        yield Form(fc1, others[0] if others else '', gate,
+                   norms[0] if norms else '', called[linears[-1]],
+                   tuple(middle), after)
+
+
+def _fit(twin: nn.Module, fc1: tuple[str, ...], fc2: str) -> bool:
+    first: list[Any] = [twin.get_submodule(name) for name in fc1]
+    last: Any = twin.get_submodule(fc2)
+    sizes = {(one.in_features, one.out_features) for one in first}
+    hidden = _hidden(twin, fc1)
+    return (len(sizes) == 1 and first[0].in_features == last.out_features
+            and hidden in (last.in_features, 2 * last.in_features)
+            and (len(first) == 1 or hidden == 2 * last.in_features)
+            and all(one.bias is not None for one in first))
+
+
+def _hidden(twin: Any, fc1: tuple[str, ...]) -> int:
+    return sum(twin.get_submodule(name).out_features for name in fc1)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """One that treats each token by itself."""
+    return any(kind in type(module).__name__ for kind in NORMS)

@@ -1,0 +1,242 @@
+"""MLPs of any library as MoE layers, gates and norms included."""
+import copy
+
+import pytest
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from torch import nn
+
+from rmoe.moe import MoEMlp
+from rmoe.moe.mlp_form import form_of
+from rmoe.registry import MODELS
+from rmoe.upcycling import fit, to_dense
+
+ROUTER = dict(type='TokenChoiceRouter', noise_std=0., loss_weights={})
+D, H = 8, 20
+
+
+class OneDropout(nn.Module):
+    """Of ViTDet in transformers: one dropout for both places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(D, H), nn.Linear(H, D)
+        self.drop, self.act = nn.Dropout(1.), nn.GELU()
+
+    def forward(self, x):
+        return self.drop(self.second(self.drop(self.act(self.first(x)))))
+
+
+class GateProjection(nn.Module):
+    """Of DINOv3 H+ in transformers, which has it from 4.56 on."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(D, H), nn.Linear(D, H)
+        self.down_proj, self.act_fn = nn.Linear(H, D), nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Functional(nn.Module):
+    """Of DINOv2-g in transformers: packed, SiLU called as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.out = nn.Linear(D, 2 * H), nn.Linear(H, D)
+
+    def forward(self, x):
+        gate, x = self.inside(x).chunk(2, -1)
+        return self.out(nn.functional.silu(gate) * x)
+
+
+MLPS = {
+    'Mlp': lambda: Mlp(D, H),
+    'Mlp with a norm': lambda: Mlp(D, H, norm_layer=nn.LayerNorm),
+    'nested': lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(D, H), nn.Dropout(.2), nn.Tanh()),
+        nn.Linear(H, D, bias=False)),
+    'one dropout': OneDropout,
+    'GluMlp': lambda: GluMlp(D, 2 * H, act_layer=nn.Tanh),
+    'GluMlp, gate last': lambda: GluMlp(D, 2 * H, gate_last=True,
+                                        act_layer=nn.Tanh),
+    'SwiGLU': lambda: SwiGLU(D, H),
+    'SwiGLU with a norm': lambda: SwiGLU(D, H, norm_layer=nn.LayerNorm,
+                                         drop=.3),
+    'gate projection': GateProjection,
+    'functional': Functional,
+}
+every_mlp = pytest.mark.parametrize('name', MLPS)
+OPTIONS = [dict(core=True), dict(rank=2), dict(core=False)]
+
+
+def randomised(name):
+    mlp = MLPS[name]()
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=.4)
+    return mlp
+
+
+def layer_of(mlp, **options):
+    options = {'router': ROUTER, **options}
+    return MoEMlp(copy.deepcopy(mlp), num_experts=3, **options)
+
+
+@every_mlp
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@torch.no_grad()
+def test_each_expert_is_the_mlp_with_its_weights(name, options):
+    mlp = randomised(name).eval()
+    if 'norm' in name and options == dict(core=False):
+        with pytest.raises(ValueError, match='whose norm they share'):
+            layer_of(mlp, **options)
+        return
+    layer = layer_of(mlp, **options).eval()
+    x = torch.randn(4, 5, D)
+    assert (layer(x) - mlp(x)).abs().max() < 1e-5
+    assert (set(mlp.state_dict()) < set(layer.state_dict())) == (
+        layer.core is not None)
+    for parameter in layer.experts.parameters():
+        parameter.add_(torch.randn_like(parameter) / 5)
+    rows = x.flatten(0, 1)
+    chosen = layer.router(rows, None, 4).logits_TE.argmax(1)
+    assert len(chosen.unique()) > 1
+    form, twin = form_of(mlp), copy.deepcopy(mlp)
+    for row, out, expert in zip(rows, layer(x).flatten(0, 1), chosen):
+        for linear, names in (('fc1', form.fc1), ('fc2', (form.fc2, ))):
+            weight = layer.experts.weight(linear, layer.core)[expert]
+            bias = layer.experts.bias(linear, layer.core)
+            for i, part in enumerate(names):
+                own = twin.get_submodule(part)
+                own.weight.copy_(weight.chunk(len(names))[i])
+                if own.bias is not None:
+                    own.bias.copy_(bias[expert].chunk(len(names))[i])
+        assert (twin(row) - out).abs().max() < 1e-5
+
+
+@every_mlp
+def test_every_weight_learns_as_in_the_mlp(name):
+    mlp = randomised(name).eval()
+    layer = layer_of(mlp, router=dict(ROUTER, top_k=3)).eval()
+    x = torch.randn(4, 5, D)
+    for model in (mlp, layer):
+        model(x).square().mean().backward()
+    grads = dict(layer.named_parameters())
+    for key, parameter in mlp.named_parameters():
+        torch.testing.assert_close(grads[key].grad, parameter.grad,
+                                   atol=1e-5, rtol=1e-4, msg=key)
+    assert all(p.grad is not None for p in layer.experts.parameters())
+
+
+@every_mlp
+def test_it_drops_as_before(name):
+    mlp = randomised(name).train()
+    layer = layer_of(mlp).train()
+    layer.core_only = True
+    x = torch.randn(4, 5, D)
+    outs = []
+    for model in (mlp, layer):
+        torch.manual_seed(3)
+        outs.append(model(x))
+    assert torch.equal(*outs)
+    layer.core_only = False
+    # Half a layer without dropout would give the bias of the second linear.
+    assert layer(x).any() == mlp(x).any()
+
+
+@MODELS.register_module(force=True)
+class GatedToy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mlp = nn.Conv2d(3, D, 4, 4), SwiGLU(D, H)
+
+    def forward(self, x):
+        return self.mlp(self.stem(x).flatten(2).mT),
+
+
+@pytest.mark.parametrize('core', [True, False])
+@torch.no_grad()
+def test_a_gate_in_two_layers_comes_and_goes(core):
+    """From a dense file, between core=True and False, and back."""
+    def moe_of(core):
+        return MODELS.build(dict(
+            type='rmoe.UpcycledBackbone', backbone=dict(type='GatedToy'),
+            moe=dict(layers=(0, ), num_experts=3, router=ROUTER, core=core)))
+
+    dense = GatedToy().eval()
+    state, x = dense.state_dict(), torch.randn(2, 3, 8, 8)
+    moe = moe_of(core).eval()
+    moe.load_state_dict(state)
+    assert (moe(x)[0] - dense(x)[0]).abs().max() < 1e-6
+    for parameter in moe.mlp.experts.parameters():
+        parameter.add_(torch.randn_like(parameter) / 5)
+    other = moe_of(not core).eval()
+    fitted, _ = fit(other, moe.state_dict())
+    other.load_state_dict(fitted)
+    assert (other(x)[0] - moe(x)[0]).abs().max() < 1e-5
+    means = [to_dense(model, 'mean', {'mlp': torch.ones(3)})
+             for model in (moe, other)]
+    for key, value in state.items():
+        torch.testing.assert_close(means[0][key], means[1][key])
+        assert means[0][key].shape == value.shape
+        if key.startswith('mlp.'):
+            assert not torch.equal(means[0][key], value)
+    for key, rows in zip(('fc1_g', 'fc1_x'), moe.mlp.experts.weight(
+            'fc1', moe.mlp.core).mean(0).chunk(2)):
+        torch.testing.assert_close(means[0][f'mlp.{key}.weight'], rows)
+
+
+class Twice(Mlp):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Dropped(Mlp):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), .5, self.training)
+
+
+class OwnRouter(Mlp):
+    def __init__(self):
+        super().__init__(D, H)
+        self.router = nn.Identity()
+
+
+@pytest.mark.parametrize('mlp', [
+    Twice(D, H), Dropped(D, H), Mlp(D, H, bias=False), Mlp(D, H, D + 1),
+    Mlp(D, H, use_conv=True), nn.Sequential(nn.Linear(D, H), nn.Linear(H, D)),
+    nn.Sequential(nn.Linear(D, H), nn.BatchNorm1d(4), nn.ReLU(),
+                  nn.Linear(H, D)), nn.MultiheadAttention(D, 2)],
+    ids=lambda mlp: type(mlp).__name__)
+def test_another_form_is_refused(mlp):
+    for parameter in mlp.parameters():
+        nn.init.zeros_(parameter)  # with which all of them agree
+    before = torch.random.get_rng_state(), mlp.state_dict()
+    with pytest.raises(ValueError, match='cannot become a MoE layer'):
+        MoEMlp(mlp)
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert mlp.training and not any(
+        part._forward_hooks for part in mlp.modules())
+    assert not any(p.any() for p in mlp.parameters())
+
+
+def test_a_name_that_the_layer_needs_is_refused():
+    with pytest.raises(ValueError, match=r"submodule named \['router'\]"):
+        MoEMlp(OwnRouter())
+
+
+@pytest.mark.parametrize('name', ['Mlp', 'SwiGLU'])
+def test_models_without_memory_have_forms_too(name):
+    with torch.device('meta'):
+        mlp = MLPS[name]()
+    assert form_of(mlp) == form_of(MLPS[name]())
+
+
+@pytest.mark.parametrize('name', ['SwiGLU', 'SwiGLU with a norm', 'GluMlp'])
+def test_bfloat16_under_autocast(name):
+    mlp = randomised(name).eval()
+    layer, x = layer_of(mlp).eval(), torch.randn(4, 5, D)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(x)
+    torch.testing.assert_close(out.float(), mlp(x), atol=.3, rtol=.1)
