@@ -16,6 +16,42 @@ from rmoe.upcycling import check_loading, pretrained_weights
 from rmoe.upcycling.keymaps import Architecture
 
 
+def load_pretrained(backbone: Any, init_weights: Callable[[], None]) -> None:
+    """mmengine's initialisation, with files that are read and not executed.
+
+    Args:
+        backbone: its ``architecture`` finds its weights in the file that
+            ``init_cfg`` names.
+        init_weights: mmengine's, of this backbone.
+
+    Raises:
+        ValueError: if a file does not fit; nothing of it is loaded.
+    """
+    written = backbone.init_cfg
+    items = [written] if isinstance(written, Mapping) else written or []
+    pretrained = next((item for item in items if 'checkpoint' in item), {})
+
+    def load(filename: str, map_location: Any) -> dict[str, Any]:
+        return pretrained_weights(
+            safe_loading.load_from_local(filename, map_location), backbone,
+            pretrained)
+
+    # mmengine knows no such option.
+    plain = [{key: value for key, value in item.items() if key != 'weights'}
+             for item in items]
+    backbone.init_cfg = plain if plain else written
+    try:
+        with safe_loading.installed(load):
+            init_weights()
+    except ValueError as error:
+        file = str(pretrained.get('checkpoint'))
+        if file in str(error):
+            raise
+        raise ValueError(f'{file}: {error}') from error
+    finally:
+        backbone.init_cfg = written
+
+
 class MoEBackbone(BaseModule):
     """Freezing, and checkpoints that load wholly or not at all.
 
@@ -47,30 +83,7 @@ class MoEBackbone(BaseModule):
         Raises:
             ValueError: if a file does not fit; nothing of it is loaded.
         """
-        written: Any = self.init_cfg  # type: ignore[has-type]
-        items = [written] if isinstance(written, Mapping) else written or []
-        pretrained = next((item for item in items if 'checkpoint' in item),
-                          {})
-
-        def load(filename: str, map_location: Any) -> dict[str, Any]:
-            return pretrained_weights(
-                safe_loading.load_from_local(filename, map_location), self,
-                pretrained)
-
-        # mmengine knows no such option.
-        plain = [{key: value for key, value in item.items()
-                  if key != 'weights'} for item in items]
-        self.init_cfg = plain if plain else written
-        try:
-            with safe_loading.installed(load):
-                super().init_weights()
-        except ValueError as error:
-            file = str(pretrained.get('checkpoint'))
-            if file in str(error):
-                raise
-            raise ValueError(f'{file}: {error}') from error
-        finally:
-            self.init_cfg = written
+        load_pretrained(self, super().init_weights)
 
     def frozen_modules(self) -> list[nn.Module]:
         """What ``frozen_stages`` freezes."""

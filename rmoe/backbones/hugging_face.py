@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from rmoe import safe_loading
+from rmoe.backbones.base import load_pretrained
 from rmoe.backbones.upcycled import finish, put_experts
 from rmoe.registry import MODELS
 
@@ -18,17 +18,14 @@ class HuggingFaceBackbone(BaseModule):
     The model is built from its settings alone: nothing is downloaded and no
     code of a repository is executed. Weights come from ``init_cfg``, which
     reads a file (``pytorch_model.bin``, ``model.safetensors``) under the
-    names that transformers gave it; those of a whole classifier need its
-    prefix, e.g. ``prefix='dinov2.'``.
+    names that transformers gave it, alone or in a whole classifier.
 
     Args:
         config: ``model_type``, e.g. 'dinov2', and any setting of that
             model's config, e.g. ``out_indices``; what a ``config.json``
             holds can be copied.
         moe: None for the dense model, or as for
-            :func:`rmoe.backbones.upcycled.upcycled_backbone`. The FFNs of
-            DINOv2, with and without registers or gates, of Hiera and of
-            ViTDet can have experts.
+            :func:`rmoe.backbones.upcycled.upcycled_backbone`.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -48,8 +45,7 @@ class HuggingFaceBackbone(BaseModule):
     def init_weights(self) -> None:
         """Load what ``init_cfg`` names; transformers has done the rest."""
         if self.init_cfg is not None:
-            with safe_loading.installed():
-                super().init_weights()
+            load_pretrained(self, super().init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, height, width) image -> maps (B, D_i, h_i, w_i)."""

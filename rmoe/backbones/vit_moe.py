@@ -112,6 +112,9 @@ class ViTMoE(MoEBackbone):
             position embedding is stored for; it is resized for other images.
         patch_size: side of a patch in pixels.
         in_channels: image channels.
+        patch_bias: bias of the patch embedding, which mmseg's configs and
+            CLIP do without.
+        pre_norm: norm before the first block, as in CLIP.
         embed_dims: model width.
         num_layers: blocks.
         num_heads: attention heads.
@@ -148,6 +151,8 @@ class ViTMoE(MoEBackbone):
                  img_size: int | tuple[int, int] = 224,
                  patch_size: int = 16,
                  in_channels: int = 3,
+                 patch_bias: bool = True,
+                 pre_norm: bool = False,
                  embed_dims: int = 768,
                  num_layers: int = 12,
                  num_heads: int = 12,
@@ -196,13 +201,15 @@ class ViTMoE(MoEBackbone):
         self.patch_embed = PatchEmbed(
             in_channels=in_channels, embed_dims=embed_dims,
             conv_type='Conv2d', kernel_size=patch_size, stride=patch_size,
-            padding='corner', bias=True)
+            padding='corner', bias=patch_bias)
         tokens = self.position_grid[0] * self.position_grid[1]
         self.cls_token = nn.Parameter(
             torch.zeros(1, 1, embed_dims)) if with_cls_token else None
         self.pos_embed = nn.Parameter(
             torch.zeros(1, tokens + with_cls_token, embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
+        self.ln_pre = build_norm_layer(
+            dict(norm_cfg), embed_dims)[1] if pre_norm else None
 
         if moe and 'layers' in moe:
             moe = dict(moe, layers=(choose_blocks(moe['layers'],
@@ -259,6 +266,8 @@ class ViTMoE(MoEBackbone):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = self.drop_after_pos(x + self._positions(hw))
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
         outs = []
         for i, layer in enumerate(self.layers):
             x = layer(x, valid=valid)
@@ -285,8 +294,10 @@ class ViTMoE(MoEBackbone):
     def frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        return [self.patch_embed, self.drop_after_pos,
-                *self.layers[:self.frozen_stages]]
+        first = [self.patch_embed, self.drop_after_pos]
+        if self.ln_pre is not None:
+            first.append(self.ln_pre)
+        return [*first, *self.layers[:self.frozen_stages]]
 
     def get_layer_depth(self, param_name: str,
                         prefix: str = '') -> tuple[int, int]:
@@ -303,7 +314,8 @@ class ViTMoE(MoEBackbone):
         num_depths = self.num_layers + 2
         parts = param_name.removeprefix(prefix).split('.')
         if param_name.startswith(prefix):
-            if parts[0] in ('patch_embed', 'cls_token', 'pos_embed'):
+            if parts[0] in ('patch_embed', 'cls_token', 'pos_embed',
+                            'ln_pre'):
                 return 0, num_depths
             if parts[0] == 'layers':
                 return int(parts[1]) + 1, num_depths

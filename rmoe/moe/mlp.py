@@ -107,8 +107,11 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) or, with a gate, (..., 2 H) to (..., H)."""
-        x = (gated(*x.chunk(2, -1), self.act, self.gate) if self.gate
-             else self.act(x))
+        if self.gate:
+            first, last = x.chunk(2, -1)
+            x = gated(first, last, self.act, self.gate)
+        else:
+            x = self.act(x)
         norm = self.norm[0]
         if norm is None:
             return x

@@ -86,8 +86,9 @@ def test_every_expert_and_router_learns(name):
 
 
 @pytest.mark.parametrize('moe', [None, dict(layers=(0, ), num_experts=2)])
-@pytest.mark.parametrize('prefix', ['', 'dinov2.'])
-def test_a_file_of_transformers_loads(tmp_path, moe, prefix):
+@pytest.mark.parametrize('prefix, given', [
+    ('', False), ('dinov2.', False), ('dinov2.', True)])
+def test_a_file_of_transformers_loads(tmp_path, moe, prefix, given):
     """Of a bare model and of a classifier."""
     kind = (transformers.Dinov2ForImageClassification if prefix
             else transformers.Dinov2Model)
@@ -100,7 +101,7 @@ def test_a_file_of_transformers_loads(tmp_path, moe, prefix):
                     checkpoint=f'{tmp_path}/pytorch_model.bin')
     ours = HuggingFaceBackbone(
         CONFIGS['DINOv2'], moe,
-        dict(init_cfg, prefix=prefix) if prefix else init_cfg)
+        dict(init_cfg, prefix=prefix) if given else init_cfg)
     ours.init_weights()
     found = to_dense(ours) if moe else ours.state_dict()
     for key, value in found.items():
@@ -135,7 +136,7 @@ def test_it_is_the_backbone_of_a_segmentor():
     (DINO, None, 'config needs model_type'),
     (dict(DINO, model_type='dinov2', width=3), None, r"\['width'\], which"),
     (dict(model_type='resnet', embedding_size=8, hidden_sizes=[8],
-          depths=[1]), dict(layers=(0, )), 'has no FFN that can become a MoE FFN'),
+          depths=[1]), dict(layers=(0, )), 'has no FFN that can become'),
     (CONFIGS['DINOv2'], dict(layers=(3, )), 'names FFN 3')])
 def test_errors_name_the_value(config, moe, message):
     with pytest.raises(ValueError, match=message):

@@ -201,6 +201,77 @@ def hf_dinov2(folder):
                 dict(VIT, layer_scale_init_value=1.))
 
 
+CLIP = dict(VIT, pre_norm=True, patch_bias=False,
+            act_cfg=dict(type='rmoe.QuickGELU'),
+            norm_cfg=dict(type='LN', eps=1e-5))
+
+
+def timm_clip(_):
+    model, maps, state = _timm_vit(
+        pre_norm=True, norm_layer=nn.LayerNorm,
+        act_layer=timm.layers.QuickGELU)
+    assert 'norm_pre.weight' in state
+    return Case(model, maps, state, ViTMoE, CLIP)
+
+
+def mmseg_clip(_):
+    model, maps, state = openmmlab(
+        MMSegViT, img_size=32, patch_size=8, embed_dims=24, num_layers=4,
+        num_heads=2, mlp_ratio=2, pre_norm=True, final_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-5),
+        act_cfg=dict(type='mmseg.QuickGELU'))
+    return Case(model, maps, state, ViTMoE, CLIP)
+
+
+def mmpretrain_clip(_):
+    model, maps, state = openmmlab(
+        MMPretrainViT, arch=dict(
+            embed_dims=24, num_layers=4, num_heads=2,
+            feedforward_channels=48),
+        img_size=32, patch_size=8, out_type='featmap', pre_norm=True,
+        patch_cfg=dict(bias=False), norm_cfg=dict(type='LN', eps=1e-5))
+    return Case(model, maps, state, ViTMoE,
+                dict(CLIP, act_cfg=dict(type='GELU')))
+
+
+def hf_clip(folder):
+    model = randomise(transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=24, num_hidden_layers=4, num_attention_heads=2,
+            intermediate_size=48, image_size=32, patch_size=8)))
+
+    def maps(x):
+        # theirs applies the last norm to the class token alone
+        tokens = model.vision_model.post_layernorm(
+            model(x).last_hidden_state[:, 1:])
+        return [tokens.transpose(1, 2).unflatten(2, (4, 4))]
+
+    return Case(model, maps, below(saved(model, folder), 'vision_model.'),
+                ViTMoE, CLIP)
+
+
+def open_clip(folder):
+    """Hugging Face's model, whose weights the releases name so."""
+    case = hf_clip(folder)
+    state = {}
+    for key, value in case.state.items():
+        key = key.replace('embeddings.', '').replace(
+            'position_embedding.weight', 'positional_embedding').replace(
+            'patch_embedding', 'conv1').replace('pre_layrnorm', 'ln_pre')
+        key = key.replace('post_layernorm', 'ln_post').replace(
+            'encoder.layers', 'transformer.resblocks').replace(
+            'layer_norm', 'ln_').replace('self_attn', 'attn').replace(
+            'mlp.fc1', 'mlp.c_fc').replace('mlp.fc2', 'mlp.c_proj')
+        state[key] = value
+    for number in range(4):
+        block = f'transformer.resblocks.{number}.attn.'
+        for part in ('weight', 'bias'):
+            state[f'{block}in_proj_{part}'] = torch.cat([
+                state.pop(f'{block}{name}_proj.{part}') for name in 'qkv'])
+    state['proj'] = torch.zeros(24, 4)
+    return case._replace(state=state)
+
+
 def hf_cvt(folder):
     model = randomise(transformers.CvtModel(transformers.CvtConfig(
         embed_dim=[16, 32, 64], depth=[1, 2, 3], num_heads=[1, 2, 4])))
@@ -268,9 +339,11 @@ SOURCES = {
     'timm Swin': (timm_swin, ),
     'original Swin release': (original_swin, ),
     'Hugging Face Swin': (hf_swin, ),
-    'mmseg ViT': (mmseg_vit, ),
-    'mmpretrain ViT': (mmpretrain_vit, ),
-    'timm, DeiT or DINOv2 ViT': (timm_vit, deit3, dinov2),
+    'mmseg ViT': (mmseg_vit, mmseg_clip),
+    'mmpretrain ViT': (mmpretrain_vit, mmpretrain_clip),
+    'timm, DeiT or DINOv2 ViT': (timm_vit, deit3, dinov2, timm_clip),
+    'CLIP or OpenCLIP visual tower': (open_clip, ),
+    'Hugging Face CLIP visual tower': (hf_clip, ),
     'DINOv2 training checkpoint': (dinov2_training, ),
     'Hugging Face ViT': (hf_vit, ),
     'Hugging Face DINOv2': (hf_dinov2, ),
@@ -400,3 +473,41 @@ class TestBadFiles:
             model.load_state_dict(state, strict=False)
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize('build, change, message', [
+    (timm_clip, VIT, r'set pre_norm=True, patch_bias=False in the backbone'),
+    (hf_clip, dict(CLIP, patch_bias=True), r'set patch_bias=False in the'),
+    (open_clip, dict(CLIP, pre_norm=False), r'set pre_norm=True in the'),
+    (mmseg_clip, VIT, r'set pre_norm=True, patch_bias=False in the backbone'),
+    (timm_vit, CLIP, r'set pre_norm=False, patch_bias=True in the backbone'),
+])
+def test_a_norm_before_the_blocks_is_as_the_file_says(build, change, message,
+                                                      tmp_path):
+    case = build(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ViTMoE(**change).load_state_dict(case.state)
+
+
+@pytest.mark.parametrize('build, prefix', [
+    (open_clip, 'visual.'), (hf_clip, 'vision_model.')])
+def test_the_visual_tower_of_a_whole_clip_is_found(build, prefix, tmp_path):
+    state = build(tmp_path).state
+    whole = {f'{prefix}{key}': value for key, value in state.items()}
+    for tower in ('transformer.resblocks.0.attn.in_proj_weight',
+                  'text_model.encoder.layers.0.self_attn.q_proj.weight',
+                  'logit_scale'):
+        whole[tower] = torch.zeros(2, 2)
+    torch.save(whole, tmp_path / 'clip.pth')
+    ours = ViTMoE(**CLIP, init_cfg=dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'clip.pth')))
+    ours.init_weights()
+    for key, value in fit(ours, state)[0].items():
+        assert torch.equal(ours.state_dict()[key], value), key
+
+
+def test_the_norm_before_the_blocks_freezes_with_the_embeddings():
+    ours = ViTMoE(**CLIP, frozen_stages=0)
+    assert not any(p.requires_grad for p in ours.ln_pre.parameters())
+    assert ours.get_layer_depth('backbone.ln_pre.weight', 'backbone.') == (
+        0, 6)

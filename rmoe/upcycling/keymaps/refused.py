@@ -53,10 +53,8 @@ REFUSED = (
     Refused('CLIP or OpenCLIP',
             (r'(?:visual\.ln_pre\.weight|vision_model\.pre_layrnorm\.weight)',
              ),
-            'it has a norm before its blocks' + BY_HOST
-            + "mmseg.VisionTransformer with pre_norm=True, or a timm model: "
-            "dict(type='mmpretrain.TIMMBackbone', "
-            "model_name='vit_base_patch16_clip_224')"),
+            'its visual tower is a ViT, which rmoe.ViTMoE with pre_norm=True '
+            'and patch_bias=False can hold, the rest is not'),
     Refused('SigLIP',
             (r'vision_model\.head\.attention\.in_proj_weight', ),
             'it has no class token and names that are not known here'

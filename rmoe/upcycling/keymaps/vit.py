@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmoe.upcycling.keymaps.clip import CLIP, check_embedding
 from rmoe.upcycling.keymaps.resizing import resize_position_embedding
 from rmoe.upcycling.keymaps.source import Architecture, Rule, Source
 from rmoe.upcycling.keymaps.vmoe import VMOE
@@ -28,6 +29,7 @@ def _timm_rules(block: str = r'blocks\.(\d+)\.') -> tuple[Rule, ...]:
         (block + r'mlp\.fc1\.(.+)', TO + r'ffn.layers.0.0.\2', None),
         (block + r'mlp\.fc2\.(.+)', TO + r'ffn.layers.1.\2', None),
         (r'norm\.(.+)', r'ln1.\1', None),
+        (r'norm_pre\.(.+)', r'ln_pre.\1', None),
     )
 
 
@@ -36,6 +38,7 @@ def _mmpretrain_rules() -> tuple[Rule, ...]:
     return (
         (block + r'attn\.qkv\.(.+)', TO + r'attn.attn.in_proj_\2', None),
         (block + r'attn\.proj\.(.+)', TO + r'attn.attn.out_proj.\2', None),
+        (r'pre_norm\.(.+)', r'ln_pre.\1', None),
         (r'((?:cls_token|pos_embed|patch_embed|layers|ln1)(?:\..+)?)', r'\1',
          None),
     )
@@ -103,16 +106,19 @@ VIT = Architecture(
         Source('mmseg ViT',
                marks=('layers.0.attn.attn.in_proj_weight', ),
                rules=((r'(.+)', r'\1', None), ),
-               left_out=CLASSIFIER[1:2]),
+               left_out=CLASSIFIER[1:2],
+               verify=check_embedding),
         Source('mmpretrain ViT',
                marks=('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
                rules=_mmpretrain_rules(),
-               left_out=CLASSIFIER[1:2]),
+               left_out=CLASSIFIER[1:2],
+               verify=check_embedding),
         Source('timm, DeiT or DINOv2 ViT',
                marks=('blocks.0.attn.qkv.weight', 'patch_embed.proj.weight',
                       'pos_embed'),
                rules=_timm_rules(),
-               left_out=CLASSIFIER),
+               left_out=CLASSIFIER,
+               verify=check_embedding),
         Source('DINOv2 training checkpoint',
                marks=('blocks.0.0.attn.qkv.weight', 'patch_embed.proj.weight',
                       'pos_embed'),
@@ -132,6 +138,7 @@ VIT = Architecture(
                rules=HF_DINOV2_RULES,
                left_out=((r'embeddings\.mask_token',
                           'token of masked images'), )),
+        *CLIP,
         VMOE,
     ),
     # Models that pool their patches have no final norm of this kind, and
