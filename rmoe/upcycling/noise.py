@@ -29,7 +29,7 @@ def add_noise(model: nn.Module, std: float, seed: int) -> None:
             raise ValueError(f'{key} is folded for inference and has no '
                              'residuals: add noise before fold()')
         for name in ('fc1', 'fc2'):
-            weight = getattr(core, name).weight.detach()
+            weight = core.weight(name).detach()
             with torch.no_grad():
                 _fill_residual(layer, name, std * weight.std(), generator)
 

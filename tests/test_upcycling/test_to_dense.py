@@ -30,7 +30,7 @@ def whole_experts(model, linear, part):
     stacked = (layer.experts.residual_weight(linear) if part == 'weight' else
                getattr(layer.experts, f'residual_{linear}_{part}'))
     core = layer.core
-    return stacked + (getattr(getattr(core, linear), part) if core else 0)
+    return stacked + (getattr(core, part)(linear) if core else 0)
 
 
 @pytest.mark.parametrize('options', [{}, dict(core=False), dict(rank=3)],
@@ -54,7 +54,7 @@ def test_core_keeps_the_core_or_takes_the_mean():
     model = vit()
     dense = to_dense(model)
     assert torch.equal(dense[f'{LAYER}.layers.1.weight'],
-                       moe_layers(model)[LAYER].core.fc2.weight)
+                       moe_layers(model)[LAYER].core.weight('fc2'))
     model = vit(core=False)
     torch.testing.assert_close(
         to_dense(model)[f'{LAYER}.layers.1.weight'],
