@@ -50,6 +50,7 @@ from rmoe.upcycling import (
     write_atomically,
     write_checkpoint,
 )
+from rmoe.upcycling.channels import image_convolution
 from rmoe.version import __version__
 
 BACKBONE = 'backbone.'
@@ -130,11 +131,10 @@ def main() -> None:
     for option in ('rank', 'layers'):
         if getattr(args, option) is not None:
             config['moe'][option] = getattr(args, option)
-    images = ([torch.randn(1, 3, args.size, args.size)] if not args.images
-              else list(load_images(args.images, args.size, cfg)))
     content = read_checkpoint(args.checkpoint)
     with weightless():
         moe, dense = build(config), build(dense_twin(config))
+    images = images_for(moe, args, cfg)
     # Another library's backbone does not know what it can load.
     dense.architecture = moe.architecture
     choice = choose_weights(content, moe.architecture, args.weights)
@@ -188,6 +188,19 @@ def main() -> None:
           f'{cost["peak_memory_bytes"] / 1e9:.2f} GB')
     if args.fold:
         print(how_to_load(config['moe'], before))
+
+
+def images_for(model: nn.Module, args: argparse.Namespace, cfg: Config
+               ) -> list[Tensor]:
+    """Of --images, or a random one, with the channels that a model takes."""
+    key = image_convolution(model)
+    channels = model.state_dict()[key].shape[1] if key else 3
+    if not args.images:
+        return [torch.randn(1, channels, args.size, args.size)]
+    if channels != 3:
+        raise ValueError(f'--images {args.images} are read in three channels, '
+                         f'and the model takes {channels}: leave out --images')
+    return list(load_images(args.images, args.size, cfg))
 
 
 def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],

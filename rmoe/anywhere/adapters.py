@@ -1,6 +1,6 @@
 """Experts on a frozen core, as a small file of their own."""
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,15 @@ from rmoe.anywhere.in_place import (
     to_dense,
     upcycle,
 )
-from rmoe.anywhere.stages import checked_modules, expert_role, is_inside
+from rmoe.anywhere.stages import (
+    checked_modules,
+    is_inside,
+    moving_statistics,
+)
 from rmoe.moe import moe_layers
 from rmoe.upcycling import read_checkpoint, write_checkpoint
 
-# Of each core: enough to tell it from another, too few to be worth a thought.
+# Of each weight: enough to tell a model from another, too few to weigh.
 SAMPLES = 8
 # Half precision keeps a weight to a part in 256.
 TOLERANCE = 1e-2
@@ -37,24 +41,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike,
         The number of values in it.
 
     Raises:
-        ValueError: if the model was not made by :func:`rmoe.upcycle`, or if
-            something trains that would be left out of the file.
+        ValueError: if the model was not made by :func:`rmoe.upcycle`, if
+            something trains that would be left out of the file, or if the
+            experts are folded.
     """
     settings = record_of(model).settings
     also = checked_modules(model, also, 'also')
-    lost = [name for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not expert_role(name)
-            and not is_inside(name, also)]
-    if lost:
-        raise ValueError(
-            f'{len(lost)} parameters train and would not be in the adapter, '
-            f'{lost[0]} first: name their modules in also=(...), or freeze '
-            "them before training by rmoe.set_stage(model, 'residual')")
-    state = {key: value.detach().cpu()
-             for key, value in model.state_dict().items()
-             if _is_expert(key, model) or is_inside(key, also)}
+    _check_whole(model, also)
+    experts = _places(model)
+    state = {key: value.detach().cpu() for key, value in _tensors(model)
+             if key.startswith(experts) or is_inside(key, also)}
     meta = dict(rmoe_adapter=dict(
-        settings=settings, also=list(also), core=_samples(model)))
+        settings=settings, also=list(also), core=_samples(model, also)))
     write_checkpoint(path, state, meta)
     return sum(value.numel() for value in state.values())
 
@@ -84,8 +82,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> UpcycleReport:
     _check_shapes(model, state, adapter['also'], path)
     report = upcycle(model, **adapter['settings'])
     try:
-        _check_core(_samples(model), adapter['core'], path)
-        _check_experts(model, state, path)
+        _check_core(_samples(model, adapter['also']), adapter['core'], path)
+        _check_experts(model, state, adapter['also'], path)
     except ValueError:
         to_dense(model)
         raise
@@ -93,20 +91,55 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> UpcycleReport:
     return report
 
 
-def _is_expert(key: str, model: nn.Module) -> bool:
-    return key.startswith(tuple(
-        f'{name}.{part}.' for name in moe_layers(model)
-        for part in ('experts', 'router')))
+def _places(model: nn.Module) -> tuple[str, ...]:
+    """What the names of residuals and routers begin with."""
+    return tuple(f'{name}.{part}.' for name in moe_layers(model)
+                 for part in ('experts', 'router'))
 
 
-def _samples(model: nn.Module) -> dict[str, list[float]]:
-    """A few weights of each core, by the name of its layer."""
-    samples = {}
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a state dict has; what has several names once, by its first."""
+    kept = model.state_dict().keys()
+    for key, value in (*model.named_parameters(), *model.named_buffers()):
+        if key in kept:
+            yield key, value
+
+
+def _check_whole(model: nn.Module, also: Sequence[str]) -> None:
+    """Is everything that changes in training in the file?"""
     for name, layer in moe_layers(model).items():
-        assert layer.core is not None
-        flat = layer.core.weight('fc1').detach().flatten()
-        at = torch.linspace(0, len(flat) - 1, SAMPLES).long()
-        samples[name] = flat[at.to(flat.device)].double().tolist()
+        if layer.experts.folded is not None:
+            raise ValueError(
+                f'{name} is folded for inference and has no residuals: save '
+                'the adapter before rmoe.upcycling.fold')
+    experts = _places(model)
+    lost = [name for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not name.startswith(experts)
+            and not is_inside(name, also)]
+    if lost:
+        raise ValueError(
+            f'{len(lost)} parameters train and would not be in the adapter, '
+            f'{lost[0]} first: name their modules in also=(...), or freeze '
+            "them before training by rmoe.set_stage(model, 'residual')")
+    moving = [name for name in moving_statistics(model)
+              if not is_inside(name, also)]
+    if moving:
+        raise ValueError(
+            f'the statistics of {moving[0]} change in training and would not '
+            "be in the adapter: call rmoe.set_stage(model, 'residual') before "
+            'training, which holds them, or name the module in also=(...)')
+
+
+def _samples(model: nn.Module, also: Sequence[str]) -> dict[str, list[float]]:
+    """A few values of each dense weight that the file leaves out, by name."""
+    samples, experts = {}, _places(model)
+    for name, value in _tensors(model):
+        if (value.is_floating_point() and value.numel()
+                and not name.startswith(experts)
+                and not is_inside(name, also)):
+            flat = value.detach().flatten()
+            at = torch.linspace(0, len(flat) - 1, SAMPLES).long()
+            samples[name] = flat[at.to(flat.device)].double().tolist()
     return samples
 
 
@@ -114,6 +147,9 @@ def _check_core(ours: Mapping[str, list[float]],
                 theirs: Mapping[str, list[float]],
                 path: str | os.PathLike) -> None:
     for name, values in theirs.items():
+        if name not in ours:
+            raise ValueError(f'{path} was trained on a model with {name}, '
+                             'which this one has not')
         here = torch.tensor(ours[name])
         there = torch.tensor(values)
         if not torch.allclose(here, there, rtol=TOLERANCE, atol=1e-6):
@@ -126,7 +162,7 @@ def _check_core(ours: Mapping[str, list[float]],
 def _check_shapes(model: nn.Module, state: Mapping[str, Tensor],
                   also: Sequence[str], path: str | os.PathLike) -> None:
     """Whole modules that the file has must have their place."""
-    target = model.state_dict()
+    target = dict(_tensors(model))
     ours = {key for key in target if is_inside(key, also)}
     theirs = {key for key in state if is_inside(key, also)}
     for key in sorted(ours | theirs):
@@ -139,12 +175,12 @@ def _check_shapes(model: nn.Module, state: Mapping[str, Tensor],
 
 
 def _check_experts(model: nn.Module, state: Mapping[str, Tensor],
-                   path: str | os.PathLike) -> None:
-    ours = {key: tuple(value.shape)
-            for key, value in model.state_dict().items()
-            if _is_expert(key, model)}
+                   also: Sequence[str], path: str | os.PathLike) -> None:
+    experts = _places(model)
+    ours = {key: tuple(value.shape) for key, value in _tensors(model)
+            if key.startswith(experts)}
     theirs = {key: tuple(value.shape) for key, value in state.items()
-              if expert_role(key)}
+              if not is_inside(key, also)}
     for key in sorted(set(ours) | set(theirs)):
         if ours.get(key) != theirs.get(key):
             raise ValueError(

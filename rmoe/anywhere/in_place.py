@@ -1,11 +1,12 @@
 """Experts in the FFNs of any model, in place, and the way back."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from rmoe.anywhere.losses import start_collecting, stop_collecting
+from rmoe.anywhere.stages import release
 from rmoe.moe import moe_layers
 from rmoe.moe.found import choose_ffns, find_ffns, put_layers, take_out
 
@@ -80,6 +81,7 @@ def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
             unchanged.
     """
     name = type(model).__name__
+    _check_options(num_experts, router, layers)
     if moe_layers(model):
         raise ValueError(f'{name} has MoE layers: upcycle it once, with all '
                          'the layers that you want')
@@ -111,7 +113,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Take the experts out again, in place: each FFN is its core.
 
     Of a model whose core was frozen that is the model before
-    :func:`upcycle`.
+    :func:`upcycle`. What :func:`rmoe.set_stage` froze trains again.
 
     Returns:
         The model.
@@ -120,6 +122,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         ValueError: if :func:`upcycle` was not called with this model.
     """
     record = record_of(model)
+    release(model)
     for key, dense in record.dense.items():
         take_out(model, key, dense)
     stop_collecting(model)
@@ -138,3 +141,17 @@ def record_of(model: nn.Module) -> Record:
             'the model that it was called with, not wrapped. Of an OpenMMLab '
             'model rmoe.upcycling.to_dense(model) gives the dense weights')
     return record
+
+
+def _check_options(num_experts: Any, router: Any, layers: Any) -> None:
+    """What is wrong for any model, before it is looked at."""
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        raise ValueError(f'num_experts={num_experts!r} must be a whole number')
+    if router is not None and (not isinstance(router, Mapping)
+                               or 'type' not in router):
+        raise ValueError(f'router={router!r} must be a dict with its type, '
+                         "e.g. dict(type='TokenChoiceRouter')")
+    if not isinstance(layers, (str, Mapping, Sequence)):
+        raise ValueError(
+            f'layers={layers!r} must be indices or names of FFNs, '
+            'dict(every=n) or dict(last=n)')

@@ -12,6 +12,8 @@ def start_collecting(model: nn.Module) -> None:
     """Keep what the MoE layers of a model produce for
     :func:`auxiliary_loss`: of its last forward pass, and not of all."""
     model.register_forward_pre_hook(_begin)
+    # A model may be entered by other methods than its forward.
+    collect_losses(model, start=True)
 
 
 def stop_collecting(model: nn.Module) -> None:
@@ -51,8 +53,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 
 def _begin(model: nn.Module, args: Any) -> None:
-    if model.training and any(layer.losses for layer in
-                              moe_layers(model).values()):
+    if any(layer.losses for layer in moe_layers(model).values()):
         warnings.warn(
             'the auxiliary losses of the last forward pass were not taken '
             'and are dropped: add rmoe.auxiliary_loss(model) to the loss '

@@ -15,6 +15,10 @@ STAGES = {
 }
 
 
+# Where a model keeps its stage.
+STAGE = '_rmoe_stage'
+
+
 def expert_role(name: str) -> str | None:
     """'router', 'residual' or, for everything else, None.
 
@@ -27,6 +31,13 @@ def expert_role(name: str) -> str | None:
     if 'experts' in parts and parts[-1].startswith('residual_'):
         return 'residual'
     return None
+
+
+def roles_in(model: nn.Module) -> Callable[[str], str | None]:
+    """:func:`expert_role` of the names of a model: what is called a router
+    outside of its MoE layers is none."""
+    layers = tuple(f'{name}.' for name in moe_layers(model))
+    return lambda name: expert_role(name) if name.startswith(layers) else None
 
 
 def is_inside(name: str, modules: Collection[str]) -> bool:
@@ -60,12 +71,14 @@ def set_stage(model: nn.Module, stage: str, head: Sequence[str] = ()) -> None:
     if stage not in STAGES:
         raise ValueError(f'stage={stage!r} is not one of {tuple(STAGES)}')
     head = checked_modules(model, head, 'head')
+    role_inside = roles_in(model)
 
     def role_of(name: str) -> str:
-        return expert_role(name) or (
+        return role_inside(name) or (
             'head' if is_inside(name, head) else 'core')
 
     train_roles(model, STAGES[stage], role_of)
+    setattr(model, STAGE, stage)
     for name, module in model.named_modules():
         if isinstance(module, (_BatchNorm, _InstanceNorm)):
             _hold(module, role_of(name) not in STAGES[stage])
@@ -125,6 +138,25 @@ def checked_modules(model: nn.Module, names: Sequence[str], option: str
                 'not have; its parts are '
                 f'{", ".join(name for name, _ in model.named_children())}')
     return names
+
+
+def moving_statistics(model: nn.Module) -> list[str]:
+    """Names of the norms whose statistics change in training."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, (_BatchNorm, _InstanceNorm))
+            and module.track_running_stats
+            and _stand_still not in module._forward_pre_hooks.values()]
+
+
+def release(model: nn.Module) -> None:
+    """Undo :func:`set_stage`, if it was called: everything trains."""
+    held = [module for module in model.modules()
+            if _stand_still in module._forward_pre_hooks.values()]
+    for module in held:
+        _hold(module, False)
+    if hasattr(model, STAGE):
+        delattr(model, STAGE)
+        model.requires_grad_(True)
 
 
 def _hold(norm: nn.Module, held: bool) -> None:

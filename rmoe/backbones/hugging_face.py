@@ -1,5 +1,7 @@
 """Backbones of Hugging Face's transformers, dense or with experts."""
+import logging
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from mmengine.model import BaseModule
@@ -8,6 +10,7 @@ from torch import Tensor
 from rmoe.backbones.base import load_pretrained
 from rmoe.backbones.upcycled import finish, put_experts
 from rmoe.registry import MODELS
+from rmoe.upcycling.say import say
 
 
 @MODELS.register_module()
@@ -23,7 +26,7 @@ class HuggingFaceBackbone(BaseModule):
     Args:
         config: ``model_type``, e.g. 'dinov2', and any setting of that
             model's config, e.g. ``out_indices``; what a ``config.json``
-            holds can be copied.
+            holds can be copied, with its ``transformers_version``.
         moe: None for the dense model, or as for
             :func:`rmoe.backbones.upcycled.upcycled_backbone`.
         init_cfg: mmengine's initialisation config.
@@ -66,9 +69,14 @@ def _build(config: dict[str, Any]) -> Any:
     known = {*AutoConfig.for_model(kind).to_dict(), 'out_indices',
              'out_features'}
     unknown = sorted(set(config) - known)
-    if unknown:
+    if unknown and 'transformers_version' in config:
+        # A file keeps settings that older versions had.
+        say(f'{kind!r} has no settings {unknown}, which are left out',
+            logging.WARNING)
+    elif unknown:
+        close = {key: get_close_matches(key, known, 3) for key in unknown}
         raise ValueError(f'config has {unknown}, which are no settings of '
-                         f'{kind!r}; those are {sorted(known)}')
+                         f'{kind!r}; similar ones are {close}')
     config = {key: list(value) if isinstance(value, tuple) else value
-              for key, value in config.items()}
+              for key, value in config.items() if key in known}
     return AutoBackbone.from_config(AutoConfig.for_model(kind, **config))

@@ -342,9 +342,10 @@ def _per_stage(name: str, value: Any, stages: int) -> list:
 def _two_sides(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, of one number or two."""
     sides = (size, ) if isinstance(size, int) else tuple(size)
-    if len(sides) not in (1, 2):
-        raise ValueError(f'pretrain_img_size={size} has {len(sides)} numbers; '
-                         'give one side of the image, or height and width')
+    if len(sides) not in (1, 2) or not all(
+            isinstance(side, int) for side in sides):
+        raise ValueError(f'pretrain_img_size={size!r} must be one side of the '
+                         'image in pixels, or height and width')
     return sides[0], sides[-1]
 
 

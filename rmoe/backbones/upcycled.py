@@ -14,6 +14,11 @@ from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture, Source
 
+# Where TIMMBackbone keeps timm's model, whose own files do without.
+INNER = ('timm_model.model.', 'timm_model.')
+# What timm makes of layers.0. where it takes features.
+JOINED = re.compile(r'([a-z]+)_(\d+)\.')
+
 
 @MODELS.register_module(name='UpcycledBackbone')
 def upcycled_backbone(backbone: Mapping, moe: Mapping,
@@ -46,7 +51,8 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
         config['init_cfg'] = init_cfg
     host = MODELS.build(config)
     put_experts(host, moe)
-    finish(host, moe)
+    finish(host, moe, next((inner for inner in INNER if any(
+        key.startswith(inner) for key, _ in host.named_parameters())), ''))
     return host
 
 
@@ -101,13 +107,20 @@ def _architecture(host: nn.Module, inner: str) -> Architecture:
                     if not key.endswith(('running_mean', 'running_var')))
     sources = [Source(name, marks=(mark, ), rules=((r'(.+)', r'\1', None), ))]
     if inner:
+        bare = [key.removeprefix(inner) for key, _ in host.named_parameters()
+                if not key.startswith(inside)]
+        joined = [key for key in bare if JOINED.match(key)]
         sources.append(Source(
-            f'{name} without {inner!r}', marks=(mark.removeprefix(inner), ),
-            rules=((r'(.+)', rf'{inner}\1', None), )))
+            f'{name} without {inner!r}',
+            marks=(JOINED.sub(r'\1.\2.', joined[0]) if joined else bare[0], ),
+            rules=(*((r'([a-z]+)\.(\d+)\.(.+)', rf'{inner}\1_\2.\3', None)
+                     for _ in joined[:1]),
+                   (r'(.+)', rf'{inner}\1', None))))
     return Architecture(
         name,
         sources=tuple(sources),
-        new=buffers,
+        # Hugging Face's backbones have norms that its other models have not.
+        new=(*buffers, r'model\.hidden_states_norms\..+'),
         spare=((rf'({re.escape(inner)})?'
-                r'(head|fc|classifier|pooler|norm|fc_norm)\..+',
+                r'(head|fc|classifier|pooler|norm|fc_norm|layernorm)\..+',
                 'head or norm, which the model has not'), ))

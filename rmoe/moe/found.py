@@ -14,7 +14,7 @@ from rmoe.moe.mix_ffn import MoEConvMlp, MoEMixFFN, MoESegformerFFN
 from rmoe.moe.mlp import MoEMlp
 from rmoe.moe.mlp_form import form_of, small_mlps
 from rmoe.moe.placement import choose_blocks
-from rmoe.moe.plain_core import PassedOn
+from rmoe.moe.plain_core import HOOKS, PassedOn
 
 # By the name of the dense class: no library need be installed.
 LAYERS: Mapping[str, Callable[..., MoELayer]] = {
@@ -91,7 +91,7 @@ def choose_ffns(layers: Any, names: Sequence[str], model: str,
                 f'{option} names {unknown[0]!r}, which is no FFN of {model}; '
                 f'those are {", ".join(names)}')
         return [one for one in names if one in layers]
-    indices = choose_blocks(layers, len(names))
+    indices = choose_blocks(layers, len(names), option)
     for index in indices:
         if not 0 <= index < len(names):
             raise ValueError(f'{option} names FFN {index}; {model} has FFNs '
@@ -124,13 +124,17 @@ def put_layers(model: nn.Module, found: Mapping[str, Found],
         if isinstance(layer, MoEHalves):
             # The object stays: whoever refers to it, or has hooks on it,
             # goes on.
-            layer.second[0].dense.__class__ = PassedOn
+            second: Any = layer.second[0].dense
+            second.__class__, second.owner = PassedOn, (layer, )
 
 
 def put(model: nn.Module, key: str, module: nn.Module) -> None:
-    """Put a module where another one is."""
-    parent, _, child = key.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)
+    """Put a module where another one is, everywhere in the model."""
+    old = model.get_submodule(key)
+    for name in [name for name, other in model.named_modules(
+            remove_duplicate=False) if other is old]:
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, module)
 
 
 def take_out(model: nn.Module, key: str, dense: nn.Module) -> None:
@@ -143,7 +147,9 @@ def take_out(model: nn.Module, key: str, dense: nn.Module) -> None:
     """
     layer = model.get_submodule(key)
     if isinstance(layer, MoEHalves):
-        layer.second[0].dense.__class__ = nn.Linear
+        second: Any = layer.second[0].dense
+        second.__class__ = nn.Linear
+        del second.owner
     for child, module in layer.named_children():
         # Those that a library has put in since.
         if child in dict(dense.named_children()):
@@ -153,6 +159,12 @@ def take_out(model: nn.Module, key: str, dense: nn.Module) -> None:
 
 
 def _build(one: Found, options: Mapping[str, Any]) -> MoELayer:
+    for hooks in HOOKS:
+        if getattr(one.replaced, hooks):
+            raise ValueError(
+                f'a {one.kind} that is to have experts has hooks ({hooks}), '
+                'which nobody would call: register them on its MoE layer '
+                'afterwards, or name other layers')
     layer = one.build(**options)
     weight = next(one.replaced.parameters())
     layer.experts.to(weight.device, weight.dtype)

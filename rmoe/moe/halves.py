@@ -49,6 +49,8 @@ class MoEHalves(MoELayer):
             with_cp=with_cp)
         # In a tuple it is no submodule: it belongs to the other half.
         self.second = (output, )
+        # Whether the other half is next: a copy of it is not the one.
+        self.passes_on = False
 
     @property
     def core(self) -> Core:
@@ -60,9 +62,11 @@ class MoEHalves(MoELayer):
         block = place.rpartition('.')[0]
         return (f'{block}.output.dense' if block else 'output.dense', )
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """(..., D) tokens to (..., D); ``valid`` as in MoEFFN."""
-        return self._dense(x) if self.core_only else self.mixture(x, valid)
+        out = self._dense(x) if self.core_only else self.mixture(x, valid)
+        self.passes_on = True
+        return out
 
     def _dense(self, x: Tensor) -> Tensor:
         fc2 = self.second[0].dense

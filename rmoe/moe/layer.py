@@ -239,8 +239,10 @@ class MoELayer(ExactBuffers):
         elif not compat.is_compiling():  # a trace cannot warn
             warnings.warn(
                 'a MoE layer produced auxiliary losses that nobody collects: '
-                "add dict(type='rmoe.MoELossHook') to custom_hooks, or set "
-                'loss_weights={} in the router to train without them',
+                "add dict(type='rmoe.MoELossHook') to custom_hooks of an "
+                'OpenMMLab config, or rmoe.auxiliary_loss(model) to the loss '
+                'of any other loop, or set loss_weights={} in the router to '
+                'train without them',
                 stacklevel=2)
 
     def _count(self, routing: Routing | SoftRouting,

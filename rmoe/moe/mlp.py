@@ -1,10 +1,15 @@
 """The mixture-of-experts MLP, a drop-in for any library's."""
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rmoe.moe.layer import MoELayer
 from rmoe.moe.mlp_form import Form, form_of, gated, run
+
+# Attributes of a layer that its class does not show.
+OWN = ('experts', 'router', 'out_drop', 'form', 'align', 'unrouted', 'with_cp',
+       'core_only', 'name', 'losses', 'loads_2E', 'token_counts', '_checked')
 
 
 class MoEMlp(MoELayer):
@@ -43,7 +48,7 @@ class MoEMlp(MoELayer):
                              'activation and a linear layer back, with or '
                              'without a gate: it cannot become a MoE layer')
         children = dict(mlp.named_children())
-        taken = {'experts', 'router', 'out_drop'} & set(children)
+        taken = {*dir(MoEMlp), *OWN} & set(children)
         if taken:
             raise ValueError(f'{type(mlp).__name__} has a submodule named '
                              f'{sorted(taken)}, which a MoE layer has too')
@@ -72,8 +77,12 @@ class MoEMlp(MoELayer):
             self.experts.copy_from(
                 [mlp.get_submodule(name) for name in form.fc1], [fc2])
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """(..., D) tokens to (..., D); ``valid`` as in MoEFFN."""
+        if self.form.norm:
+            # Somebody may have put another in its place.
+            between: Any = self.experts.act
+            between.norm = (self.get_submodule(self.form.norm), )
         out = self._dense(x) if self.core_only else self.mixture(x, valid)
         return self.out_drop(out)
 
@@ -115,8 +124,10 @@ class Between(nn.Module):
         norm = self.norm[0]
         if norm is None:
             return x
-        # Experts run outside autocast, which would give norms float32.
-        return norm(self.drop(x).float()).to(x.dtype)
+        # Experts run outside autocast, which would see to this.
+        weight = next(norm.parameters(), None)
+        kind = torch.float32 if weight is None else weight.dtype
+        return norm(self.drop(x).to(kind)).to(x.dtype)
 
 
 def dropout_of(mlp: nn.Module, names: tuple[str, ...]) -> float:

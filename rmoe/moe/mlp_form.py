@@ -5,6 +5,8 @@ experts can have if its linear layers, what is called between and after them,
 and a gate of two halves, give its output.
 """
 import copy
+import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmoe.moe.plain_core import HOOKS
+
 SILENT = (nn.Dropout, nn.Identity)
 NORMS = ('LayerNorm', 'RMSNorm')
-# Float32, on a handful of values of order one: sums in another order.
+# Of the largest value: float32, sums in another order.
 TOLERANCE = 1e-4
+# Shapes and sizes of tokens, D channels last, that a MLP is tried on. One that
+# mixes tokens or images, clips, or looks at the shape, shows in one of them.
+# The first two it must take.
+TRIALS = (((1, 4), 1.), ((3, 5), 1000.), ((2, 3, 2), 1.), ((7, ), 1.))
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,12 @@ def form_of(mlp: nn.Module) -> Form | None:
 
     A copy with made-up weights is run on a few made-up tokens: zeros, which
     many models start with, would make any form fit. The module and the state
-    of random generators are as before.
+    of random generators are as before, and no hook is called.
     """
     try:
+        # A layer in its place is called with tokens alone.
+        if len(inspect.signature(mlp.forward).parameters) != 1:
+            return None
         with torch.random.fork_rng(devices=[]):
             return _form_of(_twin(mlp))
     except Exception:
@@ -82,6 +93,9 @@ def _twin(mlp: nn.Module) -> nn.Module:
     twin = copy.deepcopy(mlp)
     twin = twin.to_empty(device='cpu') if on_meta else twin.cpu()
     twin = twin.float().eval()
+    for part in twin.modules():
+        for hooks in HOOKS:
+            getattr(part, hooks).clear()
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         parameter.normal_(0, parameter[0].numel()**-0.5, generator=generator)
@@ -89,28 +103,56 @@ def _twin(mlp: nn.Module) -> nn.Module:
 
 
 def _form_of(twin: nn.Module) -> Form | None:
+    # A linear layer with a parametrization has modules inside.
+    linears = {child: name for name, child in twin.named_modules()
+               if isinstance(child, nn.Linear)}
+    inside = tuple(f'{name}.' for name in linears.values())
     names = {child: name for name, child in twin.named_modules()
-             if not any(True for _ in child.children())}
+             if child in linears or not (any(True for _ in child.children())
+                                         or name.startswith(inside))}
     order: list[str] = []
-    for child in names:
-        child.register_forward_hook(
-            lambda child, *_: order.append(names[child]))
-    first = next(child for child in names if isinstance(child, nn.Linear))
-    x = torch.linspace(-1, 1, 4 * first.in_features).sin().view(1, 4, -1)
-    out = twin(x)
+    handles = [child.register_forward_hook(
+        lambda child, *_: order.append(names[child])) for child in names]
+    dim = next(iter(linears)).in_features
+    out = twin(_tokens((1, 4), dim, 1.))
+    for handle in handles:
+        handle.remove()
     if not isinstance(out, Tensor):
         return None
-    called = tuple(order)
-    # With the dropouts off, only code of the module itself is random.
-    twin.training = True
-    again = twin(x)
-    for form in _candidates(twin, called):
-        wanted = run(twin, form, x)
-        if all(wanted.shape == other.shape and torch.allclose(
-                wanted, other, TOLERANCE, TOLERANCE)
-                for other in (out, again)):
+    for form in _candidates(twin, tuple(order)):
+        if _has_form(twin, form, dim):
             return form
     return None
+
+
+def _has_form(twin: nn.Module, form: Form, dim: int) -> bool:
+    for number, (shape, size) in enumerate(TRIALS):
+        x = _tokens(shape, dim, size)
+        try:
+            outs = [twin(x)]
+            # With the dropouts off, only code of the module itself is random.
+            twin.training = True
+            outs.append(twin(x))
+        except Exception:
+            if number < 2:
+                raise
+            continue  # it takes maps or sequences alone
+        finally:
+            twin.training = False
+        # As experts see them: rows in an order of their own.
+        rows = run(twin, form, x.flatten(0, -2).flip(0))
+        wanted = rows.flip(0).view(*x.shape[:-1], -1)
+        limit = TOLERANCE * wanted.abs().max().clamp_min(1.)
+        if not all(wanted.shape == out.shape and
+                   (wanted - out).abs().max() <= limit for out in outs):
+            return False
+    return True
+
+
+def _tokens(shape: tuple[int, ...], dim: int, size: float) -> Tensor:
+    """No two of them alike."""
+    count = dim * math.prod(shape)
+    return size * torch.linspace(-1, 3, count).mul(9).sin().view(*shape, dim)
 
 
 def run(mlp: nn.Module, form: Form, x: Tensor) -> Tensor:
@@ -132,6 +174,9 @@ def run(mlp: nn.Module, form: Form, x: Tensor) -> Tensor:
 def gated(first: Tensor, last: Tensor, act: nn.Module, gate: str) -> Tensor:
     """(..., H), the half that is the gate through the activation, times the
     other."""
+    # They may be parts of one tensor, which must stay as it is.
+    if any(getattr(part, 'inplace', False) for part in act.modules()):
+        first, last = first.clone(), last.clone()
     return act(first) * last if gate == 'first' else first * act(last)
 
 

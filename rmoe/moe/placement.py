@@ -3,7 +3,8 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def choose_blocks(layers: Any, depth: int) -> tuple[int, ...]:
+def choose_blocks(layers: Any, depth: int, option: str = 'moe.layers'
+                  ) -> tuple[int, ...]:
     """Which blocks of a backbone without stages are MoE.
 
     Args:
@@ -11,6 +12,7 @@ def choose_blocks(layers: Any, depth: int) -> tuple[int, ...]:
             ``dict(every=n)``, each n-th block ending with the last, or
             ``dict(last=n)``, the last n of the odd blocks.
         depth: blocks there are.
+        option: what the user calls ``layers``.
 
     Raises:
         ValueError: for another placement, or more blocks than there are.
@@ -23,6 +25,6 @@ def choose_blocks(layers: Any, depth: int) -> tuple[int, ...]:
     if len(layers) == 1 and (n := layers.get('last')) and 1 <= n <= len(odd):
         return tuple(odd[-n:])
     raise ValueError(
-        f'moe.layers={dict(layers)} is neither dict(every=n) with n up to '
+        f'{option}={dict(layers)} is neither dict(every=n) with n up to '
         f'{depth} blocks, nor dict(last=n) with n up to {len(odd)} odd '
         'blocks, nor a tuple of block indices')

@@ -18,9 +18,22 @@ HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
 
 class PassedOn(nn.Linear):
     """A linear layer whose product was computed before: it hands over what it
-    gets. Its weights keep their name and belong to the layer before."""
+    gets. Its weights keep their name and belong to the layer before.
+
+    Attributes:
+        owner: the MoE layer, in a tuple: it is no submodule.
+    """
+    owner: tuple[Any, ...]
 
     def forward(self, x: Tensor) -> Tensor:
+        layer = self.owner[0]
+        ours = layer.second[0].dense is self and layer.passes_on
+        layer.passes_on = False
+        if not ours:
+            raise ValueError(
+                'the second half of a MoE FFN was replaced: its layer computes '
+                'with the weights of the one before. Change weights in their '
+                'place, or call rmoe.to_dense first')
         if x.shape[-1] != self.out_features:
             raise ValueError(
                 f'the second half of a MoE FFN got tokens of {x.shape[-1]} '

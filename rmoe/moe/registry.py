@@ -55,6 +55,10 @@ class Table:
                              f'{sorted(self.classes)}; a class can be given '
                              'instead of a name')
         from rmoe.registry import MODELS as OPENMMLAB
+        if OPENMMLAB.get(name) is None:
+            raise ValueError(f'type={name!r} is neither one of '
+                             f'{sorted(self.classes)} nor registered in '
+                             'mmengine; see custom_imports')
         return OPENMMLAB.build(dict(config), default_args=(
             None if default_args is None else dict(default_args)))
 

@@ -70,6 +70,9 @@ def choose_weights(content: Mapping[str, Any], architecture: Architecture,
         prefixes = named + [prefix for prefix in prefixes
                             if prefix not in named]
     prefix = prefixes[0] if prefixes else ''
+    # A name inside the one that was taken is no other choice.
+    prefixes = [other for other in prefixes if other == prefix
+                or not prefix or not other.startswith(prefix)]
     pretraining = taken.name.split('.')[-1] in ('teacher', 'student') or any(
         'mask_token' in key for key in taken.state)
     return Choice(taken.state, prefix, _line(taken, prefix, prefixes[1:]),
@@ -88,7 +91,9 @@ def _set_or_word(content: Mapping[str, Any], weights: str | None
 
 
 def _words(prefix: str) -> set[str]:
-    return set(prefix.replace('/', '.').split('.'))
+    """The parts of a prefix, and what they are made of."""
+    parts = prefix.replace('/', '.').split('.')
+    return {*parts, *(word for part in parts for word in part.split('_'))}
 
 
 def _rank(prefix: str) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 import rmoe
 from rmoe.moe import moe_layers
+from rmoe.upcycling import fold
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def other_width(dense):
 
 
 @pytest.mark.parametrize('change, match', [
-    (other_weights, 'trained on other weights than the model has: ffn has'),
+    (other_weights, 'trained on other weights than the model has: ffn'),
     (other_head, r'head\.bias: .* has \(2,\), the model has \(5,\)'),
     (other_width, 'trained on other weights|ffn.experts'),
 ])
@@ -120,3 +121,74 @@ def test_a_bfloat16_core_is_the_same_core(trained, tmp_path):
     dense, model = trained
     rmoe.save_adapter(model, tmp_path / 'a.pth', also=('head', ))
     rmoe.load_adapter(dense.bfloat16(), tmp_path / 'a.pth')
+
+
+def test_any_other_weight_is_noticed(trained, tmp_path):
+    dense, model = trained
+    rmoe.save_adapter(model, tmp_path / 'a.pth', also=('head', ))
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        other.ffn[3].weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r'ffn\.3\.weight has'):
+        rmoe.load_adapter(other, tmp_path / 'a.pth')
+
+
+def test_statistics_that_move_are_not_left_out(tmp_path):
+    model = Own()
+    rmoe.upcycle(model, (0, ), num_experts=2, rank=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_('.experts.' in name or '.router.' in name)
+    with pytest.raises(ValueError, match='statistics of norm change in train'):
+        rmoe.save_adapter(model, tmp_path / 'a.pth')
+    rmoe.save_adapter(model, tmp_path / 'a.pth', also=('norm', ))
+    rmoe.set_stage(model, 'residual')
+    rmoe.save_adapter(model, tmp_path / 'a.pth')
+
+
+def test_folded_experts_are_no_adapter(trained, tmp_path):
+    _, model = trained
+    model = copy.deepcopy(model).eval()
+    fold(model)
+    with pytest.raises(ValueError, match='is folded for inference and has no'):
+        rmoe.save_adapter(model, tmp_path / 'a.pth', also=('head', ))
+
+
+def test_a_router_of_somebody_else_is_in_the_file_if_named(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict(dict(
+            gate=nn.ModuleDict(dict(router=nn.Linear(8, 2))),
+            ffn=nn.Sequential(nn.Linear(8, 16), nn.GELU(),
+                              nn.Linear(16, 8))))
+
+    model = make()
+    rmoe.upcycle(model, (0, ), num_experts=2, rank=2)
+    rmoe.set_stage(model, 'residual', head=('gate', ))
+    nn.init.normal_(model.gate.router.weight)
+    with pytest.raises(ValueError, match=r'gate\.router\.weight first'):
+        rmoe.save_adapter(model, tmp_path / 'a.pth')
+    rmoe.save_adapter(model, tmp_path / 'a.pth', also=('gate', ))
+    other = make()
+    rmoe.load_adapter(other, tmp_path / 'a.pth')
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.ModuleDict(dict(
+            emb=nn.Linear(8, 8, bias=False), ffn=nn.Sequential(
+                nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)),
+            head=nn.Linear(8, 8, bias=False)))
+        model.head.weight = model.emb.weight
+        return model
+
+    model, other = make(), make()
+    rmoe.upcycle(model, (0, ), num_experts=2, rank=2)
+    rmoe.set_stage(model, 'residual', head=('head', 'emb'))
+    nn.init.normal_(model.head.weight)
+    rmoe.save_adapter(model, tmp_path / 'a.safetensors', ('head', 'emb'))
+    rmoe.load_adapter(other, tmp_path / 'a.safetensors')
+    assert torch.equal(other.emb.weight, model.emb.weight)
+    assert other.head.weight is other.emb.weight

@@ -222,3 +222,85 @@ def test_ffns_of_openmmlab():
         if moe_layers(model):
             rmoe.to_dense(model)
     assert list(model.state_dict()) == keys
+
+
+def mlp(width=8):
+    return nn.Sequential(nn.Linear(width, 16), nn.GELU(),
+                         nn.Linear(16, width))
+
+
+def test_a_module_that_is_used_twice_gets_experts_in_both_places():
+    shared = mlp()
+    model = nn.Sequential(nn.Linear(8, 8), shared, nn.Linear(8, 8), shared)
+    rmoe.upcycle(model, layers=(0, ), num_experts=2)
+    assert model[1] is model[3] and list(moe_layers(model)) == ['1']
+    rmoe.to_dense(model)
+    assert model[1] is model[3] is shared
+
+
+def test_hooks_that_nobody_would_call_are_refused():
+    model = nn.Sequential(mlp(), mlp())
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r'has hooks \(_forward_hooks\)'):
+        rmoe.upcycle(model, layers=(0, 1))
+    assert not moe_layers(model)
+    rmoe.upcycle(model, layers=(0, ))
+
+
+def test_a_router_of_somebody_else_is_no_router_of_ours():
+    model = nn.ModuleDict(dict(
+        gate=nn.ModuleDict(dict(router=nn.Linear(8, 2))), ffn=mlp()))
+    rmoe.upcycle(model, layers=(0, ), num_experts=2)
+    rmoe.set_stage(model, 'residual')
+    assert not model.gate.router.weight.requires_grad
+    rmoe.set_stage(model, 'core')
+    assert model.gate.router.weight.requires_grad
+    assert not model.ffn.router.scorer.weight.requires_grad
+
+
+def test_dense_models_train_again():
+    model = Own()
+    rmoe.upcycle(model, (0, ), num_experts=2)
+    rmoe.set_stage(model, 'residual')
+    rmoe.to_dense(model)
+    assert all(p.requires_grad for p in model.parameters())
+    mean = model.norm.running_mean.clone()
+    output(model.train())
+    assert not torch.equal(model.norm.running_mean, mean)
+    # what somebody froze without a stage stays frozen
+    model.head.requires_grad_(False)
+    rmoe.upcycle(model, (0, ), num_experts=2)
+    rmoe.to_dense(model)
+    assert not model.head.weight.requires_grad
+
+
+def test_a_model_that_is_entered_by_another_method():
+    model = MODELS['timm ViT']().train()
+    rmoe.upcycle(model, (0, ), num_experts=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.forward_features(INPUT[..., :32, :32])
+    assert rmoe.auxiliary_loss(model) > 0
+
+
+def test_a_second_half_that_was_replaced_is_refused():
+    model = MODELS['HF ViT']().eval()
+    rmoe.upcycle(model, (0, ), num_experts=2)
+    copied = copy.deepcopy(model)
+    assert torch.equal(output(copied), output(model))
+    block = model.encoder.layer[0]
+    block.output = copy.deepcopy(block.output)
+    with pytest.raises(ValueError, match='second half of a MoE FFN was repl'):
+        output(model)
+
+
+@pytest.mark.parametrize('options, match', [
+    (dict(num_experts=2.5), 'num_experts=2.5 must be a whole number'),
+    (dict(router='TokenChoiceRouter'), "router='TokenChoiceRouter' must be a"),
+    (dict(router=dict(type='Nobody')), "type='Nobody' is neither one of"),
+    (dict(layers=None), 'layers=None must be indices'),
+    (dict(layers=0), 'layers=0 must be indices'),
+    (dict(layers=dict(every=0)), r"^layers={'every': 0} is neither")])
+def test_wrong_options_are_value_errors(options, match):
+    with pytest.raises(ValueError, match=match):
+        rmoe.upcycle(Own(), **dict(dict(layers=(0, )), **options))

@@ -9,7 +9,7 @@ from torch import nn
 from rmoe.backbones import HuggingFaceBackbone
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.registry import MODELS
-from rmoe.upcycling import to_dense
+from rmoe.upcycling import fit, to_dense
 
 transformers = pytest.importorskip('transformers')
 DINO = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
@@ -154,3 +154,45 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, '__import__', without)
     with pytest.raises(ImportError, match='pip install transformers'):
         HuggingFaceBackbone(CONFIGS['DINOv2'])
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('Swin', 'SwinForImageClassification'), ('Swin', 'SwinModel'),
+    ('Hiera', 'HieraForImageClassification'), ('BEiT', 'BeitModel')])
+def test_files_of_other_heads_load(tmp_path, name, kind):
+    """transformers' backbones have norms that its other models have not."""
+    config = {key: value for key, value in CONFIGS[name].items()
+              if key not in ('model_type', 'out_indices')}
+    kind = getattr(transformers, kind)
+    theirs = kind(kind.config_class(**config))
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=.2)
+    torch.save(theirs.state_dict(), tmp_path / 'a.bin')
+    ours = HuggingFaceBackbone(
+        CONFIGS[name], dict(layers=(0, ), num_experts=2),
+        dict(type='Pretrained', checkpoint=str(tmp_path / 'a.bin')))
+    ours.init_weights()
+    found, state = to_dense(ours), theirs.state_dict()
+    same = [key for key in state if any(
+        torch.equal(state[key], value) for value in found.values()
+        if value.shape == state[key].shape)]
+    heads = ('classifier', 'layernorm', 'pooler')
+    assert [key for key in state if not any(
+        head in key for head in heads)] == [key for key in same if not any(
+            head in key for head in heads)]
+    prefix = next(key for key in state if key.endswith(
+        'patch_embeddings.projection.bias')).partition('embeddings')[0]
+    report = fit(ours, {key.removeprefix(prefix): value
+                        for key, value in state.items()
+                        if key.startswith(prefix)})[1]
+    for key, status in report.status.items():
+        assert (status == 'new') == ('hidden_states_norms' in key or
+                                     '.experts.' in key or '.router.' in key)
+
+
+def test_a_config_of_an_older_version_can_be_copied(caplog):
+    config = dict(CONFIGS['DINOv2'], path_norm=True)
+    with pytest.raises(ValueError, match=r"\['path_norm'\].*similar ones"):
+        HuggingFaceBackbone(config)
+    ours = HuggingFaceBackbone(dict(config, transformers_version='4.20.0'))
+    assert not hasattr(ours.model.config, 'path_norm')

@@ -174,8 +174,8 @@ def original(state):
 
 @pytest.mark.parametrize('options, message', [
     (dict(pretrain_img_size=(224, 224, 3)),
-     r'pretrain_img_size=\(224, 224, 3\) has 3 numbers'),
-    (dict(pretrain_img_size=()), r'pretrain_img_size=\(\) has 0 numbers'),
+     r'pretrain_img_size=\(224, 224, 3\) must be one side'),
+    (dict(pretrain_img_size=()), r'pretrain_img_size=\(\) must be one side'),
     (dict(pretrained='a.pth', init_cfg=dict(type='Pretrained')),
      "pretrained='a.pth' and init_cfg=.*remove one"),
     (dict(pretrained=True), 'pretrained=True is no path or URL')])

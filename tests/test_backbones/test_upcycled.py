@@ -352,3 +352,19 @@ def test_experts_are_recomputed_if_asked():
             outs = model(torch.randn(1, 3, 32, 32))
             sum(out.sum() for out in outs).backward()
             assert len(calls) == runs
+
+
+@pytest.mark.parametrize('name', ['timm ViT', 'timm Swin', 'timm DINOv2-g'])
+def test_files_of_timm_load_into_timm_hosts(name):
+    """timm's own names, which the host puts inside of others."""
+    import timm
+    options = {key: value for key, value in HOSTS[name][0].items() if key not
+               in ('type', 'features_only', 'out_indices', 'pretrained')}
+    theirs = randomise(timm.create_model(**options, num_classes=3))
+    moe = moe_of(name)
+    moe.load_state_dict(theirs.state_dict())
+    values = list(to_dense(moe).values())
+    for key, value in theirs.state_dict().items():
+        if not key.startswith(('head', 'norm', 'fc_norm', 'layers.2')):
+            assert any(value.shape == ours.shape and torch.equal(value, ours)
+                       for ours in values), key

@@ -240,3 +240,96 @@ def test_bfloat16_under_autocast(name):
     with torch.autocast('cpu', torch.bfloat16):
         out = layer(x)
     torch.testing.assert_close(out.float(), mlp(x), atol=.3, rtol=.1)
+
+
+class CentredTokens(nn.Module):
+    def forward(self, x):
+        return nn.functional.gelu(x - x.mean(1, keepdim=True))
+
+
+class CentredBatch(Mlp):
+    def forward(self, x):
+        x = super().forward(x)
+        return x - x.mean(0) if len(x) > 1 else x
+
+
+class Turned(Mlp):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2) if x.dim() == 4 else x)
+
+
+class Clipped(Mlp):
+    def forward(self, x):
+        return super().forward(x).clamp(-50, 50)
+
+
+class Scaled(Mlp):
+    def forward(self, x, scale=1.):
+        return super().forward(x) * scale
+
+
+def with_act(act):
+    mlp = Mlp(D, H)
+    mlp.act = act
+    return mlp
+
+
+@pytest.mark.parametrize('mlp', [
+    with_act(nn.Softmax(dim=1)), with_act(CentredTokens()),
+    with_act(nn.BatchNorm1d(4, affine=False)), CentredBatch(D, H),
+    Turned(D, H), Clipped(D, H), Scaled(D, H)], ids=lambda mlp: (
+        f'{type(mlp).__name__} {type(mlp.act).__name__}'))
+def test_what_mixes_tokens_or_looks_at_more_is_refused(mlp):
+    """Each agrees with a MLP on some tokens."""
+    assert form_of(mlp) is None
+
+
+def test_an_activation_in_place_beside_a_gate():
+    mlp = SwiGLU(D, H)
+    mlp.act = nn.SiLU(inplace=True)
+    layer, x = layer_of(mlp), torch.randn(2, 3, D)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer(x), mlp(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_a_norm_in_other_types(dtype):
+    mlp = randomised('SwiGLU with a norm').eval()
+    layer, x = layer_of(mlp).eval(), torch.randn(2, 3, D)
+    wanted = mlp.to(dtype)(x.to(dtype))
+    out = layer.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, wanted, atol=.05, rtol=.05)
+
+
+def test_a_norm_that_was_replaced_is_that_of_the_experts():
+    layer = layer_of(randomised('SwiGLU with a norm')).eval()
+    layer.norm, x = nn.LayerNorm(H), torch.randn(2, 3, D)
+    nn.init.normal_(layer.norm.weight)
+    out = layer(x)
+    layer.core_only = True
+    torch.testing.assert_close(out, layer(x))
+
+
+@pytest.mark.parametrize('name', [
+    'core', 'align', 'core_keys', 'losses', 'mixture', 'num_experts'])
+def test_any_name_of_the_layer_is_refused(name):
+    mlp = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))
+    mlp.add_module(name, nn.Identity())
+    with pytest.raises(ValueError, match=rf"submodule named \['{name}'\]"):
+        MoEMlp(mlp, form=form_of(mlp[:3]))
+
+
+def test_a_parametrized_linear_layer_is_linear():
+    mlp = Mlp(D, H)
+    nn.utils.parametrizations.weight_norm(mlp.fc1)
+    layer, x = layer_of(mlp), torch.randn(2, 3, D)
+    torch.testing.assert_close(layer(x), mlp(x))
+
+
+def test_no_hook_runs_on_made_up_tokens():
+    mlp, seen = Mlp(D, H), []
+    for part in (mlp, mlp.act):
+        part.register_forward_hook(lambda *args: seen.append(args))
+    assert form_of(mlp) is not None
+    assert not seen and mlp._forward_hooks and mlp.act._forward_hooks

@@ -65,6 +65,22 @@ def test_to_dense_by_load(work, configs, noisy, pictures, how):
     assert 0 < report['relative_feature_difference'] < 1
 
 
+def test_other_image_channels(work, configs, dense_checkpoint, pictures):
+    six = ['--cfg-options', 'model.backbone.in_channels=6']
+    state, report = convert(work, configs, dense_checkpoint, 'six.pth', *six)
+    key = 'backbone.patch_embed.projection.weight'
+    assert state[key].shape[1] == 6 and report['preserves_function']
+    assert report['largest_feature_difference'] < 1e-5
+    for flags in (['--to-dense'], ['--change-experts', 'slice']):
+        more = ['model.backbone.moe.num_experts=2'] * (len(flags) == 2)
+        state, _ = convert(work, configs, work / 'six.pth', 'again.pth',
+                           *flags, *six, *more)
+        assert state[key].shape[1] == 6
+    with pytest.raises(SystemExit, match='the model takes 6: leave out'):
+        convert(work, configs, work / 'six.pth', 'never.pth', '--to-dense',
+                'mean', '--images', pictures, *six)
+
+
 @pytest.mark.parametrize('how, count', [
     ('prune', 4), ('merge', 4), ('slice', 2), ('tile', 12)])
 def test_change_experts(work, configs, noisy, pictures, how, count, capsys):

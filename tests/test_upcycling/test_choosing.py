@@ -6,7 +6,9 @@ import stat
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from test_upcycling.test_sources import SWIN as SWIN_OPTIONS
 from test_upcycling.test_sources import VIT as VIT_OPTIONS
 from test_upcycling.test_sources import (
@@ -29,6 +31,10 @@ from rmoe.upcycling.keymaps import VIT
 SMALL_VIT = dict(VIT_OPTIONS, moe=dict(layers=(1, ), num_experts=2))
 SMALL_SWIN = dict(SWIN_OPTIONS, moe=dict(layers=((), (1, ), ()),
                                          num_experts=2))
+
+
+TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, image_size=32, patch_size=8)
 
 
 def below(prefix, state):
@@ -124,9 +130,27 @@ def i_jepa(_):
                 opt=dict(state={})), state
 
 
-VITS = (mae, dino, moco_v3, timm_ema, compiled('_orig_mod.'),
-        compiled('module._orig_mod.module.'), compiled('_forward_module.'),
-        fsdp, i_jepa)
+def ema_model(_):
+    state = timm_vit(_).state
+    return dict(model=other(state), ema_model=state), state
+
+
+def averaged(_):
+    """torch.optim.swa_utils.AveragedModel"""
+    state = timm_vit(_).state
+    return {'n_averaged': torch.tensor(7), **below('module.', state)}, state
+
+
+def mean_teacher(_):
+    state = timm_vit(_).state
+    return dict(state_dict={
+        **below('student_backbone.', other(state)),
+        **below('teacher_backbone.', state)}), state
+
+
+VITS = (ema_model, averaged, mean_teacher, mae, dino, moco_v3, timm_ema,
+        compiled('_orig_mod.'), compiled('module._orig_mod.module.'),
+        compiled('_forward_module.'), fsdp, i_jepa)
 SWINS = (simmim('encoder.'), simmim('backbone.'), esvit)
 CASES = [*((ViTMoE, SMALL_VIT, build) for build in VITS),
          *((SwinMoE, SMALL_SWIN, build) for build in SWINS)]
@@ -153,7 +177,8 @@ def test_a_file_loads_by_itself(kind, options, build, tmp_path):
 
 @pytest.mark.parametrize('build, weights', [
     (dino, 'student'), (moco_v3, 'momentum_encoder'),
-    (timm_ema, 'state_dict'), (i_jepa, 'encoder')])
+    (timm_ema, 'state_dict'), (i_jepa, 'encoder'), (ema_model, 'model'),
+    (mean_teacher, 'student')])
 def test_the_other_choice(build, weights, tmp_path):
     content, expected = build(tmp_path)
     torch.save(content, tmp_path / 'file.pth')
@@ -309,6 +334,41 @@ class TestRefused:
         for kind, options in ((ViTMoE, SMALL_VIT), (SwinMoE, SMALL_SWIN)):
             with pytest.raises(ValueError, match=f'file.pth: the checkpoint '
                                f'is that of .*{name}'):
+                load(kind, options, tmp_path / 'file.pth')
+
+    @pytest.mark.parametrize('name, build', [
+        ('SAM or ViTDet encoder', lambda: transformers.SamModel(
+            transformers.SamConfig(vision_config=dict(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                image_size=32, output_channels=8)))),
+        ('SAM 2 or Hiera encoder', lambda: transformers.HieraModel(
+            transformers.HieraConfig(
+                embed_dim=16, image_size=[64, 64], depths=[1, 1, 1],
+                num_heads=[1, 2, 4], num_layers=3, masked_unit_size=[4, 4],
+                query_stride=[2, 2], num_query_pool=2))),
+        ('SAM 2 or Hiera encoder', lambda: timm.create_model(
+            'hiera_tiny_224', embed_dim=16, img_size=64)),
+        ('distilled DeiT',
+         lambda: transformers.DeiTModel(transformers.DeiTConfig(**TINY))),
+        ('Swin Transformer V2', lambda: transformers.Swinv2Model(
+            transformers.Swinv2Config(embed_dim=16, depths=[1],
+                                      num_heads=[1], image_size=32))),
+        ('SigLIP', lambda: timm.create_model(
+            'vit_base_patch16_siglip_224', depth=1, embed_dim=16,
+            num_heads=2, img_size=32)),
+        (r'DINOv2 with gates', lambda: transformers.Dinov2Model(
+            transformers.Dinov2Config(**TINY, use_swiglu_ffn=True))),
+        ('DINOv3', lambda: timm.create_model(
+            'vit_small_patch16_dinov3', depth=1, embed_dim=32, num_heads=2,
+            img_size=32)),
+        ('DINOv2 with registers', lambda: timm.create_model(
+            'vit_small_patch14_reg4_dinov2', depth=1, embed_dim=16,
+            num_heads=2, img_size=28)),
+    ])
+    def test_real_models_by_name(self, name, build, tmp_path):
+        torch.save(build().state_dict(), tmp_path / 'file.pth')
+        for kind, options in ((ViTMoE, SMALL_VIT), (SwinMoE, SMALL_SWIN)):
+            with pytest.raises(ValueError, match=f'is that of .*{name}'):
                 load(kind, options, tmp_path / 'file.pth')
 
     def test_pieces_of_deepspeed(self, tmp_path):

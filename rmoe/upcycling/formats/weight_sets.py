@@ -14,9 +14,11 @@ from torch import Tensor
 # Under 'state_dict' mmengine keeps the average too, where there is one: its
 # 'ema_state_dict' has those that were not averaged.
 SETS = (
-    'state_dict_ema', 'model_ema', 'ema', 'teacher', 'target_encoder',
-    'state_dict', 'model', 'module', 'encoder', 'student', 'ema_state_dict',
+    'state_dict_ema', 'model_ema', 'ema_model', 'ema', 'teacher',
+    'target_encoder', 'state_dict', 'model', 'module', 'encoder', 'student', 'ema_state_dict',
 )
+# Of torch's and mmengine's averaged models: how many were averaged.
+COUNTERS = ('n_averaged', 'steps')
 # Not weights, though there are tensors inside.
 STATES = re.compile(r'(optim|sched|scaler|amp|loss|rng|rank_)')
 # Names that torch.compile, FSDP, activation checkpointing and Lightning put
@@ -77,7 +79,8 @@ def choose_set(content: Mapping[str, Any], weights: str | None = None
                 f'{[name for name in found if name]}')
         name = named[0]
     state = {str(key): value for key, value in found[name].items()
-             if isinstance(value, Tensor)}
+             if isinstance(value, Tensor)
+             and not (key in COUNTERS and value.dim() == 0)}
     _check_content(state)
     top = {each.split('.')[0] for each in found}
     return WeightSet(

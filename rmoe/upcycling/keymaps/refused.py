@@ -25,26 +25,38 @@ class Refused:
 BY_HOST = ('. Use it through rmoe.UpcycledBackbone, around a backbone that '
            'has them, such as ')
 
+IN_TIMM = ('. Use it through rmoe.UpcycledBackbone, around dict(type='
+           "'mmseg.TIMMBackbone', features_only=True, pretrained=False, "
+           'model_name=...), such as ')
+
 REFUSED = (
+    Refused('DINOv2 with gates in its FFNs (ViT-g)',
+            (r'layer\.0\.mlp\.weights_in\.weight', ),
+            "the model's FFNs have none. rmoe.HuggingFaceBackbone takes it"),
     Refused('SAM or ViTDet encoder',
-            (r'blocks\.0\.attn\.rel_pos_h', ),
+            (r'(?:blocks|layers)\.0\.attn\.rel_pos_h', ),
             'its attention has decomposed relative positions and windows'
             + BY_HOST + 'mmpretrain.ViTSAM'),
     Refused('SAM 2 or Hiera encoder',
-            (r'(?:trunk|hiera)\.(?:.+\.)?blocks\.0\.attn\.qkv\.weight', ),
-            'its stages pool queries' + BY_HOST + 'mmpretrain.HiViT'),
+            (r'(?:(?:trunk|hiera)\.(?:.+\.)?blocks\.0\.attn\.qkv\.weight|'
+             r'blocks\.[1-9]\d*\.proj\.weight|'
+             r'encoder\.stages\.0\.layers\.0\.attn\.qkv\.weight)', ),
+            'its stages pool queries. rmoe.HuggingFaceBackbone has Hiera'),
     Refused('DINOv3',
             (r'(?:rope_embed\.periods|storage_tokens|'
              r'(?:layer|layers)\.0\.attention\.q_proj\.weight)', ),
-            'it has rotary positions and register tokens' + BY_HOST
-            + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
-            "model_name='vit_base_patch16_dinov3')"),
+            'it has rotary positions and register tokens' + IN_TIMM
+            + "'vit_base_patch16_dinov3'"),
+    # timm's has no table of positions.
+    Refused('DINOv3', (r'reg_token', r'blocks\.0\.gamma_1'),
+            'it has rotary positions and register tokens' + IN_TIMM
+            + "'vit_base_patch16_dinov3'"),
     Refused('ViT with register tokens (DINOv2 with registers)',
             (r'(?:register_tokens|reg_token)', ),
-            'the model has no register tokens' + BY_HOST
-            + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
-            "model_name='vit_base_patch14_reg4_dinov2')"),
-    Refused('distilled DeiT', (r'dist_token', ),
+            'the model has no register tokens' + IN_TIMM
+            + "'vit_base_patch14_reg4_dinov2'"),
+    Refused('distilled DeiT',
+            (r'(?:dist_token|embeddings\.distillation_token)', ),
             'the model has no distillation token. The releases that were '
             'not distilled, deit_*_patch16_224, load'),
     Refused('data2vec 2.0',
@@ -56,22 +68,22 @@ REFUSED = (
             'its visual tower is a ViT, which rmoe.ViTMoE with pre_norm=True '
             'and patch_bias=False can hold, the rest is not'),
     Refused('SigLIP',
-            (r'vision_model\.head\.attention\.in_proj_weight', ),
+            (r'(?:vision_model\.head\.attention\.in_proj_weight|'
+             r'attn_pool\.latent)', ),
             'it has no class token and names that are not known here'
-            + BY_HOST + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
-            "model_name='vit_base_patch16_siglip_224')"),
+            + IN_TIMM + "'vit_base_patch16_siglip_224'"),
     Refused('EVA', (r'blocks\.0\.attn\.(?:q_proj\.weight|rope\.freqs_cos)', ),
-            'it has gated FFNs or rotary positions' + BY_HOST
-            + "a timm model: dict(type='mmpretrain.TIMMBackbone', "
-            "model_name='eva02_base_patch14_224')"),
-    Refused('Swin Transformer V2', (r'blocks\.0\.attn\.logit_scale', ),
+            'it has gated FFNs or rotary positions' + IN_TIMM
+            + "'eva02_base_patch14_224'"),
+    Refused('Swin Transformer V2',
+            (r'blocks\.0\.(?:attn|attention\.self)\.logit_scale', ),
             'it normalises after each block and compares by cosine'
             + BY_HOST + 'mmpretrain.SwinTransformerV2'),
     # After Swin V2 and EVA-02, which have such biases too.
     Refused('BEiT, data2vec or EVA',
             (r'(?:(?:blocks|layers)\.0\.attn\.q_bias|layer\.0\.lambda_1)', ),
             'its attention has relative positions or no bias of keys'
-            + BY_HOST + 'mmseg.BEiT'),
+            + BY_HOST + "mmseg.BEiT, or timm's EVA in mmseg.TIMMBackbone"),
 )
 
 
