@@ -25,6 +25,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -44,6 +45,7 @@ CAPACITIES = '.1 .25 .5 .75 1 1.25 2'
 ANALYSES: dict[str, Callable[[Path], list[str]]] = {
     'capacity_sweep': lambda folder: [
         '--work-dir', str(folder), '--capacities', *CAPACITIES.split()],
+    'rescore': lambda folder: ['--work-dir', str(folder)],
     'specialisation': lambda folder: [
         '--json', str(folder / 'specialisation.json'),
         '--out', str(folder / 'specialisation.png')],
@@ -141,7 +143,8 @@ class Trainer:
         path = self.args.plan.parent / self.plan.steps[step]
         cfg = Config.fromfile(path)
         options = dict(self.plan.get('options', {}).get(step, {}))
-        cfg.merge_from_dict(options)
+        # It takes _delete_ out of what it is given.
+        cfg.merge_from_dict(deepcopy(options))
         cfg.merge_from_dict(self.args.cfg_options or {})
         cfg.merge_from_dict({'randomness.seed': seed})
         folder = self.folder / ('once' if once else f'seed{seed}') / chain
