@@ -123,7 +123,7 @@ def test_rescore(work, configs, moe_checkpoint, dense_checkpoint):
 
 
 @torch.no_grad()
-def test_flips_are_averaged_in_place(configs):
+def test_flips_are_averaged_in_their_place(configs):
     cfg = Config.fromfile(configs['dense']).model
     cfg.backbone.init_cfg = None
     with DefaultScope.overwrite_default_scope('mmseg'):
@@ -132,11 +132,10 @@ def test_flips_are_averaged_in_place(configs):
     metas = [dict(img_shape=(64, 64), ori_shape=(64, 64))]
     plain, mirrored = (model.inference(image, metas)
                        for image in (x, x.flip(3)))
-    with rescore.flipped(model):
-        both = model.inference(x, metas)
-    torch.testing.assert_close(both, (plain + mirrored.flip(3)) / 2)
-    assert not torch.equal(both, plain)
-    assert torch.equal(model.inference(x, metas), plain)
+    once, twice = rescore.both(model, x, metas)
+    assert torch.equal(once, plain)
+    torch.testing.assert_close(twice, (plain + mirrored.flip(3)) / 2)
+    assert not torch.equal(twice, plain)
 
 
 @pytest.mark.parametrize('flags, more, message', [

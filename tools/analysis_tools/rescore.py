@@ -12,8 +12,6 @@ work dir has the table.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from _config import add_common_arguments, load_config, run
 from capacity_sweep import main_score
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmoe import safe_loading
 from rmoe.engine.data_check import check_data
@@ -69,7 +67,8 @@ def parse_args() -> argparse.Namespace:
 
 def rescore(runner: Runner, metric: str | None) -> list[dict[str, Any]]:
     """A row for each model: its name, its score, and that with flips."""
-    # mmengine loads the checkpoint when it first tests.
+    # What mmengine does before it tests.
+    runner.load_or_resume()
     rows = [_score('as it is', runner, metric)]
     layers = moe_layers(runner.model)
     if layers and all(layer.core is not None for layer in layers.values()):
@@ -86,29 +85,33 @@ def rescore(runner: Runner, metric: str | None) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
 def _score(name: str, runner: Runner, metric: str | None) -> dict[str, Any]:
     print(f'{name} ...', flush=True)
-    score = main_score(runner.test(), metric)
-    with flipped(runner.model):
-        return dict(model=name, score=score,
-                    flips=main_score(runner.test(), metric))
+    model: Any = runner.model.eval()
+    loader = runner.build_dataloader(runner.cfg.test_dataloader)
+    plain, flips = (runner.build_evaluator(runner.cfg.test_evaluator)
+                    for _ in range(2))
+    for evaluator in (plain, flips):
+        evaluator.dataset_meta = loader.dataset.metainfo
+    for batch in loader:
+        data = model.data_preprocessor(batch, False)
+        samples = data['data_samples']
+        once, twice = both(model, data['inputs'],
+                           [sample.metainfo for sample in samples])
+        for evaluator, logits in ((plain, once), (flips, twice)):
+            evaluator.process(model.postprocess_result(logits, samples), data)
+    count = len(loader.dataset)
+    return dict(model=name, score=main_score(plain.evaluate(count), metric),
+                flips=main_score(flips.evaluate(count), metric))
 
 
-@contextmanager
-def flipped(model: nn.Module) -> Iterator[None]:
-    """While it is open, a segmentor averages the logits of an image with
-    those of its mirror image."""
-    inference: Any = model.inference
-
-    def both(inputs: Tensor, metas: list[dict]) -> Tensor:
-        return (inference(inputs, metas)
-                + inference(inputs.flip(3), metas).flip(3)) / 2
-
-    model.inference = both  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del model.inference
+def both(model: Any, images: Tensor, metas: list[dict]
+         ) -> tuple[Tensor, Tensor]:
+    """Logits of images, and their average with those of the mirror images."""
+    once = model.inference(images, metas)
+    mirrored = model.inference(images.flip(3), metas).flip(3)
+    return once, (once + mirrored) / 2
 
 
 if __name__ == '__main__':
