@@ -4,7 +4,8 @@
 # the configs' 1,000 iterations, the rate falling to zero at the end. Five seeds.
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
-    'e4-zero-mean', 'e4-no-core', 'e8-sqrt', 'dense-tail', 'e4-tail')
+    'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e8-sqrt', 'dense-tail',
+    'e4-tail')
 pipelines = {
     # As docs/results.md had it before: the head is drawn after the experts.
     'apart-dense': ['apart-dense'],
@@ -76,6 +77,7 @@ options = {
     'e4': moe(4),
     'e4-half': {**moe(4), **half},
     'e4-zero-mean': moe(4, dict(type='rmoe.ZeroMeanHook')),
+    'e4-clusters': moe(4),
     # Each expert moves once, by itself.
     'e4-no-core': {**moe(4), 'model.backbone.moe.core': False},
     # Experts that get an eighth of the tokens each, at the rate sqrt(1/8).
@@ -85,5 +87,12 @@ options = {
     },
     'dense-tail': {**short, **tail},
     'e4-tail': {**moe(4), **tail}
+}
+# Routers that send each kind of token to an expert of its own.
+upcycle = {
+    'e4-clusters': [
+        '--cluster-routers', '--images', 'data/camvid/img_dir/train', '--size',
+        '128'
+    ]
 }
 analyse = {name: ['rescore'] for name in pipelines}
