@@ -40,6 +40,7 @@ from rmoe.upcycling import (
     Report,
     add_noise,
     choose_weights,
+    cluster_routers,
     count_experts,
     fit,
     give_weights,
@@ -94,6 +95,9 @@ def parse_args() -> argparse.Namespace:
                         help='deviation of random residuals over that of the '
                         "core's weights, zero mean over experts (default 0: "
                         'the dense function exactly)')
+    parser.add_argument('--cluster-routers', action='store_true',
+                        help='routers that start as the centres of clusters '
+                        'of the tokens of --images, instead of at random')
     parser.add_argument('--rank', type=int,
                         help='rank of the residuals, instead of the config')
     parser.add_argument('--layers', type=ast.literal_eval,
@@ -107,13 +111,14 @@ def parse_args() -> argparse.Namespace:
                         help='override settings of the config')
     args = parser.parse_args()
     needs_images = (args.to_dense in ('mean', 'best') or
-                    args.change_experts == 'prune')
+                    args.change_experts == 'prune' or args.cluster_routers)
     if needs_images and not args.images:
-        parser.error('the load of experts is measured on pictures: give '
-                     '--images FOLDER')
+        parser.error('loads and clusters of tokens are measured on pictures: '
+                     'give --images FOLDER')
     ways = [flag for flag, given in (
         ('--to-dense', args.to_dense), ('--fold', args.fold),
-        ('--change-experts', args.change_experts)) if given]
+        ('--change-experts', args.change_experts),
+        ('--cluster-routers', args.cluster_routers)) if given]
     if len(ways) > 1:
         parser.error(f'{" and ".join(ways)} exclude each other')
     return args
@@ -150,7 +155,7 @@ def main() -> None:
     elif args.fold:
         before, after, report = make_folded(config, moe, backbone, args)
     else:
-        before, after, report = make_moe(moe, dense, backbone, args)
+        before, after, report = make_moe(moe, dense, backbone, images, args)
     heads = (() if cfg.model.get('type', '').endswith('ImageClassifier')
              else (CLASSIFIER, ))
     rest = {}
@@ -204,7 +209,7 @@ def images_for(model: nn.Module, args: argparse.Namespace, cfg: Config
 
 
 def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
-             args: argparse.Namespace
+             images: list[Tensor], args: argparse.Namespace
              ) -> tuple[nn.Module, nn.Module, Report]:
     """The dense model, the MoE model with its weights, and the report."""
     if count_experts(moe, state):
@@ -215,6 +220,11 @@ def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
     give_weights(moe, fitted)
     if args.noise:
         add_noise(moe, args.noise, args.seed)
+    if args.cluster_routers:
+        for name, share_E in cluster_routers(moe, images, args.seed).items():
+            print(f'{name}: clusters with '
+                  + ', '.join(f'{100 * share:.0f}' for share in share_E)
+                  + ' % of the tokens')
     give_weights(dense, fit(dense, state)[0])
     return dense, moe, report
 

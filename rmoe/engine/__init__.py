@@ -13,9 +13,10 @@ from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.routing_stats_hook import RoutingStatsHook
+from rmoe.engine.zero_mean_hook import ZeroMeanHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',
     'LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'MoELossHook',
-    'ResidualMoEHook', 'RoutingStatsHook'
+    'ResidualMoEHook', 'RoutingStatsHook', 'ZeroMeanHook'
 ]

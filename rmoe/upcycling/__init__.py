@@ -1,5 +1,6 @@
 """Dense checkpoints into MoE models and back."""
 from rmoe.upcycling.choosing import Choice, choose_weights
+from rmoe.upcycling.clusters import cluster_routers
 from rmoe.upcycling.fit import count_experts, fit
 from rmoe.upcycling.folding import fold, to_plain
 from rmoe.upcycling.formats import (
@@ -21,8 +22,8 @@ from rmoe.upcycling.weightless import give_weights, weightless
 
 __all__ = [
     'Choice', 'Report', 'add_noise', 'check_loading', 'check_prefix',
-    'choose_weights', 'count_experts', 'fit', 'fold', 'give_weights',
-    'pretrained_weights', 'read_checkpoint', 'state_dict_of', 'to_dense',
-    'to_plain', 'weightless', 'write_atomically', 'write_checkpoint',
-    'write_content'
+    'choose_weights', 'cluster_routers', 'count_experts', 'fit', 'fold',
+    'give_weights', 'pretrained_weights', 'read_checkpoint', 'state_dict_of',
+    'to_dense', 'to_plain', 'weightless', 'write_atomically',
+    'write_checkpoint', 'write_content'
 ]

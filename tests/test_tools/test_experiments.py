@@ -1,5 +1,6 @@
 """tools/experiments: plans, runs with seeds, records and the report."""
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import _record
@@ -71,10 +72,10 @@ def test_an_experiment(work, plan, trained, monkeypatch, capsys):
                  work / 'runs', '--records', work / 'records')
     command(experiment, *arguments)
     assert trained == ['once/first', 'seed3/first+moe', 'seed4/first+moe']
-    records = {path.stem: json.loads(path.read_text())
-               for path in (work / 'records/plan').glob('*.json')}
-    assert set(records) == {'moe-seed3', 'moe-seed4'}
-    one = records['moe-seed4']
+    file = work / 'records/plan.jsonl'
+    (_, three), (name, one) = ((record['seed'], record) for record in
+                               _record.read_records(file))
+    assert (three['seed'], name, one['pipeline']) == (3, 4, 'moe')
     assert one['steps']['first']['seed'] == 0  # shared by all seeds
     assert one['steps']['moe']['seed'] == 4
     assert one['scores'] == one['steps']['moe']['scores']
@@ -94,12 +95,12 @@ def test_an_experiment(work, plan, trained, monkeypatch, capsys):
     runs = work / 'runs/plan'
     assert 'seed=4' in (runs / 'seed4/first+moe/step.py').read_text()
     # a second time nothing is trained, and records come out the same
-    again = (work / 'records/plan/moe-seed4.json').read_text()
+    again = file.read_text()
     trained.clear()
     monkeypatch.setattr(experiment, 'start_tool', None)
     command(experiment, *arguments)
     assert not trained
-    assert (work / 'records/plan/moe-seed4.json').read_text() == again
+    assert file.read_text() == again
 
 
 def test_what_fails_does_not_stop_the_others(work, plan, trained,
@@ -116,8 +117,8 @@ def test_what_fails_does_not_stop_the_others(work, plan, trained,
         command(experiment, plan, '--seeds', 0, '--only', 'non-moe', 'noisy',
                 '--work-dir', work / 'failing', '--records',
                 work / 'failing')
-    assert [path.name for path in (work / 'failing/plan').glob('*.json')] == [
-        'noisy-seed0.json']
+    record, = _record.read_records(work / 'failing/plan.jsonl')
+    assert (record['pipeline'], record['seed']) == ('noisy', 0)
     assert 'upcycled.pth' in (
         work / 'failing/plan/seed0/first+noisy-moe/step.py').read_text()
 
@@ -143,13 +144,17 @@ def test_every_plan_builds(path):
     assert set(plan.get('once', ())) <= used
     assert set(plan.get('analyse', ())) <= set(plan.pipelines)
     texts, backbones = set(), {}
-    for step in used:
+    # A step is what it is by its settings and by what it starts from.
+    places = {(tuple(chain[:chain.index(step)]), step)
+              for chain in plan.pipelines.values() for step in chain}
+    for before, step in places:
         cfg = Config.fromfile(path.parent / plan.steps[step])
         cfg.merge_from_dict(dict(plan.options.get(step, {})))
         cfg.model.backbone.init_cfg = None
         backbones[str(cfg.model.backbone)] = cfg.model.backbone
-        texts.add(cfg.pretty_text + str(plan.get('upcycle', {}).get(step)))
-    assert len(texts) == len(used)
+        texts.add(cfg.pretty_text + str(plan.get('upcycle', {}).get(step))
+                  + str(before))
+    assert len(texts) == len(places)
     # Shapes alone: nothing is initialised.
     with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
         for backbone in backbones.values():
@@ -189,11 +194,21 @@ def test_loads_of_the_last_window(tmp_path):
     assert _results.summarise([]) == {}
 
 
-def test_records_have_a_line_for_each_list():
-    record = dict(a=[[1, 2.5], [3, 4]], b=['x'], c=dict(d=[]))
-    text = _record.to_text(record)
-    assert json.loads(text) == record
-    assert '[1, 2.5]' in text and '["x"]' in text
+def test_records_of_several_trainings_at_a_time(tmp_path):
+    step = dict(checkpoint='a.pth', cost=None, metrics=dict(mIoU=1.))
+
+    def write(seed):
+        _record.write_record(tmp_path, 'plan', f'p{seed % 2}', seed // 2,
+                             dict(last=dict(step, metrics=dict(mIoU=seed))),
+                             {})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [*range(16), 5]))
+    lines = (tmp_path / 'plan.jsonl').read_text().splitlines()
+    assert [(each['pipeline'], each['seed'], each['scores']['mIoU'])
+            for each in map(json.loads, lines)] == [
+        (f'p{which}', seed, 2 * seed + which)
+        for which in (0, 1) for seed in range(8)]
 
 
 def make(name, scores, flops=2e12, upstream=20.):
@@ -262,36 +277,35 @@ def test_the_tables_of_variants_and_routers():
 
 
 def test_the_report(work, tmp_path, capsys):
-    records = tmp_path / 'records/rmoe-swin'
-    records.mkdir(parents=True)
-    for name, score in (('non-moe', 30.), ('rmoe-d', 31.)):
-        for seed, record in make(name, {0: score, 1: score}).records.items():
-            (records / f'{name}-seed{seed}.json').write_text(
-                json.dumps(record))
+    records = tmp_path / 'records'
+    records.mkdir()
+    (records / 'rmoe-swin.jsonl').write_text('\n'.join(
+        json.dumps(record)
+        for name, score in (('non-moe', 30.), ('rmoe-d', 31.))
+        for record in make(name, {0: score, 1: score}).records.values()))
     out = tmp_path / 'results.md'
     out.write_text('before\n<!-- rmoe-swin: begin -->\nold\n'
                    '<!-- rmoe-swin: end -->\nafter\n')
-    command(report, '--records', records.parent, '--out', out)
+    command(report, '--records', records, '--out', out)
     text = out.read_text()
     assert text.startswith('before\n') and text.endswith('after\n')
     assert 'old' not in text and '| rmoe-d | 20.0 | 31.0, 31.0 |' in text
     assert (tmp_path / 'figures/rmoe-swin.png').stat().st_size > 5000
     assert 'ablation: no records' in capsys.readouterr().out
-    (records.parent / 'ablation').mkdir()
-    for name in ('non-moe', 'joint', 'staged'):
-        (records.parent / f'ablation/{name}-seed0.json').write_text(
-            json.dumps(make(name, {0: 30.}).records[0]))
+    (records / 'ablation.jsonl').write_text('\n'.join(
+        json.dumps(make(name, {0: 30.}).records[0])
+        for name in ('non-moe', 'joint', 'staged')))
     out.write_text(text + ''.join(
         f'<!-- {name}: begin --><!-- {name}: end -->'
         for name in ('ablation', 'routers-downstream')))
-    command(report, '--records', records.parent, '--out', out)
+    command(report, '--records', records, '--out', out)
     assert 'vmoe: no records of ablation' in capsys.readouterr().out
     assert out.read_text().count('| joint | 30.0 | 30.00 | +0.00 |') == 2
     assert out.read_text().count('| staged |') == 1
     for text in ('no markers', '<!-- rmoe-swin: end -->'):
         out.write_text(text)
         with pytest.raises(SystemExit, match=r'must have the lines .*-swin'):
-            command(report, '--records', records.parent, '--out', out)
+            command(report, '--records', records, '--out', out)
         assert out.read_text() == text
 
 
@@ -309,3 +323,45 @@ def test_the_table_of_capacities():
     lines = _tables.capacities({'non-moe': dense, 'k2': runs}).splitlines()
     assert lines[2] == '| non-moe, same seeds |  | 1.000 |  | 51.50 |  |'
     assert lines[-1] == '| k2 | 0.5 | 1.000 | 25 % | 41.00 | 45.00 |'
+
+
+def rescored(name, scores, **models):
+    """Records with what rescore.py found: (score, with flips) by seed."""
+    runs = make(name, dict(enumerate(scores)))
+    for seed, record in runs.records.items():
+        rows = [dict(model='as it is', score=scores[seed],
+                     flips=scores[seed] + 1)]
+        rows += [dict(model=model, score=values[seed], flips=values[seed])
+                 for model, values in models.items()]
+        record['analyses'] = dict(rescore=dict(rows=rows))
+    return runs
+
+
+def test_intervals_are_those_of_students_t():
+    dense, moe = make('dense', {0: 1., 1: 1., 2: 1.}), make(
+        'e4', {0: 2., 1: 3., 2: 4., 9: 70.})
+    # mean 2, deviation 1, three pairs: 4.303 / sqrt(3)
+    assert moe.gain(dense)[0] == 2
+    assert moe.interval(dense) == pytest.approx(2.484, abs=1e-3)
+    with pytest.raises(ValueError, match=r'share the seeds \[0\]'):
+        make('e4', {0: 2.}).interval(dense)
+
+
+def test_the_tables_of_the_recipe():
+    runs = {each.name: each for each in (
+        rescored('dense', [50., 52.]), rescored('e1', [51., 52.]),
+        rescored('e4', [52., 55.], mean=[52., 53.]),
+        rescored('apart-dense', [50., 50.]), rescored('apart-e4', [50., 54.]))}
+    rows = {line.split('|')[1].strip(): line for line in
+            _tables.paired({name: runs[name] for name in (
+                'dense', 'e1', 'e4')}).splitlines()}
+    assert rows['dense'] == ('| dense | 50.0, 52.0 | 52.00 |  |  |  | 1.000 '
+                             '| 1.000 | 1.00 |')
+    assert rows['e4'] == (
+        '| e4 | 52.0, 55.0 | 54.50 | +2.50 ± 6.35 | +2.00 ± 12.71 '
+        '| +0.50 ± 6.35 | 1.000 | 1.000 | 1.00 |')
+    lines = _tables.noise(runs).splitlines()
+    assert lines[2] == ('| a head of each its own | no | 2 | 0.00 | 2.83 '
+                        '| 2.83 | +2.00 ± 25.41 |')
+    assert [line.split('|')[2].strip() for line in lines[2:]] == [
+        'no', 'yes'] * 2

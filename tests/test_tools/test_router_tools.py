@@ -3,10 +3,14 @@ import json
 
 import capacity_sweep
 import pytest
+import rescore
 import test as test_tool  # tools/test.py
+import torch
 import train
 import upcycle
 from commands import command, miou, options
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
 
 @pytest.mark.parametrize('moe, preserves', [
@@ -89,6 +93,49 @@ def test_capacity_sweep_of_expert_choice(work, configs, dense_checkpoint):
     assert found['rows'][0]['score'] == pytest.approx(reference, abs=.01)
     _, half, double = (row['gflops'] for row in found['rows'])
     assert half < double
+
+
+def test_rescore(work, configs, moe_checkpoint, dense_checkpoint):
+    command(rescore, configs['moe'], moe_checkpoint,
+            *options(work, 'rescore'))
+    rows = json.loads((work / 'rescore/rescore.json').read_text())['rows']
+    assert [row['model'] for row in rows] == ['as it is', 'core', 'mean']
+    # the dense models that tools/upcycle.py makes of the same checkpoint
+    for row in rows[1:]:
+        images = ['--images', work / 'scenes/images/validation']
+        command(upcycle, moe_checkpoint, '--config', configs['moe'], '--out',
+                work / 'd.pth', '--size', 64, '--to-dense', row['model'],
+                *(images if row['model'] == 'mean' else []))
+        command(test_tool, configs['dense'], work / 'd.pth',
+                *options(work, f'rescore-{row["model"]}'))
+        # 'mean' there goes by load
+        assert row['score'] == pytest.approx(
+            miou(work / f'rescore-{row["model"]}'),
+            abs=.01 if row['model'] == 'core' else 1.)
+    command(rescore, configs['dense'], dense_checkpoint,
+            *options(work, 'rescore-dense'))
+    row, = json.loads(
+        (work / 'rescore-dense/rescore.json').read_text())['rows']
+    command(test_tool, configs['dense'], dense_checkpoint,
+            *options(work, 'rescore-reference'))
+    assert row['score'] == pytest.approx(miou(work / 'rescore-reference'),
+                                         abs=.01)
+
+
+@torch.no_grad()
+def test_flips_are_averaged_in_their_place(configs):
+    cfg = Config.fromfile(configs['dense']).model
+    cfg.backbone.init_cfg = None
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg).eval()
+    x = torch.randn(1, 3, 64, 64)
+    metas = [dict(img_shape=(64, 64), ori_shape=(64, 64))]
+    plain, mirrored = (model.inference(image, metas)
+                       for image in (x, x.flip(3)))
+    once, twice = rescore.both(model, x, metas)
+    assert torch.equal(once, plain)
+    torch.testing.assert_close(twice, (plain + mirrored.flip(3)) / 2)
+    assert not torch.equal(twice, plain)
 
 
 @pytest.mark.parametrize('flags, more, message', [

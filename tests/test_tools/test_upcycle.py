@@ -98,7 +98,24 @@ def test_change_experts(work, configs, noisy, pictures, how, count, capsys):
     assert '% of their norm)' in capsys.readouterr().out
 
 
+def test_routers_of_clusters(work, configs, dense_checkpoint, pictures,
+                             capsys):
+    states = [convert(work, configs, dense_checkpoint, f'{name}.pth', *flags)
+              for name, flags in (('random', []), ('clusters', [
+                  '--cluster-routers', '--images', pictures]))]
+    shares = re.findall(r'blocks\.1\.ffn: clusters with (.*) % of the tokens',
+                        capsys.readouterr().out)
+    assert shares and all(
+        97 <= sum(map(int, share.split(', '))) <= 103 for share in shares)
+    (one, _), (other, report) = states
+    assert report['preserves_function']
+    for key, value in one.items():
+        assert torch.equal(value, other[key]) == ('router.scorer' not in key)
+
+
 @pytest.mark.parametrize('args, message', [
+    (['--cluster-routers'], 'give --images FOLDER'),
+    (['--cluster-routers', '--fold', '--images', 'x'], 'exclude each other'),
     (['--to-dense', 'best'], 'give --images FOLDER'),
     (['--change-experts', 'prune'], 'give --images FOLDER'),
     (['--change-experts', 'tile', '--to-dense'], 'exclude each other'),

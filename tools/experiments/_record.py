@@ -1,7 +1,12 @@
-"""The JSON record of a finished pipeline: small, and enough to redraw it."""
+"""The record of a finished pipeline: small, and enough to redraw it.
+
+Those of a plan are one file of JSON lines, a line for each pipeline and seed.
+"""
+import fcntl
 import json
-import re
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,8 @@ from rmoe.upcycling import write_atomically
 def write_record(folder: Path, experiment: str, pipeline: str, seed: int,
                  steps: dict[str, dict[str, Any]],
                  analyses: dict[str, dict[str, Any]]) -> Path:
-    """Write ``folder/experiment/pipeline-seed.json``.
+    """Put a line into ``folder/experiment.jsonl``, in place of an older one of
+    this pipeline and seed.
 
     Args:
         folder: of all records.
@@ -32,17 +38,34 @@ def write_record(folder: Path, experiment: str, pipeline: str, seed: int,
             tool: {key: value for key, value in found.items()
                    if key not in ('config', 'checkpoint')}
             for tool, found in analyses.items()})
-    path = folder / experiment / f'{pipeline}-seed{seed}.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, to_text(record).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{experiment}.jsonl'
+    with alone(folder):
+        kept = {(each['pipeline'], each['seed']): each
+                for each in read_records(path)}
+        kept[pipeline, seed] = record
+        write_atomically(path, ''.join(
+            json.dumps(kept[key]) + '\n' for key in sorted(kept)).encode())
     return path
 
 
-def to_text(record: dict[str, Any]) -> str:
-    """JSON with a line for each list of numbers, not for each number."""
-    return re.sub(r'\[\s+([^][{}]*?)\s+\]',
-                  lambda found: f'[{" ".join(found[1].split())}]',
-                  json.dumps(record, indent=1)) + '\n'
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a plan; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Trainings of several threads and processes end when they like, and no
+    two of them may write a file at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def scores(metrics: dict[str, Any]) -> dict[str, float]:

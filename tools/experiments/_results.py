@@ -1,10 +1,12 @@
 """Records, read and summed up: scores over seeds, costs of whole pipelines."""
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from _record import read_records
+from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,38 @@ class Runs:
             raise ValueError(f'{self.name} and {base.name} share no seed')
         return both
 
+    def rescored(self, model: str = 'as it is', flips: bool = False
+                 ) -> 'Runs':
+        """With the scores that rescore.py found in place of their own: of
+        the seeds for which it looked at this model."""
+        found = {}
+        for seed, record in self.records.items():
+            for row in record['analyses'].get('rescore', dict(rows=[]))[
+                    'rows']:
+                if row['model'] == model:
+                    found[seed] = dict(record, scores=dict(
+                        mIoU=row['flips' if flips else 'score']))
+        return Runs(self.name, found)
+
     def gain(self, base: 'Runs') -> tuple[float, float | None]:
         """Mean of the gains, and its standard error, None for one seed."""
         gains = list(self.gains(base).values())
         return mean(gains), (
             stdev(gains) / len(gains) ** .5 if len(gains) > 1 else None)
+
+    def interval(self, base: 'Runs') -> float:
+        """Half of the 95 % interval of the mean gain, by Student's t.
+
+        Raises:
+            ValueError: for a single pair.
+        """
+        gains = list(self.gains(base).values())
+        if len(gains) < 2:
+            raise ValueError(f'{self.name} and {base.name} share the seeds '
+                             f'{list(self.gains(base))}: an interval needs '
+                             'two')
+        return float(student.ppf(.975, len(gains) - 1) * stdev(gains)
+                     / len(gains) ** .5)
 
     def cost(self, what: str, last_only: bool = False) -> float:
         """Mean over seeds of a cost, summed over the steps or of the last."""
@@ -87,11 +116,10 @@ class Runs:
         return {key: mean(one[key] for one in each) for key in each[0]}
 
 
-def read(folder: Path, order: Sequence[str]) -> dict[str, Runs]:
-    """The pipelines of an experiment that have records, in this order."""
+def read(path: Path, order: Sequence[str]) -> dict[str, Runs]:
+    """The pipelines of a plan that have records in a file, in this order."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in folder.glob('*.json'):
-        record = json.loads(path.read_text())
+    for record in read_records(path):
         found.setdefault(record['pipeline'], {})[record['seed']] = record
     return {name: Runs(name, dict(sorted(found[name].items())))
             for name in order if name in found}

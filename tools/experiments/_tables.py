@@ -1,5 +1,6 @@
 """Tables of experiments, as Markdown."""
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import stdev
 
 from _results import Runs, mean_rows, specialised, sweeps, swept_seeds
 
@@ -42,6 +43,62 @@ def variants(runs: Mapping[str, Runs]) -> str:
          'smallest load / fair share'), rows)
 
 
+def paired(runs: Mapping[str, Runs]) -> str:
+    """Variants of a plan whose runs were rescored, over its dense model and
+    over one expert, with 95 % intervals; scores with flips, which are less
+    noisy, but for the first column."""
+    flips = {name: each.rescored(flips=True) for name, each in runs.items()}
+    base, one = flips['dense'], flips.get('e1')
+    rows = []
+    for name, each in flips.items():
+        mean = runs[name].rescored('mean', flips=True)
+        rows.append([
+            name, *score(runs[name])[:1], f'{each.mean():.2f}',
+            '' if each is base else spread(each, base),
+            spread(each, one) if one and name.startswith('e') and (
+                each is not one) else '',
+            spread(mean, base) if mean.records else '',
+            f'{runs[name].loss_over(runs["dense"]):.3f}',
+            f'{ratio("flops", runs[name], runs["dense"]):.3f}',
+            f'{ratio("seconds", runs[name], runs["dense"]):.2f}'])
+    return markdown(
+        ('variant', 'seeds', 'mean with flips', 'over dense', 'over one expert',
+         'mean of its experts over dense', 'training loss / dense',
+         'operations', 'seconds'), rows)
+
+
+def noise(runs: Mapping[str, Runs]) -> str:
+    """How far four experts are from dense, and how far that is from seed to
+    seed, by what the two share and how they are scored."""
+    rows = []
+    for what, prefix, suffix in (
+            ('a head of each its own', 'apart-', ''),
+            ('the same start', '', ''),
+            ('the same start, a tail of small rate', '', '-tail')):
+        dense, moe = f'{prefix}dense{suffix}', f'{prefix}e4{suffix}'
+        if not {dense, moe} <= runs.keys():
+            continue
+        for flips in (False, True):
+            pair = [runs[name].rescored(flips=flips) for name in (moe, dense)]
+            each = [f'{stdev(one.scores().values()):.2f}'
+                    for one in reversed(pair)]
+            gains = list(pair[0].gains(pair[1]).values())
+            rows.append([
+                what, 'yes' if flips else 'no', str(len(gains)), *each,
+                f'{stdev(gains):.2f}', spread(*pair)])
+    return markdown(
+        ('the pair has', 'flips', 'seeds', 'deviation of dense',
+         'of four experts', 'of their difference', 'difference'), rows)
+
+
+def spread(runs: Runs, base: Runs) -> str:
+    """The mean difference, paired by seed, with its 95 % interval."""
+    gains = runs.gains(base)
+    if len(gains) < 2:
+        return f'{runs.gain(base)[0]:+.2f}'
+    return f'{runs.gain(base)[0]:+.2f} ± {runs.interval(base):.2f}'
+
+
 def routers(runs: Mapping[str, Runs]) -> str:
     """Routers at equal compute."""
     base = next(iter(runs.values()))
@@ -58,6 +115,11 @@ def routers(runs: Mapping[str, Runs]) -> str:
         ('router', 'seeds', 'mean', f'over {base.name}', 'operations',
          'load entropy', 'smallest load / fair share',
          'tokens without expert'), rows)
+
+
+def ratio(what: str, runs: Runs, base: Runs) -> float:
+    """Of the cost of the last step."""
+    return runs.cost(what, True) / base.cost(what, True)
 
 
 def score(runs: Runs) -> list[str]:

@@ -22,6 +22,7 @@ from _results import Runs, read
 from mmengine.config import Config
 
 ROOT = TOOLS.parent
+RECORDS = Path(__file__).resolve().parent / 'records'
 Table = Callable[[Mapping[str, Runs]], str]
 Draw = Callable[[Mapping[str, Runs], Path], None]
 
@@ -40,6 +41,10 @@ class Report(NamedTuple):
     analysis: str | None = None
 
 
+# Of the plan 'recipe': what is compared, and pairs by which the noise is told.
+NOISE = ('apart-dense', 'apart-e4', 'dense', 'e4', 'dense-tail', 'e4-tail')
+RECIPE = ('dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
+          'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e8-sqrt')
 # By the name of its markers and of its picture.
 REPORTS = {
     'rmoe-swin': Report('rmoe-swin', _tables.pipelines, _figures.curves),
@@ -51,6 +56,8 @@ REPORTS = {
         'ablation', _tables.routers, _figures.dots,
         ('non-moe', 'joint', 'sinkhorn-token-choice', 'softmax-expert-choice',
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')),
+    'recipe': Report('recipe', _tables.paired, _figures.dots, RECIPE),
+    'noise': Report('recipe', _tables.noise, _figures.dots, NOISE),
     'vmoe': Report('ablation', _tables.capacities, _figures.capacities,
                    analysis='capacity_sweep'),
     'specialisation': Report(
@@ -63,7 +70,7 @@ def main() -> None:
     args = parse_args()
     text = args.out.read_text()
     for name, each in REPORTS.items():
-        runs = read(args.records / each.plan,
+        runs = read(args.records / f'{each.plan}.jsonl',
                     each.pipelines or pipelines_of(each.plan))
         if not any(each.analysis in (None, *record.get('analyses', ()))
                    for run in runs.values() for record in run.records.values()):
@@ -82,7 +89,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--records', type=Path, default=ROOT / 'docs/records')
+    parser.add_argument('--records', type=Path, default=RECORDS)
     parser.add_argument('--out', type=Path, default=ROOT / 'docs/results.md')
     return parser.parse_args()
 

@@ -15,8 +15,8 @@ A plan is a family of pipelines (see tools/pipeline.py) with some of
 It can be stopped at any time: a run goes on from its last checkpoint, and what
 has finished is not repeated.
 
-Each pipeline and seed that finishes leaves a small JSON record: its settings,
-commit, scores, learning curve, loads of the experts, and cost.
+Each pipeline and seed that finishes leaves a line in records/PLAN.jsonl: its
+settings, commit, scores, learning curve, loads of the experts, and cost.
 tools/experiments/report.py makes tables and pictures of them.
 """
 import argparse
@@ -25,6 +25,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -44,11 +45,12 @@ CAPACITIES = '.1 .25 .5 .75 1 1.25 2'
 ANALYSES: dict[str, Callable[[Path], list[str]]] = {
     'capacity_sweep': lambda folder: [
         '--work-dir', str(folder), '--capacities', *CAPACITIES.split()],
+    'rescore': lambda folder: ['--work-dir', str(folder)],
     'specialisation': lambda folder: [
         '--json', str(folder / 'specialisation.json'),
         '--out', str(folder / 'specialisation.png')],
 }
-RECORDS = TOOLS.parent / 'docs' / 'records'
+RECORDS = Path(__file__).resolve().parent / 'records'
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path,
                         default=Path('work_dirs/experiments'))
     parser.add_argument('--records', type=Path, default=RECORDS,
-                        help='folder of the JSON records')
+                        help='folder of the records, one file a plan')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of every step')
     return parser.parse_args()
@@ -134,14 +136,15 @@ class Trainer:
                     for tool in self.plan.get('analyse', {}).get(name, ())}
         path = write_record(self.args.records, self.args.plan.stem, name,
                             seed, steps, analyses)
-        print(f'{name}, seed {seed}: wrote {path.name}', flush=True)
+        print(f'{name}, seed {seed}: a line of {path.name}', flush=True)
 
     def _step(self, step: str, start: str | None, chain: str, seed: int,
               once: bool) -> dict[str, Any]:
         path = self.args.plan.parent / self.plan.steps[step]
         cfg = Config.fromfile(path)
         options = dict(self.plan.get('options', {}).get(step, {}))
-        cfg.merge_from_dict(options)
+        # It takes _delete_ out of what it is given.
+        cfg.merge_from_dict(deepcopy(options))
         cfg.merge_from_dict(self.args.cfg_options or {})
         cfg.merge_from_dict({'randomness.seed': seed})
         folder = self.folder / ('once' if once else f'seed{seed}') / chain
