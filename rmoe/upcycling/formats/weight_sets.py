@@ -15,7 +15,8 @@ from torch import Tensor
 # 'ema_state_dict' has those that were not averaged.
 SETS = (
     'state_dict_ema', 'model_ema', 'ema_model', 'ema', 'teacher',
-    'target_encoder', 'state_dict', 'model', 'module', 'encoder', 'student', 'ema_state_dict',
+    'target_encoder', 'state_dict', 'model', 'module', 'encoder', 'student',
+    'ema_state_dict',
 )
 # Of torch's and mmengine's averaged models: how many were averaged.
 COUNTERS = ('n_averaged', 'steps')
