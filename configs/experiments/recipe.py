@@ -5,7 +5,7 @@
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
     'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e8-sqrt', 'dense-tail',
-    'e4-tail')
+    'e4-tail', 'dense-no-drop', 'e1-no-drop', 'e4-no-drop')
 pipelines = {
     # As docs/results.md had it before: the head is drawn after the experts.
     'apart-dense': ['apart-dense'],
@@ -39,6 +39,10 @@ tail = {
     'param_scheduler.1.end': 480,
     'param_scheduler.1.eta_min': 5e-6
 }
+
+
+# Routers draw random numbers too, so that paths are dropped elsewhere.
+no_drop = {'model.backbone.drop_path_rate': 0.}
 
 
 def moe(number, *more):
@@ -86,7 +90,10 @@ options = {
         residuals: dict(lr_mult=8**-.5)
     },
     'dense-tail': {**short, **tail},
-    'e4-tail': {**moe(4), **tail}
+    'e4-tail': {**moe(4), **tail},
+    'dense-no-drop': {**short, **no_drop},
+    'e1-no-drop': {**moe(1), **no_drop},
+    'e4-no-drop': {**moe(4), **no_drop}
 }
 # Routers that send each kind of token to an expert of its own.
 upcycle = {

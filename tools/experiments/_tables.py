@@ -74,7 +74,8 @@ def noise(runs: Mapping[str, Runs]) -> str:
     for what, prefix, suffix in (
             ('a head of each its own', 'apart-', ''),
             ('the same start', '', ''),
-            ('the same start, a tail of small rate', '', '-tail')):
+            ('the same start, a tail of small rate', '', '-tail'),
+            ('the same start, no stochastic depth', '', '-no-drop')):
         dense, moe = f'{prefix}dense{suffix}', f'{prefix}e4{suffix}'
         if not {dense, moe} <= runs.keys():
             continue

@@ -42,9 +42,11 @@ class Report(NamedTuple):
 
 
 # Of the plan 'recipe': what is compared, and pairs by which the noise is told.
-NOISE = ('apart-dense', 'apart-e4', 'dense', 'e4', 'dense-tail', 'e4-tail')
+NOISE = ('apart-dense', 'apart-e4', 'dense', 'e4', 'dense-tail', 'e4-tail',
+         'dense-no-drop', 'e4-no-drop')
 RECIPE = ('dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
-          'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e8-sqrt')
+          'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e8-sqrt',
+          'dense-no-drop', 'e1-no-drop', 'e4-no-drop')
 # By the name of its markers and of its picture.
 REPORTS = {
     'rmoe-swin': Report('rmoe-swin', _tables.pipelines, _figures.curves),
