@@ -75,9 +75,9 @@ def test_same_outputs(router, align, unrouted, rank, masked):
 def test_same_outputs_of_timms_mlp(name, rank):
     layer = randomised(MoEMlp(Mlp(D, H), E, SPARSE[name], rank=rank))
     x, valid = images(), padding()
-    expected = layer(x, valid)
+    expected = layer(x, valid=valid)
     fold(layer)
-    assert largest(layer(x, valid), expected) < 1e-5
+    assert largest(layer(x, valid=valid), expected) < 1e-5
 
 
 @RANKS
