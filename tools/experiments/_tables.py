@@ -45,12 +45,16 @@ def variants(runs: Mapping[str, Runs]) -> str:
 
 def paired(runs: Mapping[str, Runs]) -> str:
     """Variants of a plan whose runs were rescored, over its dense model and
-    over one expert, with 95 % intervals; scores with flips, which are less
-    noisy, but for the first column."""
+    over one expert, with 95 % intervals; scores with flips, but for the first
+    column. Without stochastic depth they are compared with the dense model
+    and the one expert without it."""
     flips = {name: each.rescored(flips=True) for name, each in runs.items()}
-    base, one = flips['dense'], flips.get('e1')
     rows = []
     for name, each in flips.items():
+        kind = '-no-drop' if name.endswith('-no-drop') else ''
+        base, one = flips[f'dense{kind}'], flips.get(f'e1{kind}')
+        if each is base:
+            base = flips['dense']
         mean = runs[name].rescored('mean', flips=True)
         rows.append([
             name, *score(runs[name])[:1], f'{each.mean():.2f}',

@@ -28,7 +28,7 @@ Draw = Callable[[Mapping[str, Runs], Path], None]
 
 
 class Report(NamedTuple):
-    """A table and a picture of a plan's records.
+    """A table and, if it helps, a picture of a plan's records.
 
     Attributes:
         pipelines: which of the plan; all if not given.
@@ -36,7 +36,7 @@ class Report(NamedTuple):
     """
     plan: str
     table: Table
-    draw: Draw
+    draw: Draw | None
     pipelines: Sequence[str] | None = None
     analysis: str | None = None
 
@@ -58,8 +58,8 @@ REPORTS = {
         'ablation', _tables.routers, _figures.dots,
         ('non-moe', 'joint', 'sinkhorn-token-choice', 'softmax-expert-choice',
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')),
-    'recipe': Report('recipe', _tables.paired, _figures.dots, RECIPE),
-    'noise': Report('recipe', _tables.noise, _figures.dots, NOISE),
+    'recipe': Report('recipe', _tables.paired, None, RECIPE),
+    'noise': Report('recipe', _tables.noise, None, NOISE),
     'vmoe': Report('ablation', _tables.capacities, _figures.capacities,
                    analysis='capacity_sweep'),
     'specialisation': Report(
@@ -79,9 +79,10 @@ def main() -> None:
             print(f'{name}: no records of {each.plan}')
             continue
         text = put(text, name, each.table(runs), args.out)
-        picture = args.out.parent / 'figures' / f'{name}.png'
-        picture.parent.mkdir(exist_ok=True)
-        each.draw(runs, picture)
+        if each.draw:
+            picture = args.out.parent / 'figures' / f'{name}.png'
+            picture.parent.mkdir(exist_ok=True)
+            each.draw(runs, picture)
         print(f'{name}: {len(runs)} pipelines')
     args.out.write_text(text)
     print(f'wrote {args.out}')
