@@ -13,8 +13,6 @@ STAGES = {
     'residual': ('residual', 'router', 'head'),
     'all': ('core', 'residual', 'router', 'head'),
 }
-
-
 # Where a model keeps its stage.
 STAGE = '_rmoe_stage'
 

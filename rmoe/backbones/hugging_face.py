@@ -43,7 +43,9 @@ class HuggingFaceBackbone(BaseModule):
         self.model = _build(dict(config))
         if moe:
             put_experts(self, moe)
-        finish(self, moe, inner='model.')
+        # Norms that transformers' other models have not.
+        finish(self, moe, inner='model.',
+               new=(r'model\.hidden_states_norms\..+', ))
 
     def init_weights(self) -> None:
         """Load what ``init_cfg`` names; transformers has done the rest."""

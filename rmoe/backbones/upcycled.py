@@ -84,19 +84,22 @@ def put_experts(host: nn.Module, moe: Mapping) -> None:
     mask_foreign_layers(host)
 
 
-def finish(host: Any, moe: Mapping | None, inner: str = '') -> None:
+def finish(host: Any, moe: Mapping | None, inner: str = '',
+           new: tuple[str, ...] = ()) -> None:
     """Make every load of a backbone complete or an error.
 
     Args:
         host: the backbone, with its experts.
         moe: its ``expert_mismatch`` is read.
         inner: prefix of the names that files of the host leave out.
+        new: patterns of weights that files may lack.
     """
-    host.architecture = _architecture(host, inner)
+    host.architecture = _architecture(host, inner, new)
     check_loading(host, (moe or {}).get('expert_mismatch', 'raise'))
 
 
-def _architecture(host: nn.Module, inner: str) -> Architecture:
+def _architecture(host: nn.Module, inner: str, new: tuple[str, ...]
+                  ) -> Architecture:
     """Own names only; whatever the file lacks or has too much is an error."""
     name = type(host).__name__
     inside = tuple(f'{key}.' for key in moe_layers(host))
@@ -107,20 +110,32 @@ def _architecture(host: nn.Module, inner: str) -> Architecture:
                     if not key.endswith(('running_mean', 'running_var')))
     sources = [Source(name, marks=(mark, ), rules=((r'(.+)', r'\1', None), ))]
     if inner:
-        bare = [key.removeprefix(inner) for key, _ in host.named_parameters()
-                if not key.startswith(inside)]
-        joined = [key for key in bare if JOINED.match(key)]
-        sources.append(Source(
-            f'{name} without {inner!r}',
-            marks=(JOINED.sub(r'\1.\2.', joined[0]) if joined else bare[0], ),
-            rules=(*((r'([a-z]+)\.(\d+)\.(.+)', rf'{inner}\1_\2.\3', None)
-                     for _ in joined[:1]),
-                   (r'(.+)', rf'{inner}\1', None))))
+        sources.append(_bare_source(name, inner, [
+            key.removeprefix(inner) for key, _ in host.named_parameters()
+            if not key.startswith(inside)]))
     return Architecture(
         name,
         sources=tuple(sources),
-        # Hugging Face's backbones have norms that its other models have not.
-        new=(*buffers, r'model\.hidden_states_norms\..+'),
+        new=(*buffers, *new),
         spare=((rf'({re.escape(inner)})?'
                 r'(head|fc|classifier|pooler|norm|fc_norm|layernorm)\..+',
                 'head or norm, which the model has not'), ))
+
+
+def _bare_source(name: str, inner: str, keys: list[str]) -> Source:
+    """Of a file whose names lack the prefix ``inner``.
+
+    Args:
+        name: of the host.
+        inner: where the host keeps the model of the file.
+        keys: dense weights of that model, as the host names them.
+    """
+    rule = (r'(.+)', rf'{inner}\1', None)
+    joined = next((key for key in keys if JOINED.match(key)), None)
+    if joined is None:
+        return Source(f'{name} without {inner!r}', marks=(keys[0], ),
+                      rules=(rule, ))
+    return Source(
+        f'{name} without {inner!r}',
+        marks=(JOINED.sub(r'\1.\2.', joined, count=1), ),
+        rules=((r'([a-z]+)\.(\d+)\.(.+)', rf'{inner}\1_\2.\3', None), rule))

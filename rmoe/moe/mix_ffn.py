@@ -92,49 +92,60 @@ class MoEMixFFN(MoELayer):
         return self.layers(rows_ND11).reshape(x.shape)
 
 
-class MoEConvMlp(MoELayer):
-    """The Mlp of SegNeXt's MSCAN (2209.08575) with experts.
-
-    Its experts are SegFormer's, see :class:`MoEMixFFN`; it takes maps instead
-    of tokens and leaves the identity to its block.
+class ConvolvedMlp(MoELayer):
+    """A MLP with a depthwise convolution after its first layer, with experts
+    as those of :class:`MoEMixFFN`. A subclass says what its library calls
+    the parts and how it calls the whole.
 
     Args:
-        mlp: mmseg's; its modules and weights become the core and keep their
-            names (``fc1``, ``dwconv``, ``fc2``).
+        mlp: the library's; its modules and weights become the core and keep
+            their names.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow. It must
-            keep every token.
+            keep every token: a map with holes cannot be convolved.
         core: must be True.
         rank: rank of the residuals.
         align: how gates meet outputs.
         unrouted: what a token gets that no expert kept.
         with_cp: recompute the experts in backward.
 
+    Attributes:
+        parts: names of the first layer, the activation, the dropout and the
+            second layer.
+
     Raises:
         ValueError: without a core, or for a router that drops tokens or
             mixes them.
     """
+    parts: tuple[str, str, str, str]
+    shares_core = 'convolution'
+    needs_all_rows = True
+
+    def __init__(self, mlp: nn.Module, num_experts: int = 8,
+                 router: Mapping | None = None, core: bool = True,
+                 rank: int | None = None, align: str | None = None,
+                 unrouted: str | None = None, with_cp: bool = False) -> None:
+        fc1, act, drop, fc2 = (getattr(mlp, name) for name in self.parts)
+        hidden, dims = fc1.weight.shape[:2]
+        super().__init__(
+            dims, hidden, act,
+            core=dict(mlp.named_children()) if core else None,
+            num_experts=num_experts, router=router, rank=rank, align=align,
+            unrouted=unrouted, dropout=drop.p, fc2_bias=fc2.bias is not None,
+            with_cp=with_cp)
+        self.core_keys = {'fc1': self.parts[:1], 'fc2': self.parts[3:]}
+        _check_keeps_every_token(self.router)
+
+
+class MoEConvMlp(ConvolvedMlp):
+    """The Mlp of SegNeXt's MSCAN (2209.08575) in mmseg, with experts. It takes
+    maps instead of tokens and leaves the identity to its block."""
     fc1: nn.Module
     dwconv: nn.Module
     act: nn.Module
     drop: nn.Module
     fc2: nn.Module
-    core_keys: Mapping[str, tuple[str, ...]] = {
-        'fc1': ('fc1', ), 'fc2': ('fc2', )}
-    shares_core = 'convolution'
-    needs_all_rows = True
-
-    def __init__(self, mlp: Any, num_experts: int = 8,
-                 router: Mapping | None = None, core: bool = True,
-                 rank: int | None = None, align: str | None = None,
-                 unrouted: str | None = None, with_cp: bool = False) -> None:
-        super().__init__(
-            mlp.fc1.in_channels, mlp.fc1.out_channels, mlp.act,
-            core=dict(mlp.named_children()) if core else None,
-            num_experts=num_experts, router=router, rank=rank, align=align,
-            unrouted=unrouted, dropout=mlp.drop.p,
-            fc2_bias=mlp.fc2.bias is not None, with_cp=with_cp)
-        _check_keeps_every_token(self.router)
+    parts = ('fc1', 'act', 'drop', 'fc2')
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, h, w) maps to (B, D, h, w)."""
@@ -146,47 +157,14 @@ class MoEConvMlp(MoELayer):
         return self.drop(out.transpose(1, 2).reshape(x.shape))
 
 
-class MoESegformerFFN(MoELayer):
-    """The MixFFN of Hugging Face's SegFormer with experts; how is said in
-    :class:`MoEMixFFN`.
-
-    Args:
-        ffn: the SegformerMixFFN; its modules become the core.
-        num_experts: E.
-        router: see :class:`rmoe.moe.MoEFFN`, like all that follow. It must
-            keep every token: a map with holes cannot be convolved.
-        core: must be True.
-        rank: rank of the residuals.
-        align: how gates meet outputs.
-        unrouted: what a token gets that no expert kept.
-        with_cp: recompute the experts in backward.
-
-    Raises:
-        ValueError: without a core, or for a router that drops tokens or
-            mixes them.
-    """
+class MoESegformerFFN(ConvolvedMlp):
+    """The MixFFN of Hugging Face's SegFormer, with experts."""
     dense1: nn.Module
     dwconv: Any
     intermediate_act_fn: nn.Module
     dense2: nn.Module
     dropout: nn.Module
-    core_keys: Mapping[str, tuple[str, ...]] = {
-        'fc1': ('dense1', ), 'fc2': ('dense2', )}
-    shares_core = 'convolution'
-    needs_all_rows = True
-
-    def __init__(self, ffn: Any, num_experts: int = 8,
-                 router: Mapping | None = None, core: bool = True,
-                 rank: int | None = None, align: str | None = None,
-                 unrouted: str | None = None, with_cp: bool = False) -> None:
-        super().__init__(
-            ffn.dense1.in_features, ffn.dense1.out_features,
-            ffn.intermediate_act_fn,
-            core=dict(ffn.named_children()) if core else None,
-            num_experts=num_experts, router=router, rank=rank, align=align,
-            unrouted=unrouted, dropout=ffn.dropout.p,
-            fc2_bias=ffn.dense2.bias is not None, with_cp=with_cp)
-        _check_keeps_every_token(self.router)
+    parts = ('dense1', 'intermediate_act_fn', 'dropout', 'dense2')
 
     def forward(self, hidden_states: Tensor, height: int, width: int
                 ) -> Tensor:

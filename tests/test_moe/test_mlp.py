@@ -249,8 +249,10 @@ class CentredTokens(nn.Module):
 
 class CentredBatch(Mlp):
     def forward(self, x):
+        if x.dim() == 4:
+            raise TypeError('it takes sequences')
         x = super().forward(x)
-        return x - x.mean(0) if len(x) > 1 else x
+        return x - x.mean(0) if x.dim() == 3 and len(x) > 1 else x
 
 
 class Turned(Mlp):

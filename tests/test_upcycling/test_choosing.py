@@ -9,13 +9,9 @@ import pytest
 import timm
 import torch
 import transformers
-from test_upcycling.test_sources import SWIN as SWIN_OPTIONS
-from test_upcycling.test_sources import VIT as VIT_OPTIONS
-from test_upcycling.test_sources import (
-    mmpretrain_swin,
-    original_swin,
-    timm_vit,
-)
+from sources import SWIN as SWIN_OPTIONS
+from sources import VIT as VIT_OPTIONS
+from sources import mmpretrain_swin, original_swin, timm_vit
 
 from rmoe.backbones import SwinMoE, ViTMoE
 from rmoe.upcycling import (

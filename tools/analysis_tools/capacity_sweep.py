@@ -18,14 +18,13 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 import torch
-from _config import add_common_arguments, load_config, run
+from _config import add_common_arguments, run
+from _evaluation import METRICS, main_score, test_runner
 from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from rmoe import safe_loading
-from rmoe.engine.data_check import check_data
 from rmoe.moe import MoEFFN, TokenChoiceRouter, moe_layers
 from rmoe.moe.complexity import complexity
 from rmoe.visualization.recording import record_routing
@@ -34,23 +33,13 @@ CAPACITIES = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1., 1.25, 1.5, 2.)
 FIRST_COME, PRIORITISED = 'first come', 'batch prioritised'
 EXPERTS_CHOOSE = 'expert choice'
 KEEP = 0.99
-# Main scores of mmseg's and mmdet's evaluators.
-METRICS = ('mIoU', 'coco/segm_mAP', 'coco/bbox_mAP', 'pascal_voc/mAP')
 
 
 def main() -> None:
     args = parse_args()
     if min(args.capacities) <= 0:
         raise ValueError(f'--capacities {args.capacities} must be positive')
-    if args.launcher != 'none':
-        raise ValueError(f'--launcher {args.launcher}: the sweep runs in one '
-                         'process')
-    cfg = load_config(args)
-    cfg.load_from, cfg.resume = args.checkpoint, False
-    cfg.log_level = 'WARNING'  # a table of classes per evaluation is noise
-    check_data(cfg, ('test', ))
-    safe_loading.install()
-    runner = Runner.from_cfg(cfg)
+    runner = test_runner(args)
     rows = sweep(runner, sorted(args.capacities), args.unrouted, args.metric)
     print(table(rows))
     kept = {order: smallest_capacity(rows, order) for order in
@@ -132,15 +121,6 @@ def set_capacity(layer: MoEFFN, order: str, capacity: float | None,
     if isinstance(router, TokenChoiceRouter):
         router.tutel_compat = False  # its rule has no small capacities
         router.priority = 'bpr' if order == PRIORITISED else 'first_come'
-
-
-def main_score(metrics: dict, name: str | None) -> float:
-    names = [name] if name else METRICS
-    for each in names:
-        if each in metrics:
-            return float(metrics[each])
-    raise ValueError(f'the evaluator gave {sorted(metrics)} and none of '
-                     f'{list(names)}: name one with --metric')
 
 
 @torch.no_grad()

@@ -19,28 +19,18 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 import torch
-from _config import add_common_arguments, load_config, run
-from capacity_sweep import main_score
+from _config import add_common_arguments, run
+from _evaluation import main_score, test_runner
 from mmengine.runner import Runner
 from torch import Tensor
 
-from rmoe import safe_loading
-from rmoe.engine.data_check import check_data
 from rmoe.moe import moe_layers
 from rmoe.upcycling import to_dense
 
 
 def main() -> None:
     args = parse_args()
-    if args.launcher != 'none':
-        raise ValueError(f'--launcher {args.launcher}: models are scored in '
-                         'one process')
-    cfg = load_config(args)
-    cfg.load_from, cfg.resume = args.checkpoint, False
-    cfg.log_level = 'WARNING'  # a table of classes per evaluation is noise
-    check_data(cfg, ('test', ))
-    safe_loading.install()
-    runner = Runner.from_cfg(cfg)
+    runner = test_runner(args)
     if not hasattr(runner.model, 'inference'):
         raise ValueError(f'{type(runner.model).__name__} is no segmentor: it '
                          'gives no maps of logits to average')
