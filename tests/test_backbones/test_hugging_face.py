@@ -9,7 +9,7 @@ from torch import nn
 from rmoe.backbones import HuggingFaceBackbone
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.registry import MODELS
-from rmoe.upcycling import fit, to_dense
+from rmoe.upcycling import choose_weights, fit, to_dense
 
 transformers = pytest.importorskip('transformers')
 DINO = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
@@ -196,3 +196,12 @@ def test_a_config_of_an_older_version_can_be_copied(caplog):
         HuggingFaceBackbone(config)
     ours = HuggingFaceBackbone(dict(config, transformers_version='4.20.0'))
     assert not hasattr(ours.model.config, 'path_norm')
+
+
+def test_a_name_inside_another_is_no_other_choice():
+    ours = model_of('DINOv2')
+    state = {f'backbone.{key}': value
+             for key, value in ours.state_dict().items()}
+    choice = choose_weights(dict(state_dict=state), ours.architecture)
+    assert choice.prefix == 'backbone.' and len(choice.backbone) == len(state)
+    assert 'left out' not in choice.line and 'weights=' not in choice.line
