@@ -73,7 +73,7 @@ options = {
     'dense-sgd': {
         **short,
         'optim_wrapper.optimizer': dict(
-            _delete_=True, type='SGD', lr=0.003, momentum=0.9),
+            _delete_=True, type='SGD', lr=0.003, momentum=0.9, weight_decay=0.),
         'optim_wrapper.clip_grad.max_norm': 10.
     },
     'e1': moe(1),

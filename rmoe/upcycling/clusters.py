@@ -94,7 +94,7 @@ def _improve(x_ND: Tensor, centres_KD: Tensor) -> Tensor:
         counts_K = torch.bincount(now_N, minlength=clusters)
         for empty in (counts_K == 0).nonzero().flatten().tolist():
             farthest = int(cosine_N.argmin())
-            now_N[farthest], cosine_N[farthest] = empty, 1.
+            now_N[farthest], cosine_N[farthest] = empty, torch.inf
         if torch.equal(now_N, nearest_N):
             break
         nearest_N = now_N

@@ -59,7 +59,9 @@ def plan(work, configs):
                for name in ('first', 'dense', 'moe', 'noisy-moe')},
         pipelines={'non-moe': ['first', 'dense'], 'moe': ['first', 'moe'],
                    'noisy': ['first', 'noisy-moe']},
-        options={'first': dense, 'dense': dense, 'moe': joint,
+        options={'first': dense, 'dense': dense, 'moe': {
+            **joint, 'optim_wrapper.optimizer': dict(
+                _delete_=True, type='SGD', lr=1e-3, weight_decay=0.)},
                  'noisy-moe': joint},
         once=['first'],
         upcycle={'noisy-moe': ['--noise', '.1', '--size', '64']},
@@ -93,7 +95,10 @@ def test_an_experiment(work, plan, trained, monkeypatch, capsys):
     assert measured['images'] == 3 and len(measured['layers']) == 3
     assert not {'config', 'checkpoint'} & set(measured)  # someone's paths
     runs = work / 'runs/plan'
-    assert 'seed=4' in (runs / 'seed4/first+moe/step.py').read_text()
+    for seed in (3, 4):
+        text = (runs / f'seed{seed}/first+moe/step.py').read_text()
+        assert f'seed={seed}' in text and "type='SGD'" in text
+        assert 'betas' not in text and '_delete_' not in text
     # a second time nothing is trained, and records come out the same
     again = file.read_text()
     trained.clear()
