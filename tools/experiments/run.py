@@ -25,7 +25,6 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -143,8 +142,7 @@ class Trainer:
         path = self.args.plan.parent / self.plan.steps[step]
         cfg = Config.fromfile(path)
         options = dict(self.plan.get('options', {}).get(step, {}))
-        # It takes _delete_ out of what it is given.
-        cfg.merge_from_dict(deepcopy(options))
+        cfg.merge_from_dict(options)
         cfg.merge_from_dict(self.args.cfg_options or {})
         cfg.merge_from_dict({'randomness.seed': seed})
         folder = self.folder / ('once' if once else f'seed{seed}') / chain
