@@ -54,6 +54,9 @@ def mixture(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
             out = ffn(x, expert_weights(layer, expert))
             if layer.align == 'stopgrad':
                 y = y + ((1 / len(choices) - gate) * out).detach() + gate * out
+            elif layer.align == 'straight_through':
+                y = y + out / len(choices) + (gate - gate.detach()
+                                              ) * out.detach()
             elif layer.align == 'renormalize':
                 y = y + gate / total * out
             else:

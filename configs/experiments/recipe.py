@@ -6,7 +6,8 @@
 # zero at the end. Five seeds.
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
-    'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e8-sqrt', 'dense-tail',
+    'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
+    'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'dense-tail',
     'e4-tail', 'dense-drop', 'e4-drop')
 pipelines = {
     # As docs/results.md had it before: the head is drawn after the experts.
@@ -32,6 +33,7 @@ hooks = [
     dict(type='rmoe.RoutingStatsHook', interval=100)
 ]
 experts = 'model.backbone.moe.num_experts'
+align = 'model.backbone.moe.align'
 keys = 'optim_wrapper.paramwise_cfg.custom_keys'
 residuals = 'optim_wrapper.paramwise_cfg.roles.residual'
 # The dense weights of the FFNs that are MoE in the others.
@@ -83,6 +85,16 @@ options = {
     'e4-clusters': moe(4),
     # Each expert moves once, by itself.
     'e4-no-core': {**moe(4), 'model.backbone.moe.core': False},
+    # The gradient of what was computed, whatever the gates are.
+    'e4-straight': {**moe(4), align: 'straight_through'},
+    'e8-straight': {**moe(8), align: 'straight_through'},
+    # Pulled to their mean at first, or at last (2308.06093): then the mean,
+    # which is a dense model, is what is shipped.
+    'e4-averaged': moe(4, dict(
+        type='rmoe.ExpertAveragingHook', first=.1, last=0.)),
+    'e4-merged': moe(4, dict(
+        type='rmoe.ExpertAveragingHook', first=0., last=.1)),
+    'e4-shared-moments': moe(4, dict(type='rmoe.SharedMomentsHook')),
     # Experts that get an eighth of the tokens each, at the rate sqrt(1/8).
     'e8-sqrt': {
         **moe(8),

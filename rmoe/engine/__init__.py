@@ -8,15 +8,20 @@ from rmoe.engine.amp import BFloat16OptimWrapper
 from rmoe.engine.balance_bias_hook import BalanceBiasHook
 from rmoe.engine.checkpoint_hook import CheckpointHook
 from rmoe.engine.cost_hook import CostHook
+from rmoe.engine.expert_mean_hooks import (
+    ExpertAveragingHook,
+    SharedMomentsHook,
+    ZeroMeanHook,
+)
 from rmoe.engine.label_check import LabelCheckHook
 from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.routing_stats_hook import RoutingStatsHook
-from rmoe.engine.zero_mean_hook import ZeroMeanHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',
-    'LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'MoELossHook',
-    'ResidualMoEHook', 'RoutingStatsHook', 'ZeroMeanHook'
+    'ExpertAveragingHook', 'LabelCheckHook',
+    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook',
+    'RoutingStatsHook', 'SharedMomentsHook', 'ZeroMeanHook'
 ]

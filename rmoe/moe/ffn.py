@@ -27,7 +27,12 @@ class MoEFFN(MoELayer):
         rank: rank of the residuals; None for full rank.
         align: how gates w meet the outputs of the n experts that kept a
             token. 'stopgrad' (RMoE): sum sg[(1/n - w) E] + w E, the scale of
-            the dense FFN forward, the gradients of the gated sum backward.
+            the dense FFN forward, the gradients of the gated sum backward:
+            what a gate of 0.2 lets through to the expert and below is a fifth
+            of the gradient of what was computed.
+            'straight_through': sum (1/n + w - sg[w]) E, the same forward;
+            experts and what is below get the gradient of the mean, and the
+            router the same as with 'stopgrad'.
             'none': sum w E. 'renormalize': sum (w / sum w) E; at n = 1 its
             gate is the constant 1 and teaches the router nothing.
             With a soft router, E being applied to slots: 'difference':

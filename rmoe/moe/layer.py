@@ -13,6 +13,7 @@ from rmoe import compat
 from rmoe.moe.buffers import ExactBuffers
 from rmoe.moe.experts import Core, Experts
 from rmoe.moe.mixing import (
+    MEANS,
     SOFT_ALIGNMENTS,
     SPARSE_ALIGNMENTS,
     Middle,
@@ -190,10 +191,10 @@ class MoELayer(ExactBuffers):
         zero, in the present mode?"""
         if not self.experts.core:
             # Equal experts, whose gates must then sum to one.
-            return self.align in ('stopgrad', 'renormalize') and (
+            return self.align in (*MEANS, 'renormalize') and (
                 self.router.keeps_every_token)
         return self.align == 'difference' or (
-            self.align in ('stopgrad', 'renormalize') and
+            self.align in (*MEANS, 'renormalize') and
             (self.unrouted == 'core' or self.router.keeps_every_token))
 
     def mixture(self, x: Tensor, valid: Tensor | None,

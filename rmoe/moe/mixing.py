@@ -16,7 +16,9 @@ from rmoe.moe.host import host_may_read
 from rmoe.moe.routing import Routing, SoftRouting
 
 # How gates meet outputs; the first is the default.
-SPARSE_ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
+SPARSE_ALIGNMENTS = ('stopgrad', 'straight_through', 'none', 'renormalize')
+# Those whose outputs are means in forward.
+MEANS = ('stopgrad', 'straight_through')
 SOFT_ALIGNMENTS = ('difference', 'none')
 # The table (T, K) of each token's rows, that of its largest gate first, and
 # the (N, H) hidden rows.
@@ -57,7 +59,7 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
         routing = routing.served(len(rows_ND))
         rows = routing.rows
     gates_N = _gates(routing, align)
-    y_TD = rows_to_tokens(rows_ND, gates_N, align == 'stopgrad', rows)
+    y_TD = rows_to_tokens(rows_ND, gates_N, align in MEANS, rows)
     return y_TD if fill_in is None else fill_in(y_TD)
 
 
@@ -84,6 +86,13 @@ def _gates(routing: Routing, align: str) -> Tensor:
         if rows.lonely_T is not None:
             total_T1 = total_T1.masked_fill(rows.lonely_T[:, None], 1.)
         gates_N = gates_N / tokens_to_rows(total_T1, rows)[:, 0]
+    if align == 'straight_through':
+        # Rows get the gradient of the mean, gates that of the gated sum.
+        share_T = 1. / rows.kept_per_token().clamp_min(1)
+        share_N = share_T.to(gates_N).index_select(0, rows.token_ids_N)
+        if rows.unserved_N is not None:
+            share_N = share_N.masked_fill(rows.unserved_N, 0.)
+        gates_N = share_N + (gates_N - gates_N.detach())
     return gates_N
 
 

@@ -53,7 +53,7 @@ def options_of(router: dict):
         return [dict(align='difference'), dict(align='none', core=False)]
     return [dict(align=align, unrouted=unrouted, core=core)
             for align, (unrouted, core) in itertools.product(
-                ('stopgrad', 'none', 'renormalize'),
+                ('stopgrad', 'straight_through', 'none', 'renormalize'),
                 (('core', True), ('zero', True), ('zero', False)))]
 
 

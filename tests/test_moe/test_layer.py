@@ -16,7 +16,7 @@ from rmoe.registry import MODELS
 pytestmark = pytest.mark.usefixtures('both_paths')
 
 D, H, E, T = 12, 20, 4, 37
-ALIGNMENTS = ('stopgrad', 'none', 'renormalize')
+ALIGNMENTS = ('stopgrad', 'straight_through', 'none', 'renormalize')
 
 
 def build(randomise: bool = True, **options) -> MoEFFN:
@@ -69,8 +69,9 @@ def dense_ffn() -> FFN:
 
 
 @pytest.mark.parametrize('options', [
-    dict(align='stopgrad', router=dict(top_k=k, capacity_factor=factor),
+    dict(align=align, router=dict(top_k=k, capacity_factor=factor),
          rank=rank)
+    for align in ('stopgrad', 'straight_through')
     for k in (1, 2, 4) for factor in (None, .5) for rank in (None, 3)
 ] + [dict(align='renormalize', router=dict(top_k=k)) for k in (1, 2)], ids=str)
 def test_zero_residual_is_the_dense_ffn(options):
@@ -110,7 +111,7 @@ def test_one_expert_is_the_dense_ffn(align):
 
 
 @pytest.mark.parametrize('k', [1, 2])
-@pytest.mark.parametrize('align', ['stopgrad', 'none'])
+@pytest.mark.parametrize('align', ['stopgrad', 'straight_through', 'none'])
 def test_router_learns_from_the_task_alone(k, align):
     layer = build(align=align, router=dict(top_k=k, loss_weights={}))
     layer(torch.randn(T, D)).square().sum().backward()
@@ -130,6 +131,23 @@ def test_align_is_gated_backward_and_dense_scale_forward():
         torch.testing.assert_close(a.grad, b.grad, msg=name)
     gates = plain.router(x).scores_TE.amax(1, keepdim=True)
     torch.testing.assert_close(plain(x) - x, (aligned(x) - x) * gates)
+
+
+def test_straight_through_passes_the_gradient_of_what_was_computed():
+    """Of equal experts: that of the dense FFN, whatever the gates are."""
+    dense = dense_ffn()
+    x = torch.randn(T, D, requires_grad=True)
+    wanted = gradients(dense, x, dense(x))
+    for align, same in (('straight_through', True), ('stopgrad', False)):
+        layer = build(randomise=False, align=align, router=dict(
+            top_k=2, loss_weights={}))
+        layer.load_state_dict(dense.state_dict(), strict=False)
+        # Whatever it takes, for the router adds its own part to x.
+        torch.nn.init.zeros_(layer.router.scorer.weight)
+        found = gradients(layer, x, layer(x))
+        for name, grad in wanted.items():
+            close = torch.allclose(found[name], grad, atol=1e-5, rtol=1e-4)
+            assert close == same, name
 
 
 @pytest.mark.parametrize('experts', [E, 64])
