@@ -51,7 +51,7 @@ def moe_checkpoint(work, configs, upcycled):
 
 def test_capacity_sweep(work, configs, moe_checkpoint, capsys):
     command(capacity_sweep, configs['moe'], moe_checkpoint, '--capacities',
-            '0.25', '1', '8', *options(work, 'sweep'))
+            '0.25', '1', '8', '--repeats', '3', *options(work, 'sweep'))
     found = json.loads((work / 'sweep/capacity_sweep.json').read_text())
     rows = found['rows']
     assert [(row['order'], row['capacity']) for row in rows] == [
@@ -69,6 +69,8 @@ def test_capacity_sweep(work, configs, moe_checkpoint, capsys):
         assert row['skipped'] > .3
         assert row['gflops'] < full['gflops']
     assert few['gflops'] == pytest.approx(prioritised['gflops'], rel=.05)
+    for row in rows:
+        assert row['milliseconds'] > 0 and row['dense_milliseconds'] > 0
     command(test_tool, configs['moe'], moe_checkpoint,
             *options(work, 'sweep-reference'))
     assert full['score'] == pytest.approx(miou(work / 'sweep-reference'),

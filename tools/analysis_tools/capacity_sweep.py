@@ -3,23 +3,28 @@ capacities, filled by first come and by Batch Prioritized Routing.
 
     python tools/analysis_tools/capacity_sweep.py CONFIG CHECKPOINT
 
-Prints the table, draws the score against the FLOPs of the backbone
-(capacity_sweep.png in the work dir), and names the smallest capacity that
-keeps 99 % of the score of the model as it is (V-MoE, 2106.05974, section 4).
+Prints the table, draws the score against the FLOPs of the backbone and
+against its time (capacity_sweep.png in the work dir), and names the smallest
+capacity that keeps 99 % of the score of the model as it is (V-MoE, 2106.05974,
+section 4). Times are of the first test image, medians of runs that take
+turns; keep the machine free of other work.
 Tokens that find their experts full are skipped (--unrouted zero), as in the
 paper: with a core ('core') they would cost what they cost before.
 """
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 import torch
+from _bench.timing import interleave
 from _config import add_common_arguments, run
 from _evaluation import METRICS, main_score, test_runner
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
@@ -39,8 +44,11 @@ def main() -> None:
     args = parse_args()
     if min(args.capacities) <= 0:
         raise ValueError(f'--capacities {args.capacities} must be positive')
+    if args.repeats < 1:
+        raise ValueError(f'--repeats {args.repeats} must be at least 1')
     runner = test_runner(args)
-    rows = sweep(runner, sorted(args.capacities), args.unrouted, args.metric)
+    rows = sweep(runner, sorted(args.capacities), args.unrouted, args.metric,
+                 args.repeats)
     print(table(rows))
     kept = {order: smallest_capacity(rows, order) for order in
             dict.fromkeys(row['order'] for row in rows[1:])}
@@ -69,12 +77,14 @@ def parse_args() -> argparse.Namespace:
                         help='what a token gets that no expert has room for')
     parser.add_argument('--metric', help='key of the evaluator; by default '
                         'the first found of ' + ', '.join(METRICS))
+    parser.add_argument('--repeats', type=int, default=21,
+                        help='timed passes of each setting')
     add_common_arguments(parser)
     return parser.parse_args()
 
 
 def sweep(runner: Runner, capacities: list[float], unrouted: str,
-          metric: str | None) -> list[dict]:
+          metric: str | None, repeats: int) -> list[dict]:
     """A row for each order and capacity, the reference first: the model as
     configured, but with nothing dropped where tokens choose."""
     layers = moe_layers(runner.model).values()
@@ -100,12 +110,34 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
             set_capacity(layer, order, capacity, unrouted)
         score = main_score(runner.test(), metric)
         rows.append(dict(order=order, capacity=capacity, score=score,
-                         **cost(runner)))
+                         **cost(runner), **times(runner, repeats)))
     if all(layer.core is not None for layer in layers):
         for layer in layers:
             layer.core_only = True
         rows[0]['dense_gflops'] = cost(runner)['gflops']
     return rows
+
+
+@torch.no_grad()
+def times(runner: Runner, repeats: int) -> dict[str, float]:
+    """Milliseconds of the backbone for the first test image, and of its dense
+    cores where it has them; the two take turns."""
+    image = first_image(runner)
+    backbone: nn.Module = runner.model.backbone.eval()
+    layers = moe_layers(backbone).values()
+
+    def forward(core_only: bool) -> None:
+        for layer in layers:
+            layer.core_only = core_only
+        backbone(image)
+
+    steps = {'milliseconds': partial(forward, False)}
+    if all(layer.core is not None for layer in layers):
+        steps['dense_milliseconds'] = partial(forward, True)
+    seconds = interleave(steps, repeats)
+    for layer in layers:
+        layer.core_only = False
+    return {name: 1e3 * value for name, value in seconds.items()}
 
 
 def set_capacity(layer: MoEFFN, order: str, capacity: float | None,
@@ -157,43 +189,59 @@ def smallest_capacity(rows: list[dict], order: str) -> float | None:
 
 def table(rows: list[dict]) -> str:
     lines = [f'{"order":<20}{"capacity":>9}{"score":>9}{"of full":>9}'
-             f'{"GFLOPs":>9}{"skipped":>9}']
+             f'{"GFLOPs":>9}{"skipped":>9}{"ms":>9}{"/ dense":>9}']
     for row in rows:
+        dense = row.get('dense_milliseconds')
+        ratio = f'{row["milliseconds"] / dense:.3f}' if dense else ''
         lines.append(
             f'{row["order"]:<20}{row["capacity"] or "":>9}'
             f'{row["score"]:>9.4g}'
             f'{row["score"] / max(rows[0]["score"], 1e-12):>9.1%}'
-            f'{row["gflops"]:>9.3f}{row["skipped"]:>9.1%}')
+            f'{row["gflops"]:>9.3f}{row["skipped"]:>9.1%}'
+            f'{row["milliseconds"]:>9.2f}{ratio:>9}')
     return '\n'.join(lines)
 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
-    figure = Figure((7, 4.5), dpi=110, layout='constrained')
-    axes = figure.add_subplot()
+    figure = Figure((11, 4.5), dpi=110, layout='constrained')
+    figure.suptitle(title, fontsize=8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    full = rows[0]
+    draw_against(left, rows, [row['gflops'] for row in rows],
+                 'GFLOPs of the backbone, one image')
+    if 'dense_gflops' in full:
+        left.axvline(full['dense_gflops'], color='black', linestyle='--',
+                     linewidth=1, label='dense backbone')
+    if 'dense_milliseconds' in full:
+        draw_against(right, rows, [
+            row['milliseconds'] / row['dense_milliseconds'] for row in rows],
+            'time of the backbone over its dense cores')
+        right.axvline(1., color='black', linestyle='--', linewidth=1)
+    else:
+        draw_against(right, rows, [row['milliseconds'] for row in rows],
+                     'milliseconds of the backbone, one image')
+    left.set_ylabel('score')
+    left.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def draw_against(axes: Axes, rows: list[dict], costs: list[float],
+                 label: str) -> None:
     for order, marker in ((FIRST_COME, 'o'), (PRIORITISED, 's'),
                           (EXPERTS_CHOOSE, 'o')):
-        chosen = [row for row in rows if row['order'] == order]
-        if not chosen:
+        points = [(cost, row['score'], row['capacity'])
+                  for cost, row in zip(costs, rows) if row['order'] == order]
+        if not points:
             continue
-        axes.plot([row['gflops'] for row in chosen],
-                  [row['score'] for row in chosen], marker=marker,
-                  label=order)
-        for row in chosen:
-            axes.annotate(f'{row["capacity"]:g}',
-                          (row['gflops'], row['score']), fontsize=7,
+        axes.plot([point[0] for point in points],
+                  [point[1] for point in points], marker=marker, label=order)
+        for cost, score, capacity in points:
+            axes.annotate(f'{capacity:g}', (cost, score), fontsize=7,
                           xytext=(3, -9), textcoords='offset points')
-    full = rows[0]
-    axes.axhline(KEEP * full['score'], color='grey', linestyle=':',
+    axes.axhline(KEEP * rows[0]['score'], color='grey', linestyle=':',
                  label=f'{100 * KEEP:.0f} % of the full score')
-    if 'dense_gflops' in full:
-        axes.axvline(full['dense_gflops'], color='black', linestyle='--',
-                     linewidth=1, label='dense backbone')
-    axes.set(xlabel='GFLOPs of the backbone, one image', ylabel='score',
-             title=title)
-    axes.title.set_fontsize(8)
+    axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
 
 
 if __name__ == '__main__':
