@@ -356,17 +356,17 @@ def test_the_tables_of_the_recipe():
     runs = {each.name: each for each in (
         rescored('dense', [50., 52.]), rescored('e1', [51., 52.]),
         rescored('e4', [52., 55.], mean=[52., 53.]),
-        rescored('apart-dense', [50., 50.]), rescored('apart-e4', [50., 54.]))}
+        rescored('dense-drop', [50., 50.]), rescored('e4-drop', [50., 54.]))}
     rows = {line.split('|')[1].strip(): line for line in
             _tables.paired({name: runs[name] for name in (
                 'dense', 'e1', 'e4')}).splitlines()}
-    assert rows['dense'] == ('| dense | 50.0, 52.0 | 52.00 |  |  |  | 1.000 '
+    assert rows['dense'] == ('| dense | 50.0, 52.0 | 51.00 |  |  |  | 1.000 '
                              '| 1.000 |')
     assert rows['e4'] == (
-        '| e4 | 52.0, 55.0 | 54.50 | +2.50 ± 6.35 | +2.00 ± 12.71 '
-        '| +0.50 ± 6.35 | 1.000 | 1.000 |')
+        '| e4 | 52.0, 55.0 | 53.50 | +2.50 ± 6.35 | +2.00 ± 12.71 '
+        '| +1.50 ± 6.35 | 1.000 | 1.000 |')
     lines = _tables.noise(runs).splitlines()
-    assert lines[2] == ('| a head of each its own | no | 2 | 0.00 | 2.83 '
+    assert lines[2] == ('| with stochastic depth | no | 2 | 0.00 | 2.83 '
                         '| 2.83 | +2.00 ± 25.41 |')
     assert [line.split('|')[2].strip() for line in lines[2:]] == [
         'no', 'yes'] * 2

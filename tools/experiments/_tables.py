@@ -44,56 +44,48 @@ def variants(runs: Mapping[str, Runs]) -> str:
 
 
 def paired(runs: Mapping[str, Runs]) -> str:
-    """Variants of a plan whose runs were rescored, over its dense model and
-    over one expert, with 95 % intervals; scores with flips, but for the first
-    column. Without stochastic depth they are compared with the dense model
-    and the one expert without it."""
-    flips = {name: each.rescored(flips=True) for name, each in runs.items()}
+    """Variants over the dense model and over one expert, with 95 % intervals.
+    The mean of a model's experts is a dense model that was trained with
+    them."""
+    base, one = runs['dense'], runs.get('e1')
     rows = []
-    for name, each in flips.items():
-        kind = '-no-drop' if name.endswith('-no-drop') else ''
-        base, one = flips[f'dense{kind}'], flips.get(f'e1{kind}')
-        if each is base:
-            base = flips['dense']
-        mean = runs[name].rescored('mean', flips=True)
+    for name, each in runs.items():
+        mean = each.rescored('mean')
         rows.append([
-            name, *score(runs[name])[:1], f'{each.mean():.2f}',
-            '' if each is base else spread(each, base),
+            name, *score(each), '' if each is base else spread(each, base),
             spread(each, one) if one and name.startswith('e') and (
                 each is not one) else '',
             spread(mean, base) if mean.records else '',
-            f'{runs[name].loss_over(runs["dense"]):.3f}',
-            f'{flops(runs[name]) / flops(runs["dense"]):.3f}'])
+            f'{each.loss_over(base):.3f}', f'{flops(each) / flops(base):.3f}'])
     return markdown(
-        ('variant', 'seeds', 'mean with flips', 'over dense', 'over one expert',
+        ('variant', 'seeds', 'mean', 'over dense', 'over one expert',
          'mean of its experts over dense', 'training loss / dense',
          'operations'), rows)
 
 
 def noise(runs: Mapping[str, Runs]) -> str:
     """How far four experts are from dense, and how far that is from seed to
-    seed, by what the two share and how they are scored."""
+    seed, by how models are trained and how they are scored."""
     rows = []
-    for what, prefix, suffix in (
-            ('a head of each its own', 'apart-', ''),
-            ('the same start', '', ''),
-            ('the same start, a tail of small rate', '', '-tail'),
-            ('the same start, no stochastic depth', '', '-no-drop')):
-        dense, moe = f'{prefix}dense{suffix}', f'{prefix}e4{suffix}'
-        if not {dense, moe} <= runs.keys():
+    for what, suffix in (
+            ('with stochastic depth', '-drop'), ('without', ''),
+            ('without, a tail of small rate', '-tail'),
+            ('without, 1,500 iterations', '-long')):
+        names = f'dense{suffix}', f'e4{suffix}'
+        if not runs.keys() >= set(names):
             continue
         for flips in (False, True):
-            pair = [runs[name].rescored(flips=flips) for name in (moe, dense)]
-            gains = list(pair[0].gains(pair[1]).values())
+            dense, moe = (runs[name].rescored(flips=flips) for name in names)
+            gains = list(moe.gains(dense).values())
             if len(gains) < 2:
                 continue
             each = [f'{stdev(one.scores().values()):.2f}'
-                    for one in reversed(pair)]
+                    for one in (dense, moe)]
             rows.append([
                 what, 'yes' if flips else 'no', str(len(gains)), *each,
-                f'{stdev(gains):.2f}', spread(*pair)])
+                f'{stdev(gains):.2f}', spread(moe, dense)])
     return markdown(
-        ('the pair has', 'flips', 'seeds', 'deviation of dense',
+        ('trained', 'scored over flips', 'seeds', 'deviation of dense',
          'of four experts', 'of their difference', 'difference'), rows)
 
 
