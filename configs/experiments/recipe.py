@@ -7,19 +7,14 @@
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
     'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
-    'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'dense-tail',
-    'e4-tail', 'dense-drop', 'e4-drop')
-pipelines = {
-    # As docs/results.md had it before: the head is drawn after the experts.
-    'apart-dense': ['apart-dense'],
-    'apart-e4': ['apart-e4'],
-    **{name: ['start', name] for name in names}
-}
+    'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'e8-k2',
+    'dense-tail', 'e4-tail', 'dense-long', 'e4-long', 'dense-drop', 'e4-drop')
+pipelines = {name: ['start', name] for name in names}
 DENSE = '../vit_moe/vit-tiny-patch16-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 MOE = '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 steps = {
-    name: MOE if name.startswith(('e', 'apart-e')) else DENSE
-    for name in ('start', 'apart-dense', 'apart-e4', *names)
+    name: MOE if name.startswith('e') else DENSE
+    for name in ('start', *names)
 }
 with_drop = {
     'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper',
@@ -44,6 +39,11 @@ tail = {
     'param_scheduler.1.end': 480,
     'param_scheduler.1.eta_min': 5e-6
 }
+long = {
+    'param_scheduler.1.end': 1500,
+    'train_cfg.max_iters': 1500,
+    'train_cfg.val_interval': 1500
+}
 
 
 def moe(number, *more, base=short):
@@ -64,8 +64,6 @@ options = {
         'train_cfg.max_iters': 1,
         'train_cfg.val_interval': 1
     },
-    'apart-dense': with_drop,
-    'apart-e4': moe(4, base=with_drop),
     'dense': short,
     # Adam moves core and residual: twice as fast as a dense weight.
     'dense-ffn2': {**short, **rate(2.)},
@@ -100,8 +98,15 @@ options = {
         **moe(8),
         residuals: dict(lr_mult=8**-.5)
     },
+    # Two experts a token: what can be given up at test time?
+    'e8-k2': {
+        **moe(8), 'model.backbone.moe.router': dict(
+            type='TokenChoiceRouter', top_k=2)
+    },
     'dense-tail': {**short, **tail},
     'e4-tail': {**moe(4), **tail},
+    'dense-long': {**short, **long},
+    'e4-long': {**moe(4), **long},
     'dense-drop': with_drop,
     'e4-drop': moe(4, base=with_drop)
 }
@@ -112,4 +117,7 @@ upcycle = {
         '128'
     ]
 }
-analyse = {name: ['rescore'] for name in pipelines}
+analyse = {
+    **{name: ['rescore'] for name in pipelines},
+    'e8-k2': ['rescore', 'capacity_sweep']
+}

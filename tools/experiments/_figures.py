@@ -3,7 +3,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from _results import Runs, mean_rows, specialised, sweeps, swept_seeds
+from _results import (
+    Runs,
+    mean_rows,
+    specialised,
+    sweeps,
+    swept_seeds,
+    timed,
+)
 from matplotlib.figure import Figure
 
 # Matplotlib's first colours differ for colour-blind eyes as well.
@@ -114,6 +121,32 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel('mIoU, mean over seeds')
     figure.axes[0].legend(fontsize=7)
+    figure.savefig(path)
+
+
+def times(runs: Mapping[str, Runs], path: Path) -> None:
+    """Score against operations and against time, both over the dense
+    model's, at every capacity."""
+    figure = Figure((8.4, 4), dpi=110, layout='constrained')
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, cost in zip(both, ('operations', 'time')):
+        for (name, each), colour in zip(runs.items(), COLOURS):
+            if not sweeps(each):
+                continue
+            rows = timed(mean_rows(sweeps(each)))
+            axes.plot([row[cost] for row in rows],
+                      [row['score'] for row in rows], 'o', color=colour,
+                      label=f'{name}, batch prioritised')
+            for row in rows[1:]:
+                axes.annotate(f'{row["capacity"]:g}',
+                              (row[cost], row['score']), fontsize=7,
+                              xytext=(4, -9), textcoords='offset points')
+            axes.plot([1.], [runs['dense'].mean(swept_seeds(each))], '*',
+                      color='black', markersize=12, label='dense model')
+        axes.set_xlabel(f'{cost} of the backbone over dense')
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel('mIoU')
+    both[0].legend(fontsize=7)
     figure.savefig(path)
 
 

@@ -147,6 +147,14 @@ def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return averaged
 
 
+def timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sweep the reference and what was filled by batch priority, with
+    operations and time over those of the dense cores."""
+    return [dict(row, operations=row['gflops'] / rows[0]['dense_gflops'],
+                 time=row['milliseconds'] / row['dense_milliseconds'])
+            for row in rows if row['order'] != 'first come']
+
+
 def specialised(runs: Runs) -> list[dict[str, Any]]:
     """What specialisation.py found, by seed."""
     return [record['analyses']['specialisation']

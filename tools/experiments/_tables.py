@@ -2,7 +2,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import stdev
 
-from _results import Runs, mean_rows, specialised, sweeps, swept_seeds
+from _results import (
+    Runs,
+    mean_rows,
+    specialised,
+    sweeps,
+    swept_seeds,
+    timed,
+)
 
 DENSE = 'non-moe'
 
@@ -176,6 +183,23 @@ def capacities(runs: Mapping[str, Runs]) -> str:
         ('model', 'capacity', 'operations over dense', 'tokens skipped',
          'first come', 'batch prioritised'),
         [row + [''] * (6 - len(row)) for row in rows])
+
+
+def times(runs: Mapping[str, Runs]) -> str:
+    """Score and time at each capacity, by batch priority, beside a dense
+    model; a pass through the same model's dense cores has time 1."""
+    base = runs['dense']
+    rows = []
+    for name, each in runs.items():
+        for row in timed(mean_rows(sweeps(each))):
+            rows.append([
+                name, f'{row["capacity"]:g}' if row['capacity'] else 'all kept',
+                f'{100 * row["skipped"]:.0f} %', f'{row["score"]:.2f}',
+                f'{row["score"] - base.mean(swept_seeds(each)):+.2f}',
+                f'{row["operations"]:.3f}', f'{row["time"]:.3f}'])
+    return markdown(
+        ('model', 'capacity', 'tokens skipped', 'batch prioritised',
+         'over dense', 'operations over dense', 'time over dense'), rows)
 
 
 def specialisation(runs: Mapping[str, Runs]) -> str:

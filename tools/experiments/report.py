@@ -61,6 +61,8 @@ REPORTS = {
     'noise': Report('recipe', _tables.noise, None),
     'vmoe': Report('ablation', _tables.capacities, _figures.capacities,
                    analysis='capacity_sweep'),
+    'vmoe-time': Report('recipe', _tables.times, _figures.times,
+                        ('dense', 'e8-k2'), 'capacity_sweep'),
     'specialisation': Report(
         'ablation', _tables.specialisation, _figures.specialisation,
         analysis='specialisation'),
