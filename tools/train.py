@@ -10,8 +10,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from rmoe import compat, safe_loading
+from rmoe.checks.data import check_data
 from rmoe.engine.amp import gpu_has_bfloat16
-from rmoe.engine.data_check import check_data
 from rmoe.registry import type_name
 
 AMP = 'AmpOptimWrapper'

@@ -53,17 +53,17 @@ from torch import nn
 from train import set_precision
 
 from rmoe import safe_loading
-from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
-from rmoe.engine.coco_file import read_coco
-from rmoe.engine.data_check import MAX_IMAGES, check_roots, examine_split
-from rmoe.engine.image_check import evenly_spaced
-from rmoe.engine.label_findings import (
+from rmoe.checks.class_weight import let_weights_meet_ignored_pixels
+from rmoe.checks.coco_file import read_coco
+from rmoe.checks.data import MAX_IMAGES, check_roots, examine_split
+from rmoe.checks.images import evenly_spaced
+from rmoe.checks.label_findings import (
     MASK_HEADS,
     Classes,
     ignored_share,
     judge_labels,
 )
-from rmoe.engine.label_maps import LabelCount, count_labels, leaf_datasets
+from rmoe.checks.label_maps import LabelCount, count_labels, leaf_datasets
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import inactive_params
 from rmoe.registry import MODELS, type_name

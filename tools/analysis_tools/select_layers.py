@@ -44,7 +44,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmoe import safe_loading
 from rmoe.backbones.base import MoEBackbone
-from rmoe.engine.data_check import check_data
+from rmoe.checks.data import check_data
 from rmoe.engine.head_check import unfilled
 from rmoe.engine.roles import role_of
 from rmoe.moe import MoELayer, moe_layers

@@ -8,7 +8,7 @@ from typing import Any
 import mmcv
 from PIL import Image, UnidentifiedImageError
 
-from rmoe.engine.findings import Findings
+from rmoe.checks.findings import Findings
 
 ORIENTATION = 0x0112  # of EXIF; from 5 on, sides are swapped
 

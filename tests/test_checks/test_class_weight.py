@@ -8,7 +8,7 @@ from mmseg.models.losses import CrossEntropyLoss
 from torch import nn
 from torch.nn import functional as F
 
-from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
+from rmoe.checks.class_weight import let_weights_meet_ignored_pixels
 
 WEIGHTS = [.5, 1., 4.]
 pytestmark = pytest.mark.filterwarnings('ignore:Default')

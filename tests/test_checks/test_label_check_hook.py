@@ -12,8 +12,8 @@ from parallel_ranks import labels_of_ranks
 from PIL import Image
 from two_ranks import run_two_ranks
 
-from rmoe.engine.label_check import LabelCheckHook
-from rmoe.engine.label_maps import count_labels
+from rmoe.checks.label_check_hook import LabelCheckHook
+from rmoe.checks.label_maps import count_labels
 
 NAMES = ('background', 'road', 'tree', 'car')
 CLEAN = [[0, 1], [2, 3]]

@@ -6,8 +6,8 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
-from rmoe.engine.data_check import check_data
-from rmoe.engine.image_check import evenly_spaced, image_size, missing_files
+from rmoe.checks.data import check_data
+from rmoe.checks.images import evenly_spaced, image_size, missing_files
 
 
 def shorten(path, keep=.6):

@@ -10,10 +10,10 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
-from rmoe.engine.coco_check import CocoUse, check_coco
-from rmoe.engine.coco_file import read_coco
-from rmoe.engine.findings import Findings
-from rmoe.engine.image_check import (
+from rmoe.checks.coco import CocoUse, check_coco
+from rmoe.checks.coco_file import read_coco
+from rmoe.checks.findings import Findings
+from rmoe.checks.images import (
     check_label_maps,
     check_listed_images,
     is_local,
@@ -30,7 +30,7 @@ def check_data(cfg: Config, splits: tuple[str, ...],
 
     Each rank looks for folders and files, for it may have a disk of its own.
     Into them looks the first rank alone: COCO annotations
-    (:func:`rmoe.engine.coco_check.check_coco`), and of COCO's and of mmseg's
+    (:func:`rmoe.checks.coco.check_coco`), and of COCO's and of mmseg's
     data sets the images. All ranks raise, or none.
 
     Args:

@@ -15,9 +15,9 @@ from coco import (
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from rmoe.engine.coco_check import CocoUse, check_coco
-from rmoe.engine.coco_file import read_coco
-from rmoe.engine.data_check import check_data
+from rmoe.checks.coco import CocoUse, check_coco
+from rmoe.checks.coco_file import read_coco
+from rmoe.checks.data import check_data
 
 
 def fails(root, message, **more):

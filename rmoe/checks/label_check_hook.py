@@ -6,15 +6,15 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
-from rmoe.engine.image_check import evenly_spaced
-from rmoe.engine.label_findings import (
+from rmoe.checks.class_weight import let_weights_meet_ignored_pixels
+from rmoe.checks.images import evenly_spaced
+from rmoe.checks.label_findings import (
     MASK_HEADS,
     Classes,
     ignored_share,
     judge_labels,
 )
-from rmoe.engine.label_maps import LabelCount, count_labels, leaf_datasets
+from rmoe.checks.label_maps import LabelCount, count_labels, leaf_datasets
 from rmoe.engine.wrappers import unwrapped
 from rmoe.parallel.together import together
 from rmoe.registry import HOOKS
@@ -29,7 +29,7 @@ class LabelCheckHook(Hook):
     labels that look shifted by one.
 
     It also lets losses of mmseg with ``class_weight`` meet ignored pixels
-    (:mod:`rmoe.engine.class_weight`).
+    (:mod:`rmoe.checks.class_weight`).
 
     Args:
         max_files: label maps that are read, evenly spaced over the dataset.

@@ -6,8 +6,8 @@ from mmengine.logging import MMLogger
 from parallel_ranks import data_of_ranks
 from two_ranks import run_two_ranks
 
-from rmoe.engine import data_check
-from rmoe.engine.data_check import check_data
+from rmoe.checks import data as data_check
+from rmoe.checks.data import check_data
 
 
 def config(root, **dataset):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rmoe.engine.findings import Findings, some
+from rmoe.checks.findings import Findings, some
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def check_coco(content: dict[str, list[dict]], use: CocoUse) -> Findings:
     """Categories, boxes and images of one file.
 
     Args:
-        content: what :func:`rmoe.engine.coco_file.read_coco` gives.
+        content: what :func:`rmoe.checks.coco_file.read_coco` gives.
         use: what the config makes of it.
     """
     findings = Findings()

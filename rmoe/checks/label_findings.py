@@ -3,8 +3,8 @@ is worth knowing before training."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rmoe.engine.findings import Findings, some
-from rmoe.engine.label_maps import LabelCount
+from rmoe.checks.findings import Findings, some
+from rmoe.checks.label_maps import LabelCount
 
 # More ignored pixels than this are worth a warning.
 MOSTLY = .5
