@@ -33,7 +33,6 @@ sys.path.insert(0, str(TOOLS))
 import torch
 from _backbone import backbone_config, build
 from _config import run
-from _step_cost import endless_batches
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner, set_random_seed
@@ -45,6 +44,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rmoe import safe_loading
 from rmoe.backbones.base import MoEBackbone
 from rmoe.checks.data import check_data
+from rmoe.checks.step_cost import endless_batches
 from rmoe.engine.head_check import unfilled
 from rmoe.engine.roles import role_of
 from rmoe.moe import MoELayer, moe_layers

@@ -1,11 +1,7 @@
 """What training a config costs in memory and time, measured on a few real
 iterations of every stage."""
 import copy
-import ctypes
-import gc
 import os
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +9,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from _memory import keep_freed_memory
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from rmoe.engine.memory import PeakMemory, keep_freed_memory
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.roles import trainable_table
 from rmoe.registry import type_name
@@ -133,8 +129,9 @@ def endless_batches(loader: DataLoader) -> Iterator[Any]:
             yield batch
             count += 1
         if not count:
+            dataset: Any = loader.dataset
             raise ValueError(
-                f'train_dataloader gives no batch: {len(loader.dataset)} '
+                f'train_dataloader gives no batch: {len(dataset)} '
                 f'images with batch_size={loader.batch_size} and drop_last='
                 f'{loader.drop_last}')
 
@@ -196,54 +193,6 @@ def _now(cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-class PeakMemory:
-    """By how many bytes memory grows at most inside a with block: that of
-    tensors on a GPU, else the process's resident size, looked at every
-    millisecond (Linux)."""
-
-    def __enter__(self) -> 'PeakMemory':
-        gc.collect()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-        elif resident_bytes():
-            # Blocks that are free but still the process's would hide growth.
-            trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-            if trim:
-                trim(0)
-            self._start = self._most = resident_bytes()
-            self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._done.wait(.001):
-            self._most = max(self._most, resident_bytes())
-
-    def peak(self) -> int | None:
-        """So far; None where it cannot be measured."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() - self._start
-        if not resident_bytes():
-            return None
-        self._most = max(self._most, resident_bytes())
-        return self._most - self._start
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-
-def resident_bytes() -> int:
-    """Of this process; 0 where /proc does not tell."""
-    if not sys.platform.startswith('linux'):
-        return 0
-    with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
