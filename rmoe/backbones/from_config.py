@@ -10,9 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from rmoe.moe import moe_layers
 from rmoe.registry import MODELS
-from rmoe.visualization.recording import record_routing
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
@@ -46,8 +44,8 @@ def dense_twin(backbone: dict) -> dict:
     return dict(deepcopy(backbone), moe=None)
 
 
-def build(backbone: dict) -> nn.Module:
-    """In evaluation mode."""
+def build_backbone(backbone: dict) -> nn.Module:
+    """From its config, in evaluation mode."""
     model = MODELS.build(deepcopy(backbone))
     model.eval()  # which returns None in some of mmseg's
     return model
@@ -76,45 +74,3 @@ def load_images(folder: str, size: int, cfg: Config) -> Iterator[Tensor]:
             image = image[..., ::-1]
         yield torch.from_numpy(((image - mean) / std).transpose(
             2, 0, 1).astype(np.float32))[None]
-
-
-@torch.no_grad()
-def measure_loads(model: nn.Module, images: list[Tensor]
-                  ) -> dict[str, Tensor]:
-    """(E,) tokens that each expert of each MoE layer takes."""
-    loads = {}
-    for image in images:
-        with record_routing(model) as records:
-            model(image)
-        for name, routings in records.items():
-            for routing in routings:
-                loads[name] = loads.get(name, 0) + routing.load_E
-    return loads
-
-
-@torch.no_grad()
-def largest_difference(one: nn.Module, other: nn.Module,
-                       images: list[Tensor]) -> dict[str, float]:
-    """Between the feature maps of two backbones: the largest absolute one,
-    and the norm of all over the norm of the first's."""
-    largest = squares = total = 0.
-    for image in images:
-        for a, b in zip(one(image), other(image), strict=True):
-            largest = max(largest, float((a - b).abs().max()))
-            squares += float((a - b).square().sum())
-            total += float(a.square().sum())
-    return dict(largest=largest, relative=(squares / total)**0.5)
-
-
-def layers_that_change_the_function(model: nn.Module) -> str:
-    """Why upcycling alone changes the model in its present mode, even with
-    zero residuals; empty if it does not."""
-    kinds: dict[str, int] = {}
-    for layer in moe_layers(model).values():
-        if not layer.preserves_function:
-            kind = (f'{type(layer.router).__name__} with align='
-                    f'{layer.align!r}, unrouted={layer.unrouted!r}, '
-                    f'core={layer.experts.core}')
-            kinds[kind] = kinds.get(kind, 0) + 1
-    return '; '.join(f'{count} MoE layers are {kind}'
-                     for kind, count in kinds.items())
