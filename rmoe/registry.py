@@ -28,7 +28,7 @@ MODEL_WRAPPERS = Registry(
     locations=['rmoe.parallel'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='rmoe',
-    locations=['rmoe.engine', 'rmoe.classification'])
+    locations=['rmoe.engine', 'rmoe.checks', 'rmoe.classification'])
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper', parent=MMENGINE_WRAPPERS, scope='rmoe',
     locations=['rmoe.engine'])

@@ -10,9 +10,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from toy import ToyImages, toy_model, toy_runner
 
 from rmoe import compat
-from rmoe.engine import data_check, label_check
-from rmoe.engine.data_check import examine_split
-from rmoe.engine.label_maps import LabelCount
+from rmoe.checks import data as data_check
+from rmoe.checks import label_check_hook
+from rmoe.checks.data import examine_split
+from rmoe.checks.label_maps import LabelCount
 from rmoe.moe import moe_layers
 from rmoe.parallel import data_parallel
 from rmoe.parallel.data_parallel import DistributedDataParallel
@@ -129,7 +130,7 @@ def labels_of_ranks(rank, work_dir, files, max_files):
         return LabelCount(1, Counter({rank: 3, 255: 1}), Counter({rank: 3}),
                           {rank: f'{index}.png'})
 
-    label_check.count_labels = count
+    label_check_hook.count_labels = count
     says = []
     model = torch.nn.Module()
     model.decode_head = SimpleNamespace(num_classes=2, ignore_index=255)
@@ -140,7 +141,7 @@ def labels_of_ranks(rank, work_dir, files, max_files):
             logger=SimpleNamespace(info=says.append,
                                    warning=says.append))
         try:
-            label_check.LabelCheckHook(max_files).before_train(runner)
+            label_check_hook.LabelCheckHook(max_files).before_train(runner)
         except ValueError as error:
             says.append(str(error))
     return read, says

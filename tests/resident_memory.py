@@ -20,12 +20,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from _plan.layouts import layouts  # noqa: E402
 from _plan.samples import loss_inputs  # noqa: E402
-from _step_cost import PeakMemory, resident_bytes  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+from rmoe.engine.memory import PeakMemory, resident_bytes  # noqa: E402
 from rmoe.parallel import FullySharded  # noqa: E402
 from rmoe.registry import MODELS  # noqa: E402
 

@@ -30,7 +30,7 @@ from rmoe.engine.moe_loss_hook import install
 from rmoe.moe import moe_layers
 
 FOLDERS = sorted({path.parent for path in LEAVES} - {ROOT / 'configs/demo'})
-MOE_NAME = re.compile(r'-moe-e(\d+)k(\d+)')
+MOE_NAME = re.compile(r'-moe-e(\d+)k(\d+)(?:r(\d+))?')
 PARALLEL_NAME = re.compile(r'-sharded(?:-ep(\d+))?(?=_)')
 # width of the first stage, depths
 ARCHS = {
@@ -79,7 +79,7 @@ def bases(path):
 def repeats(path):
     """Another leaf is the same at eight channels, with fewer experts."""
     name = path.stem.replace('640x640', '512x512')
-    name = PARALLEL_NAME.sub('', MOE_NAME.sub('-moe-e8k1', name))
+    name = PARALLEL_NAME.sub('', re.sub(r'-moe-e\d+', '-moe-e8', name))
     return name != path.stem and path.with_stem(name) in LEAVES
 
 
@@ -201,6 +201,7 @@ def test_name_tells_the_experts(path):
         return
     assert (moe.num_experts, moe.get('router', {}).get('top_k', 1)) == (
         int(found[1]), int(found[2]))
+    assert moe.get('rank') == (int(found[3]) if found[3] else None)
     assert {'rmoe.MoELossHook', 'rmoe.RoutingStatsHook'} <= hooks
     scratch, trained = '-scratch' in name, '-rmoe-i' in name
     assert moe.get('core', True) == (not scratch)

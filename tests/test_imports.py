@@ -1,8 +1,8 @@
-"""Imports run one way: engine and backbones -> upcycling -> moe -> registry.
-"""
+"""Imports run one way: checks -> engine -> backbones -> upcycling -> moe."""
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,17 @@ ALLOWED = {
                   'safe_loading', 'needs'},
     'engine': {'engine', 'anywhere', 'parallel', 'needs', 'backbones',
                'upcycling', 'moe', 'registry', 'compat', 'safe_loading'},
-    'classification': {'classification', 'engine', 'registry'},
+    'checks': {'checks', 'engine', 'parallel', 'backbones', 'upcycling',
+               'moe', 'registry', 'needs'},
+    'classification': {'classification', 'checks', 'engine', 'registry'},
     'datasets': {'datasets'},
     'visualization': {'visualization', 'moe'},
 }
+
+
+def test_what_is_allowed_runs_one_way():
+    TopologicalSorter({part: others - {part}
+                       for part, others in ALLOWED.items()}).prepare()
 
 
 def imported_modules(path: Path) -> list[str]:

@@ -20,11 +20,11 @@ from statistics import median
 
 import torch
 from _config import run
-from _demo_data import DataSet, find_data, make_scenes
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from rmoe.datasets.demo import DataSet, find_data, make_scenes
 from rmoe.engine.moe_loss_hook import install as collect_auxiliary_losses
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity

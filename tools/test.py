@@ -6,7 +6,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from rmoe import safe_loading
-from rmoe.engine.data_check import check_data
+from rmoe.checks.data import check_data
 
 
 def parse_args() -> argparse.Namespace:

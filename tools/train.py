@@ -3,21 +3,13 @@ import argparse
 
 import torch
 from _config import add_common_arguments, load_config, run, start_processes
-from _memory import keep_freed_memory
-from mmengine.config import Config, ConfigDict
-from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from rmoe import compat, safe_loading
-from rmoe.engine.amp import gpu_has_bfloat16
-from rmoe.engine.data_check import check_data
-from rmoe.registry import type_name
-
-AMP = 'AmpOptimWrapper'
-BFLOAT16 = 'rmoe.BFloat16OptimWrapper'
-# Where AmpOptimWrapper works.
-ACCELERATORS = ('cuda', 'npu', 'mlu', 'musa')
+from rmoe.checks.data import check_data
+from rmoe.engine.memory import keep_freed_memory
+from rmoe.engine.precision import set_precision
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,53 +56,6 @@ def main() -> None:
     for note in filter(None, notes):
         runner.logger.info(note)
     runner.train()
-
-
-def set_precision(cfg: Config, amp: bool) -> str:
-    """Mixed precision where --amp or the config asks for it.
-
-    Returns:
-        Which type computes and why, to be logged; '' in full precision.
-
-    Raises:
-        ValueError: if --amp meets another kind of optimizer wrapper.
-    """
-    wrapper = cfg.optim_wrapper
-    kind = type_name(wrapper) or 'OptimWrapper'
-    if kind == 'BFloat16OptimWrapper' or not (amp or kind == AMP):
-        return ''
-    if kind not in (AMP, 'OptimWrapper'):
-        raise ValueError('--amp works with optim_wrapper.type='
-                         f"'OptimWrapper', the config has {kind!r}")
-    device = get_device()
-    if device not in ACCELERATORS:
-        _compute_in_bfloat16(wrapper)
-        return ('mixed precision without a GPU is in bfloat16, with no loss '
-                f'scale: {BFLOAT16} takes the place of {AMP}')
-    # 'torch.float16' where the config is written in Python.
-    dtype = str(wrapper.get('dtype') or '').removeprefix('torch.')
-    has_bfloat16 = device == 'cuda' and gpu_has_bfloat16()
-    if amp and ((not dtype and has_bfloat16) or
-                (dtype == 'bfloat16' and kind != AMP)):
-        _compute_in_bfloat16(wrapper)
-        return ('mixed precision is in bfloat16, with no loss scale: '
-                f'{BFLOAT16} takes the place of {kind}')
-    why = 'as the config says'
-    if kind != AMP:
-        wrapper.type = AMP
-        wrapper.setdefault('loss_scale', 'dynamic')
-        if not dtype:
-            why = f'for there is no bfloat16 on this {device} device'
-    elif not dtype and has_bfloat16:
-        why += '; with --amp it is in bfloat16, in which experts are faster'
-    return f'mixed precision is in {dtype or "float16"} by {AMP}, {why}'
-
-
-def _compute_in_bfloat16(wrapper: ConfigDict) -> None:
-    wrapper.type = BFLOAT16
-    # It has nothing to scale and one type.
-    for option in ('loss_scale', 'dtype', 'use_fsdp'):
-        wrapper.pop(option, None)
 
 
 if __name__ == '__main__':

@@ -22,19 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _backbone import (
-    backbone_config,
-    build,
-    dense_twin,
-    largest_difference,
-    layers_that_change_the_function,
-    load_images,
-    measure_loads,
-)
 from _config import run
 from mmengine.config import Config, DictAction
 from torch import Tensor, nn
 
+from rmoe.backbones.from_config import (
+    backbone_config,
+    build_backbone,
+    dense_twin,
+    load_images,
+)
 from rmoe.moe import moe_layers
 from rmoe.upcycling import (
     Report,
@@ -44,6 +41,9 @@ from rmoe.upcycling import (
     count_experts,
     fit,
     give_weights,
+    largest_difference,
+    layers_that_change_the_function,
+    measure_loads,
     read_checkpoint,
     to_dense,
     to_plain,
@@ -138,7 +138,7 @@ def main() -> None:
             config['moe'][option] = getattr(args, option)
     content = read_checkpoint(args.checkpoint)
     with weightless():
-        moe, dense = build(config), build(dense_twin(config))
+        moe, dense = build_backbone(config), build_backbone(dense_twin(config))
     images = images_for(moe, args, cfg)
     # Another library's backbone does not know what it can load.
     dense.architecture = moe.architecture
@@ -256,7 +256,7 @@ def change_experts(config: dict, moe: nn.Module, state: dict[str, Tensor],
                          'is dense')
     config = dict(config, moe=dict(config['moe'], num_experts=count))
     with weightless():
-        before = build(config)
+        before = build_backbone(config)
     give_weights(before, fit(before, state)[0])
     loads = measure_loads(before, images) if how == 'prune' else None
     fitted, report = fit(moe, state, how, loads)
@@ -290,7 +290,7 @@ def make_folded(config: dict, moe: nn.Module, state: dict[str, Tensor],
     give_weights(moe, fitted)
     plain_state = to_plain(moe)
     with weightless():
-        plain = build(dict(config, moe=dict(
+        plain = build_backbone(dict(config, moe=dict(
             config['moe'], **plain_options(config['moe']))))
     plain_fitted, report = fit(plain, plain_state)
     report.include(found)

@@ -1,10 +1,10 @@
 """A head that does not fit its data, found before training."""
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from rmoe.checks.label_maps import leaf_datasets
 from rmoe.engine.wrappers import unwrapped
 from rmoe.registry import HOOKS
 
@@ -42,7 +42,7 @@ def _check(runner: Runner, split: str, dataloader: Any) -> tuple[str, ...]:
     """The classes of a split; empty if none are named."""
     model = unwrapped(runner.model)
     classes: tuple[str, ...] = ()
-    for dataset in _leaf_datasets(dataloader.dataset):
+    for dataset in leaf_datasets(dataloader.dataset):
         classes = tuple(getattr(dataset, 'metainfo', {}).get('classes', ()))
         if classes and len(classes) != model.num_classes:
             raise ValueError(
@@ -50,14 +50,3 @@ def _check(runner: Runner, split: str, dataloader: Any) -> tuple[str, ...]:
                 f'of the classifier num_classes={model.num_classes}: set '
                 f'model.num_classes={len(classes)}')
     return classes
-
-
-def _leaf_datasets(dataset: Any) -> Iterator[Any]:
-    """The data sets inside wrappers and concatenations."""
-    if hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
-            yield from _leaf_datasets(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from _leaf_datasets(dataset.dataset)
-    else:
-        yield dataset

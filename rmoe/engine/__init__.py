@@ -13,7 +13,6 @@ from rmoe.engine.expert_mean_hooks import (
     SharedMomentsHook,
     ZeroMeanHook,
 )
-from rmoe.engine.label_check import LabelCheckHook
 from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
@@ -21,7 +20,7 @@ from rmoe.engine.routing_stats_hook import RoutingStatsHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',
-    'ExpertAveragingHook', 'LabelCheckHook',
-    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook',
-    'RoutingStatsHook', 'SharedMomentsHook', 'ZeroMeanHook'
+    'ExpertAveragingHook', 'LayerDecayOptimWrapperConstructor',
+    'MoELossHook', 'ResidualMoEHook', 'RoutingStatsHook',
+    'SharedMomentsHook', 'ZeroMeanHook'
 ]

@@ -15,6 +15,11 @@ from rmoe.upcycling.loading import (
     check_prefix,
     pretrained_weights,
 )
+from rmoe.upcycling.measuring import (
+    largest_difference,
+    layers_that_change_the_function,
+    measure_loads,
+)
 from rmoe.upcycling.noise import add_noise
 from rmoe.upcycling.report import Report
 from rmoe.upcycling.to_dense import to_dense
@@ -23,7 +28,8 @@ from rmoe.upcycling.weightless import give_weights, weightless
 __all__ = [
     'Choice', 'Report', 'add_noise', 'check_loading', 'check_prefix',
     'choose_weights', 'cluster_routers', 'count_experts', 'fit', 'fold',
-    'give_weights', 'pretrained_weights', 'read_checkpoint', 'state_dict_of',
+    'give_weights', 'largest_difference', 'layers_that_change_the_function',
+    'measure_loads', 'pretrained_weights', 'read_checkpoint', 'state_dict_of',
     'to_dense', 'to_plain', 'weightless', 'write_atomically',
     'write_checkpoint', 'write_content'
 ]

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import test as test_tool  # tools/test.py
 import torch
@@ -260,20 +258,6 @@ def test_bad_pictures(work, configs, noisy, tmp_path):
     (tmp_path / 'a.jpg').write_bytes(b'no picture')
     with pytest.raises(SystemExit, match=r'a\.jpg is no image'):
         convert(work, configs, noisy, *args)
-
-
-def test_pictures_are_normalised_as_the_config_does(tmp_path):
-    from _backbone import load_images
-    cv2.imwrite(str(tmp_path / 'a.png'),
-                np.full((9, 7, 3), (10, 20, 30), np.uint8))  # b, g, r
-    settings = dict(mean=[1., 2., 3.], std=[2., 2., 2.])
-    for bgr_to_rgb, expected in ((True, [14.5, 9., 3.5]),
-                                 (False, [4.5, 9., 13.5])):
-        cfg = Config(dict(model=dict(data_preprocessor=dict(
-            settings, bgr_to_rgb=bgr_to_rgb))))
-        image, = load_images(tmp_path, 16, cfg)
-        assert image.shape == (1, 3, 16, 16)
-        torch.testing.assert_close(image[0, :, 0, 0], torch.tensor(expected))
 
 
 VIT = """

@@ -5,7 +5,7 @@ from _config import load_config
 from mmengine.runner import Runner
 
 from rmoe import safe_loading
-from rmoe.engine.data_check import check_data
+from rmoe.checks.data import check_data
 
 # Main scores of mmseg's and mmdet's evaluators.
 METRICS = ('mIoU', 'coco/segm_mAP', 'coco/bbox_mAP', 'pascal_voc/mAP')

@@ -42,10 +42,10 @@ from _bench.tables import format_table
 from _bench.timing import DEVICE, Row
 from _bench.training import CONFIG
 from _config import run
-from _memory import keep_freed_memory
 from _steps import versions
 
 from rmoe.backbones import PRESETS
+from rmoe.engine.memory import keep_freed_memory
 
 
 def main() -> None:

@@ -10,90 +10,20 @@ iterations of every stage. Every problem is printed with what to do about it;
 the exit code is 1 if there is one. Nothing is written, nothing downloaded.
 """
 import argparse
-import contextlib
-import io
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from datetime import datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
-import torch
-from _check_model import (
-    check_channels,
-    check_init,
-    check_load_from,
-    check_losses,
-    check_routers,
-    describe_layers,
-    explain,
-    hook_names,
-    losses_of,
-    take_pretrained,
-)
 from _config import run
-from _step_cost import (
-    WARM_UP,
-    StageCost,
-    endless_batches,
-    measure,
-    parameter_bytes,
-    quiet_config,
-)
 from mmengine.config import Config, DictAction
-from mmengine.registry import DATASETS, init_default_scope
-from mmengine.runner import Runner
-from torch import nn
-from train import set_precision
+from mmengine.registry import init_default_scope
 
 from rmoe import safe_loading
-from rmoe.engine.class_weight import let_weights_meet_ignored_pixels
-from rmoe.engine.coco_file import read_coco
-from rmoe.engine.data_check import MAX_IMAGES, check_roots, examine_split
-from rmoe.engine.image_check import evenly_spaced
-from rmoe.engine.label_findings import (
-    MASK_HEADS,
-    Classes,
-    ignored_share,
-    judge_labels,
-)
-from rmoe.engine.label_maps import LabelCount, count_labels, leaf_datasets
-from rmoe.moe import moe_layers
-from rmoe.moe.complexity import inactive_params
-from rmoe.registry import MODELS, type_name
-
-MAX_LABEL_MAPS = 1000
-
-
-class Report:
-    """Prints what it is told, and keeps what is wrong."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def wrong(self, *texts: str) -> None:
-        for text in texts:
-            print(f'  ! {text}', flush=True)
-        self.problems += texts
-
-    @contextlib.contextmanager
-    def part(self, what: str) -> Iterator[None]:
-        """What a library raises inside is a problem with ``what``, and what
-        it prints is left out."""
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
-        except Exception as error:
-            self.wrong(f'{what}: {explain(error)}')
+from rmoe.checks.data import MAX_IMAGES
+from rmoe.checks.examination import MAX_LABEL_MAPS, Report, examine
 
 
 def main() -> None:
@@ -119,7 +49,7 @@ def main() -> None:
         cfg.merge_from_dict(args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     report = Report()
-    examine(cfg, args, report)
+    examine(cfg, report, args.all, args.iters)
     if report.problems:
         count = len(report.problems)
         report.say(f'\n{count} problem{"s" * (count > 1)}')
@@ -127,222 +57,6 @@ def main() -> None:
             report.say(f'! {problem}')
         sys.exit(1)
     report.say('\nNothing is wrong.')
-
-
-def examine(cfg: Config, args: argparse.Namespace, report: Report) -> None:
-    with tempfile.TemporaryDirectory(prefix='check_config_') as folder:
-        report.say('data')
-        dataset = examine_data(cfg, args.all, report)
-        pretrained = take_pretrained(cfg.model)
-        quiet = quiet_config(cfg, folder)
-        report.say('model')
-        runner = batches = batch = None
-        with report.part('the model or its training cannot be built'):
-            set_precision(quiet, False)
-            runner = Runner.from_cfg(quiet)
-        model = runner.model if runner else None
-        if model and 'LabelCheckHook' in hook_names(cfg):  # as it does
-            let_weights_meet_ignored_pixels(model)
-        if dataset is not None:
-            with report.part('train_dataloader'):
-                loader = Runner.build_dataloader(
-                    dict(quiet.train_dataloader, dataset=dataset),
-                    seed=runner.seed if runner else 0)
-                batches = endless_batches(loader)
-                batch = next(batches)
-        fits = batch is not None and examine_channels(
-            cfg, model, batch, report)
-        if runner is None:
-            return
-        examine_model(cfg, model, batch if fits else None, report)
-        examine_checkpoints(cfg, model, pretrained, report)
-        if report.problems:
-            report.say('training: not tried, because of the problems above')
-            return
-        report.say(f'training, on {device_name()}: {WARM_UP + 1 + args.iters} '
-                   'iterations of each stage')
-        costs: list[StageCost] = []
-        with report.part('training'):
-            runner._train_dataloader = loader
-            costs += measure(runner, batches, args.iters)
-        if not report.problems:
-            show_costs(runner, costs, report)
-
-
-def examine_data(cfg: Config, everything: bool, report: Report) -> Any:
-    """The training data set, if it can be built."""
-    read = lru_cache(maxsize=1)(read_coco)
-    built: dict[str, Any] = {}
-    for split in ('train', 'val', 'test'):
-        name = f'{split}_dataloader'
-        loader = cfg.get(name)
-        if not loader:
-            if split == 'train':
-                report.wrong('the config has no train_dataloader')
-            continue
-        if split == 'test' and loader == cfg.get('val_dataloader'):
-            report.say('  test: as val')
-            continue
-        try:
-            check_roots(cfg, (split, ))
-        except FileNotFoundError as error:
-            report.wrong(str(error))
-            continue
-        found = None
-        with report.part(name):
-            found = examine_split(
-                cfg, split, None if everything else MAX_IMAGES, read)
-        if found is None:
-            continue
-        for note in found.notes:
-            report.say(f'  {note}')
-        report.wrong(*found.errors)
-        if found.errors:
-            continue
-        with report.part(name):
-            built[split] = dataset = DATASETS.build(loader.dataset)
-            count = len(dataset)
-        if split in built:
-            kinds = {type(leaf).__name__ for leaf in leaf_datasets(dataset)}
-            report.say(f'  {split}: {count:,} images, '
-                       f'{", ".join(sorted(kinds))}')
-            examine_labels(cfg.model, dataset, name, everything, report)
-    return built.get('train')
-
-
-def examine_labels(model: Any, dataset: Any, name: str, everything: bool,
-                   report: Report) -> None:
-    """Against the decode head of a segmentor, or a classifier."""
-    head = model.get('decode_head')
-    where = 'model.decode_head' if head else 'model'
-    if isinstance(head, (list, tuple)):
-        head, where = head[-1], f'model.decode_head.{len(head) - 1}'
-    number = (head or model).get('num_classes')
-    if number is None:
-        return  # heads of detectors were compared already
-    leaves = list(leaf_datasets(dataset))
-    for leaf in leaves:
-        names = getattr(leaf, 'metainfo', {}).get('classes')
-        if names is not None and len(names) != number:
-            report.wrong(f'{name} has {len(names)} classes and {where}.'
-                         f'num_classes={number}: set {where}.num_classes='
-                         f'{len(names)}, or metainfo=dict(classes=(...))')
-    if not head:
-        return
-    classes = Classes(number, head.get('ignore_index', 255),
-                      getattr(leaves[0], 'metainfo', {}).get('classes') or (),
-                      type_name(head) not in MASK_HEADS)
-    counts = []
-    for leaf in leaves:
-        count = LabelCount()
-        for index in evenly_spaced(
-                len(leaf), None if everything else MAX_LABEL_MAPS):
-            count.add(count_labels(leaf, index))
-        counts.append(count)
-        labels = classes.seen(count.pixels)
-        if labels:
-            share = 100 * ignored_share(count, classes)
-            report.say(f'    labels {labels[0]} to {labels[-1]} in '
-                       f'{count.maps} label maps; {where} has {number} '
-                       f'classes; {share:.1f} % of the pixels are ignored')
-    found = judge_labels(counts, classes, sum(map(len, leaves)),
-                         trains=name == 'train_dataloader')
-    for note in found.notes:
-        report.say(f'    {note}')
-    report.wrong(*found.errors)
-
-
-def examine_channels(cfg: Config, model: nn.Module | None, batch: Any,
-                     report: Report) -> bool:
-    """Whether a forward pass is worth a try."""
-    found: list[str] = []
-    keys = [key for key in ('backbone', 'neck') if cfg.model.get(key)]
-    if model is None:
-        # A head does not build, and channels are often why; or the backbone
-        # does not, which was reported.
-        try:
-            parts = {key: MODELS.build(cfg.model[key]) for key in keys}
-        except Exception:
-            return False
-    else:
-        parts = {key: getattr(model, key) for key in keys}
-    with report.part('feature maps'):
-        device = next(parts['backbone'].parameters()).device
-        image = batch['inputs'][0].to(device, torch.float32)
-        found = check_channels(cfg.model, parts, image[None])
-    report.wrong(*found)
-    return not found
-
-
-def examine_model(cfg: Config, model: Any, batch: Any, report: Report
-                  ) -> None:
-    layers = moe_layers(model)
-    total = sum(p.numel() for p in model.parameters())
-    active = total - sum(map(inactive_params, layers.values()))
-    report.say(f'  {total:,} parameters, {active:,} active')
-    report.say(f'  {len(layers)} MoE layers')
-    for line in describe_layers(model):
-        report.say(f'    {line}')
-    hooks = hook_names(cfg)
-    report.wrong(*check_routers(model, hooks))
-    if batch is None:
-        return
-    losses, auxiliary = {}, []
-    with report.part('a forward pass in training'):
-        losses, auxiliary = losses_of(model, batch)
-    report.wrong(*check_losses(losses, auxiliary, hooks))
-    if auxiliary:
-        report.say(f'  auxiliary losses: {", ".join(auxiliary)}')
-
-
-def examine_checkpoints(cfg: Config, model: Any, pretrained: list,
-                        report: Report) -> None:
-    results = [check_init(model, where, init) for where, init in pretrained]
-    if cfg.get('load_from'):
-        results.append(check_load_from(model, cfg.load_from))
-    for line, problems in results:
-        if problems:
-            report.wrong(*problems)
-        else:
-            report.say(f'  {line}')
-    if not results:
-        report.say('  no checkpoint: training starts from random weights')
-
-
-def show_costs(runner: Runner, costs: list[StageCost],
-               report: Report) -> None:
-    weights = parameter_bytes(runner.model)
-    total = 0.
-    for cost in costs:
-        count = cost.end - cost.start
-        total += count * cost.seconds
-        report.say(f'  stage {cost.name}: {count:,} iterations, {cost.start} '
-                   f'to {cost.end - 1}, {cost.seconds:.3f} s each '
-                   f'({cost.waiting:.3f} s of them waiting for data)')
-        for line in cost.trains.splitlines():
-            report.say(f'    {line}')
-        memory = (f'weights {size(weights)}, optimizer {size(cost.moments)}, '
-                  f'gradients {size(cost.gradients)}')
-        if cost.working is not None:
-            everything = cost.peak or (weights + cost.moments +
-                                       cost.gradients + cost.working)
-            memory += (f', activations {size(cost.working)}: '
-                       f'{size(everything)} in all')
-        report.say(f'    memory: {memory}')
-    end = datetime.now() + timedelta(seconds=total)
-    report.say(f'  {timedelta(seconds=round(total))} (h:mm:ss) in all, without '
-               'validation and saving: '
-               f'started now, it ends on {end:%Y-%m-%d at %H:%M}')
-
-
-def size(count: int) -> str:
-    return (f'{count / 1e9:.2f} GB' if count >= 1e9 else
-            f'{count / 1e6:.1f} MB')
-
-
-def device_name() -> str:
-    return (torch.cuda.get_device_name() if torch.cuda.is_available() else
-            f'the CPU ({torch.get_num_threads()} threads)')
 
 
 if __name__ == '__main__':

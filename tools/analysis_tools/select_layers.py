@@ -31,9 +31,7 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 import torch
-from _backbone import backbone_config, build
 from _config import run
-from _step_cost import endless_batches
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner, set_random_seed
@@ -44,7 +42,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmoe import safe_loading
 from rmoe.backbones.base import MoEBackbone
-from rmoe.engine.data_check import check_data
+from rmoe.backbones.from_config import backbone_config, build_backbone
+from rmoe.checks.data import check_data
+from rmoe.checks.step_cost import endless_batches
 from rmoe.engine.head_check import unfilled
 from rmoe.engine.roles import role_of
 from rmoe.moe import MoELayer, moe_layers
@@ -145,19 +145,19 @@ def parse_args() -> argparse.Namespace:
 def all_positions(backbone: Mapping) -> list[tuple[int | None, int]]:
     """(stage, block) of every FFN, in forward order."""
     with weightless():
-        model = build(dict(backbone))
+        model = build_backbone(dict(backbone))
         # A foreign backbone's FFNs are counted through, whatever its depths.
         if isinstance(model, MoEBackbone) and hasattr(model, 'depths'):
             return [(stage, block) for stage, depth in enumerate(model.depths)
                     for block in range(depth)]
-        whole = build(with_layers(backbone, dict(every=1)))
+        whole = build_backbone(with_layers(backbone, dict(every=1)))
     return [(None, block) for block in range(len(moe_layers(whole)))]
 
 
 def count_layers(backbone: Mapping) -> int:
     """MoE layers of the config as it stands."""
     with weightless():
-        return len(moe_layers(build(dict(backbone))))
+        return len(moe_layers(build_backbone(dict(backbone))))
 
 
 def with_layers(backbone: Mapping, layers: Any) -> dict:

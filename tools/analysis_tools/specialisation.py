@@ -27,9 +27,8 @@ from _config import run
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, init_default_scope
 
-from rmoe import safe_loading
+from rmoe.engine.trained import build_test_data, trained_model
 from rmoe.moe import moe_layers
 from rmoe.visualization.recording import record_routing, token_map
 from rmoe.visualization.segmentor import short_name
@@ -47,18 +46,14 @@ def main() -> None:
     if args.images < 0:
         raise ValueError(f'--images {args.images} must be positive, or 0 for '
                          'all')
-    from mmseg.apis import init_model
-    safe_loading.install()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if 'decode_head' not in cfg.model:
         raise ValueError(f'{args.config} is of no segmentor: classes of '
                          'patches are read off segmentation maps')
-    device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
-    model = init_model(cfg, args.checkpoint, device)
+    model = trained_model(cfg, args.checkpoint)
     check_routers(model, args.config)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = build_test_data(cfg)
     classes = dataset.metainfo['classes']
     count = min(args.images or len(dataset), len(dataset))
     tallies = tally_experts(

@@ -17,12 +17,16 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 import torch
-from _backbone import backbone_config, build, dense_twin
 from _config import run
 from mmengine.config import Config, DictAction
 from torch import nn
 
 from rmoe.backbones import PRESETS, preset
+from rmoe.backbones.from_config import (
+    backbone_config,
+    build_backbone,
+    dense_twin,
+)
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity, inactive_params
 from rmoe.upcycling import weightless
@@ -66,7 +70,7 @@ def main() -> None:
 def summarise(name: str, backbone: dict, size: int) -> tuple:
     """The row of one backbone."""
     with weightless():
-        dense, moe = (build(config).to('meta')
+        dense, moe = (build_backbone(config).to('meta')
                       for config in (dense_twin(backbone), backbone))
     image = torch.empty(1, 3, size, size, device='meta')
     shapes = input_shapes(dense, list(moe_layers(moe)), image)

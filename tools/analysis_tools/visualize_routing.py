@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, init_default_scope
 
-from rmoe import safe_loading
+from rmoe.engine.trained import build_test_data, trained_model
 from rmoe.moe import moe_layers
 from rmoe.visualization.recording import load_shares, record_routing
 from rmoe.visualization.segmentor import draw_segmentor
@@ -36,16 +35,12 @@ def main() -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
 
-    from mmseg.apis import init_model
-    safe_loading.install()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
-    device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
-    model = init_model(cfg, args.checkpoint, device)
+    model = trained_model(cfg, args.checkpoint)
     if not moe_layers(model):
         sys.exit(f'error: {args.config} builds no MoE layer')
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = build_test_data(cfg)
     model.dataset_meta = dataset.metainfo
     loads = None
     if args.load_images:

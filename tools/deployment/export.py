@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _config import run
 
-from rmoe import compat, safe_loading
+from rmoe import compat
+from rmoe.engine.trained import trained_model
 from rmoe.visualization.recording import record_routing
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -70,15 +68,11 @@ def main() -> None:
 
 def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     """The module to export, with its weights, in evaluation mode."""
-    safe_loading.install()
-    init_default_scope(cfg.get('default_scope') or 'mmseg')
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    load_checkpoint(model, checkpoint, 'cpu', strict=True)
+    model = trained_model(cfg, checkpoint, 'cpu', strict=True)
     if not hasattr(model, 'decode_head'):
         print(f'{type(model).__name__} is no segmentor: its backbone alone '
               'is exported')
         model = model.backbone
-    model.eval()  # which returns None in some of mmseg's
     return model
 
 

@@ -6,14 +6,14 @@ from math import prod
 from typing import Any
 
 import torch
-from _backbone import backbone_config
-from _check_model import take_pretrained
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
+from rmoe.backbones.from_config import backbone_config
+from rmoe.checks.checkpoints import take_pretrained
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.roles import ROLES, role_of
 from rmoe.moe import moe_layers
