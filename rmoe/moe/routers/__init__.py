@@ -1,4 +1,9 @@
-"""Routers: who chooses whom, one idea per file."""
+"""Routers decide which token goes to which expert, and with which gate.
+
+In :mod:`token_choice` and :mod:`bias_balanced` tokens choose experts, in
+:mod:`expert_choice` experts choose tokens, in :mod:`soft` experts get
+mixtures of tokens. :mod:`scorers` compute the logits.
+"""
 from rmoe.moe.routers.bias_balanced import BiasBalancedRouter
 from rmoe.moe.routers.expert_choice import (
     ExpertChoiceRouter,
