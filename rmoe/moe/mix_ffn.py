@@ -31,8 +31,8 @@ class MoEMixFFN(MoELayer):
             core and keep their names.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow. With a
-            convolution it must keep every token, because without one the map
-            would have a hole.
+            convolution it must keep every token, because a map with missing
+            tokens cannot be convolved.
         core: must be True.
         rank: rank of the residuals.
         align: how gates weight the experts' outputs.
@@ -107,8 +107,8 @@ class ConvolvedMlp(MoELayer):
             keep their names.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow. It must
-            keep every token, because without one the map that is convolved
-            would have a hole.
+            keep every token, because a map with missing tokens cannot be
+            convolved.
         core: must be True.
         rank: rank of the residuals.
         align: how gates weight the experts' outputs.
