@@ -291,7 +291,8 @@ def test_dense_heads_take_the_maps():
 @pytest.mark.parametrize('options, message', [
     (dict(arch='14'), r"arch='14' is not one of \('13', '21', 'w24'\)"),
     (dict(moe=dict(layers=((), (2, ), ()))), 'block 2; stage 1 has blocks 0'),
-    (dict(out_indices=(0, 3)), 'out_indices points at stage 3; there are 3'),
+    (dict(out_indices=(0, 3)),
+     'out_indices points at stage 3, but the 3 stages are numbered from 0'),
     (dict(frozen_stages=4), 'frozen_stages=4 must lie between -1 and the 3'),
     (dict(frozen_stages=-2), 'frozen_stages=-2 must lie between -1'),
     *((dict({name: (1, 2)}), rf'{name}=\(1, 2\) must have one entry for each')

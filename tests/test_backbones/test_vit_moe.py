@@ -209,7 +209,7 @@ def test_layer_depth():
 @pytest.mark.parametrize('options, message', [
     (dict(arch='giant'), "arch='giant'"),
     (dict(num_heads=5), 'num_heads=5 must divide embed_dims=24'),
-    (dict(out_indices=(4, )), 'points at block 4; there are 4'),
+    (dict(out_indices=(4, )), 'points at block 4, but the 4 blocks are'),
     (dict(frozen_stages=5), 'frozen_stages=5 is more than the 4'),
     (dict(with_cls_token=False, output_cls_token=True), 'with_cls_token'),
     (dict(moe=dict(layers=dict(every=5))), "'every': 5.*up to 4 blocks"),
