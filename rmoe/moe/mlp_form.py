@@ -145,7 +145,7 @@ def _has_form(twin: nn.Module, form: Form, dim: int) -> bool:
         try:
             outs = [twin(x)]
             # Setting ``training`` on the module alone leaves its dropouts
-            # off. If the output now changes, its own code drops values.
+            # off. If the output now changes, its own code is random.
             twin.training = True
             outs.append(twin(x))
         except Exception:

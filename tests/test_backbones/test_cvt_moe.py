@@ -44,7 +44,7 @@ def original(state):
 
 
 def randomise(model):
-    """Large enough that attention is far from uniform."""
+    """Weights large enough that attention is far from uniform."""
     for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and name.endswith('weight')
         nn.init.normal_(parameter, float(is_norm), std=.1)
@@ -65,7 +65,8 @@ def hf_model(cls_token=True, quick=False):
 
 
 def with_weights(state, act_cfg=GELU, **options):
-    """With bare outputs, as the source has no norms there."""
+    """The model without norms on its outputs, which the source does not
+    have."""
     model = CvTMoE(**SMALL, act_cfg=act_cfg, **options).eval()
     model.load_state_dict(state)
     for i in model.out_indices:

@@ -1,8 +1,8 @@
 """Routers decide which token goes to which expert, and with which gate.
 
-In :mod:`token_choice` and :mod:`bias_balanced` tokens choose experts, in
-:mod:`expert_choice` experts choose tokens, in :mod:`soft` experts get
-mixtures of tokens. :mod:`scorers` compute the logits.
+In ``token_choice.py`` and ``bias_balanced.py`` tokens choose experts, in
+``expert_choice.py`` experts choose tokens, and in ``soft.py`` experts get
+mixtures of tokens. The classes of ``scorers.py`` compute the logits.
 """
 from rmoe.moe.routers.bias_balanced import BiasBalancedRouter
 from rmoe.moe.routers.expert_choice import (
