@@ -1,4 +1,7 @@
-"""MoE backbones; importing them registers them."""
+"""Backbones with experts, for mmseg, mmdet and mmpretrain.
+
+Importing this package registers them in mmengine's registries.
+"""
 # ruff: noqa: E402
 from rmoe.needs import need
 

@@ -1,4 +1,7 @@
-"""What the MoE backbones have in common."""
+"""The base class and the block that our backbones share, and recomputation.
+
+:func:`load_pretrained` and :func:`recompute` are for other backbones too.
+"""
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -17,12 +20,13 @@ from rmoe.upcycling.keymaps import Architecture
 
 
 def load_pretrained(backbone: Any, init_weights: Callable[[], None]) -> None:
-    """mmengine's initialisation, with files that are read and not executed.
+    """Run mmengine's initialisation, but read checkpoint files safely: no
+    code in a file is executed.
 
     Args:
-        backbone: its ``architecture`` finds its weights in the file that
-            ``init_cfg`` names.
-        init_weights: mmengine's, of this backbone.
+        backbone: the backbone; its ``architecture`` finds its weights in the
+            file that ``init_cfg`` names.
+        init_weights: mmengine's ``init_weights``, bound to this backbone.
 
     Raises:
         ValueError: if a file does not fit; nothing of it is loaded.
@@ -36,7 +40,7 @@ def load_pretrained(backbone: Any, init_weights: Callable[[], None]) -> None:
             safe_loading.load_from_local(filename, map_location), backbone,
             pretrained)
 
-    # mmengine knows no such option.
+    # mmengine does not know the option ``weights``, so it is left out.
     plain = [{key: value for key, value in item.items() if key != 'weights'}
              for item in items]
     backbone.init_cfg = plain if plain else written
@@ -53,32 +57,46 @@ def load_pretrained(backbone: Any, init_weights: Callable[[], None]) -> None:
 
 
 class MoEBackbone(BaseModule):
-    """Freezing, and checkpoints that load wholly or not at all.
+    """Base class of our backbones: it freezes stages, and loads a checkpoint
+    completely or not at all.
 
     Attributes:
-        architecture: what checkpoints it can load.
-        known_batches: those of which a model around it knows the padding,
-            while it is called; see :mod:`rmoe.backbones.padding`.
+        architecture: the checkpoints that the backbone can load, and how
+            their weights are named.
+        known_batches: the batches whose padding is known, while the model
+            around the backbone is called; see :mod:`rmoe.backbones.padding`.
     """
-    # Of the class: an instance must pickle, and key maps hold functions.
+    # This is an attribute of the class, because an instance must pickle and
+    # the key maps inside hold functions.
     architecture: ClassVar[Architecture]
     known_batches: tuple[KnownBatch, ...] = ()
 
     def finish(self, moe: Mapping | None) -> None:
-        """To be called when all modules are built."""
-        # Of the instance: that marks it as one that wants to be told.
+        """Finish the construction. A subclass calls this when all of its
+        modules are built.
+
+        Args:
+            moe: the backbone's option ``moe``; its ``expert_mismatch`` is
+                read.
+        """
+        # An attribute of the instance marks modules to which
+        # rmoe.backbones.padding is to tell the padding of a batch.
         self.known_batches = ()
         check_loading(self, (moe or {}).get('expert_mismatch', 'raise'))
-        # At construction, so that DDP and the optimizer see it.
+        # Parameters are frozen at construction, so that DDP and the optimizer
+        # see it.
         for module in self.frozen_modules():
             module.eval()
             module.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names; files are read, not executed.
+        """Initialise as ``init_cfg`` says. No code in a checkpoint file is
+        executed.
 
-        ``dict(type='Pretrained', checkpoint=..., weights='student')`` takes
-        other weights of the file than those that evaluate best.
+        If a file holds several sets of weights (an EMA or a teacher beside
+        the trained ones), the one that evaluates best is loaded.
+        ``dict(type='Pretrained', checkpoint=..., weights='student')`` names
+        another.
 
         Raises:
             ValueError: if a file does not fit; nothing of it is loaded.
@@ -86,11 +104,12 @@ class MoEBackbone(BaseModule):
         load_pretrained(self, super().init_weights)
 
     def frozen_modules(self) -> list[nn.Module]:
-        """What ``frozen_stages`` freezes."""
+        """The modules that ``frozen_stages`` freezes."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is frozen stays in evaluation."""
+        """Set training or evaluation mode; frozen modules stay in evaluation
+        mode."""
         super().train(mode)
         for module in self.frozen_modules():
             module.eval()
@@ -98,15 +117,16 @@ class MoEBackbone(BaseModule):
 
 
 class PreNormBlock(nn.Module):
-    """norm - attention - add, norm - FFN (dense or MoE) - add.
+    """A transformer block: norm - attention - add, norm - FFN - add.
 
     Args:
-        embed_dims: width.
-        norm_cfg: of both norms.
-        attn: called with the normed tokens and what ``forward`` is given.
-        ffn: mmcv's FFN or a MoEFFN.
+        embed_dims: D.
+        norm_cfg: config of both norms.
+        attn: called with the normalised tokens and the further arguments of
+            ``forward``.
+        ffn: the FFN, dense (mmcv's) or MoE (:class:`rmoe.moe.MoEFFN`).
         with_cp: activation checkpointing.
-        norms: names of the two norms.
+        norms: names of the two norms, as attributes of the block.
     """
 
     def __init__(self, embed_dims: int, norm_cfg: Mapping, attn: nn.Module,
@@ -121,14 +141,23 @@ class PreNormBlock(nn.Module):
         self.add_module(norms[1], second)
         self.ffn = ffn
         self.with_cp = with_cp
-        # A MoE FFN checkpoints its experts itself and routes outside: routing
-        # twice would count twice and could choose twice.
+        # A MoE FFN recomputes its experts itself and does not recompute its
+        # router. A router that ran twice would count loads twice, and could
+        # choose other experts the second time.
         self.ffn_with_cp = with_cp and not isinstance(ffn, MoELayer)
 
     def forward(self, x: Tensor, *context: Any,
                 valid: Tensor | None = None) -> Tensor:
-        """(B, T, D) tokens to (B, T, D); (B, T) ``valid`` is False for
-        padding."""
+        """Compute the block.
+
+        Args:
+            x: (B, T, D) tokens.
+            context: further arguments of the attention.
+            valid: (B, T) bool, False for padding; None means all are valid.
+
+        Returns:
+            (B, T, D).
+        """
         x = run(self._attend, self.with_cp, x, *context)
         return run(self._transform, self.ffn_with_cp, x, valid)
 
@@ -144,8 +173,16 @@ class PreNormBlock(nn.Module):
 
 def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,
         *args: Any) -> Tensor:
-    """``function(x, *args)``, a method of a module, recomputed in backward
-    if ``with_cp``; in a traced model it is torch.compile that decides."""
+    """Return ``function(x, *args)``, recomputed in backward if ``with_cp``.
+
+    In a compiled model, torch.compile decides what is recomputed.
+
+    Args:
+        function: a bound method of a module.
+        with_cp: whether to recompute.
+        x: its first argument.
+        args: its other arguments.
+    """
     if with_cp and x.requires_grad and not compat.is_compiling():
         module = function.__self__  # type: ignore[attr-defined]
         return recompute(module, function, x, *args)
@@ -154,16 +191,18 @@ def run(function: Callable[..., Tensor], with_cp: bool, x: Tensor,
 
 def recompute(module: nn.Module, function: Callable[..., Any], *args: Any,
               **options: Any) -> Any:
-    """``function(*args, **options)``, computed again in backward.
+    """Return ``function(*args, **options)``, computed again in backward
+    instead of keeping its activations (activation checkpointing).
 
     Args:
-        module: whose batch norms must not count a batch twice.
-        function: what is computed.
-        args: what it is called with.
-        options: what it is called with by name.
+        module: the module that computes. Its batch norms do not update their
+            statistics a second time.
+        function: the function to call.
+        args: its positional arguments.
+        options: its keyword arguments.
     """
-    # Reentrant checkpointing would drop the gradient of auxiliary losses
-    # without a word.
+    # Reentrant checkpointing would silently drop the gradient of auxiliary
+    # losses.
     return checkpoint(
         function, *args, use_reentrant=False,
         context_fn=lambda: (nullcontext(), _same_statistics(module)),
@@ -172,7 +211,8 @@ def recompute(module: nn.Module, function: Callable[..., Any], *args: Any,
 
 @contextmanager
 def _same_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms do not count a batch that they meet again."""
+    """Keep batch norms from updating their running statistics, for a batch
+    that they have seen before."""
     norms = [(norm, norm.momentum, norm.num_batches_tracked)
              for norm in module.modules() if isinstance(norm, _BatchNorm)]
     for norm, _, count in norms:

@@ -1,5 +1,5 @@
-"""Attention whose query, key and value pass a convolution (CvT, 2103.15808).
-"""
+"""Attention whose query, key and value are computed by convolutions (CvT,
+2103.15808)."""
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class ConvProjection(nn.Module):
-    """Depthwise 3x3 convolution and batch norm of a token map."""
+    """A depthwise 3x3 convolution and a batch norm over the map of tokens."""
 
     def __init__(self, embed_dims: int, stride: int,
                  bn_cfg: Mapping) -> None:
@@ -25,10 +25,10 @@ class ConvProjection(nn.Module):
 
 
 class ConvAttention(nn.Module):
-    """Global attention; keys and values are taken at half the resolution.
+    """Global attention, with keys and values at half the resolution.
 
-    The scale is that of the whole width, embed_dims ** -0.5, and not of one
-    head: CvT was trained so.
+    Logits are scaled by embed_dims ** -0.5. This is the scale for the whole
+    width and not for one head, because CvT was trained with it.
 
     Args:
         embed_dims: D.
@@ -36,7 +36,7 @@ class ConvAttention(nn.Module):
         qkv_bias: bias of the linear projections.
         attn_drop_rate: dropout on attention weights.
         proj_drop_rate: dropout on the output.
-        dropout_layer: config of the layer after it (DropPath).
+        dropout_layer: config of the layer on the output (DropPath).
         bn_cfg: batch norm of the convolutional projections.
     """
 
@@ -57,14 +57,23 @@ class ConvAttention(nn.Module):
         self.drop = build_dropout(dict(dropout_layer))
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """(B, [1 +] h w, D); a class token in front passes no convolution."""
+        """Compute the attention.
+
+        Args:
+            x: (B, h w, D) tokens, or (B, 1 + h w, D) with a class token in
+                front, which is left out of the convolutions.
+            hw: (h, w).
+
+        Returns:
+            The same shape as ``x``.
+        """
         batch, tokens, dims = x.shape
         first = tokens - hw[0] * hw[1]
         image = x[:, first:].transpose(1, 2).unflatten(2, hw)
         query, key, value = (self._heads(name, x[:, :first], image)
                              for name in 'qkv')
-        # Never as a matrix of all pairs: at stride 4 of a large image that
-        # would take gigabytes.
+        # This function need not build the matrix of all pairs of tokens,
+        # which at stride 4 of a large image would take gigabytes.
         x = F.scaled_dot_product_attention(
             query, key, value, scale=self.scale,
             dropout_p=self.attn_drop_rate if self.training else 0.)

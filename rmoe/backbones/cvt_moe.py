@@ -1,6 +1,7 @@
-"""Convolutional vision Transformer with mixture-of-experts FFNs.
+"""Convolutional vision Transformer (CvT) with mixture-of-experts FFNs.
 
-CvT: 2103.15808. The original has three stages, at strides 4, 8 and 16.
+CvT: 2103.15808. The original model has three stages, whose maps have strides
+of 4, 8 and 16 pixels.
 """
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -27,7 +28,8 @@ ARCHITECTURES = {
 
 
 class ConvEmbed(nn.Module):
-    """Overlapping patches: a convolution with stride, then a norm."""
+    """Embedding of overlapping patches: a convolution with a stride, then a
+    norm."""
 
     def __init__(self, in_channels: int, embed_dims: int, kernel: int,
                  stride: int, padding: int, norm_cfg: Mapping) -> None:
@@ -44,13 +46,13 @@ class ConvEmbed(nn.Module):
 
 
 class CvTStage(nn.Module):
-    """Embedding and blocks of one resolution."""
+    """The embedding and the blocks of one resolution."""
 
     def __init__(self, patch_embed: ConvEmbed, blocks: Sequence[PreNormBlock],
                  cls_dims: int | None, drop_rate: float, stride: int
                  ) -> None:
         super().__init__()
-        self.stride = stride  # of the stage's map, from the image on
+        self.stride = stride  # Pixels of the image per token of the stage.
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(
             torch.zeros(1, 1, cls_dims)) if cls_dims else None
@@ -59,7 +61,15 @@ class CvTStage(nn.Module):
 
     def forward(self, x: Tensor, area: ValidArea | None
                 ) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, height, width) to (B, h w, D) without a class token."""
+        """Compute the stage.
+
+        Args:
+            x: (B, C, height, width), the image or the map of the stage before.
+            area: the part of the batch that is not padding; None for all.
+
+        Returns:
+            (B, h w, D), without the class token, and (h, w).
+        """
         x, hw = self.patch_embed(x)
         leading = 0
         if self.cls_token is not None:
@@ -76,18 +86,18 @@ class CvTStage(nn.Module):
 class CvTMoE(MoEBackbone):
     """CvT whose FFNs can be mixtures of experts.
 
-    Returns maps at strides 4, 8 and 16. UPerNet takes the three as they are;
-    mmdet's FPN adds coarser ones (``add_extra_convs``, ``num_outs``). Any
-    checkpoint that is loaded is checked: it must fill every dense weight; see
-    ``rmoe.upcycling``.
+    It returns maps with strides of 4, 8 and 16 pixels. UPerNet takes these
+    three as they are; mmdet's FPN adds coarser ones (``add_extra_convs``,
+    ``num_outs``). A checkpoint that does not fill every dense weight is
+    refused; see ``rmoe.upcycling``.
 
     Args:
         arch: '13', '21' or 'w24', or None to give ``embed_dims``, ``depths``
             and ``num_heads``.
-        moe: None for dense, or a dict with ``layers`` (block indices per
-            stage, e.g. ``((), (), (1, 3, 5, 7, 9))``), ``expert_mismatch``
-            ('raise', 'tile', 'slice' or 'merge': what to do with a
-            checkpoint of another expert count), and arguments of
+        moe: None for a dense backbone, or a dict with ``layers`` (block
+            indices per stage, e.g. ``((), (), (1, 3, 5, 7, 9))``),
+            ``expert_mismatch`` ('raise', 'tile', 'slice' or 'merge': what to
+            do with a checkpoint of another expert count), and arguments of
             :class:`rmoe.moe.MoEFFN`.
         in_channels: image channels.
         embed_dims: width of each stage.
@@ -96,26 +106,26 @@ class CvTMoE(MoEBackbone):
         patch_sizes: kernel of each stage's embedding.
         strides: stride of each stage's embedding.
         patch_padding: padding of each stage's embedding.
-        mlp_ratio: hidden over model width of the FFNs.
+        mlp_ratio: hidden width of the FFNs divided by the model width.
         out_indices: stages whose feature maps are returned.
         qkv_bias: bias of query, key and value.
         drop_rate: dropout in embeddings, projections and FFNs.
         attn_drop_rate: dropout on attention weights.
-        drop_path_rates: stochastic depth of each stage's last block, rising
-            linearly inside the stage.
-        with_cls_token: the last stage has a class token, as in
-            classification; it takes part in attention and FFNs and is left
+        drop_path_rates: for each stage, the rate of stochastic depth in its
+            last block; it rises linearly from 0 in the first one.
+        with_cls_token: True gives the last stage a class token, as for
+            classification. It takes part in attention and FFNs and is left
             out of the map.
         act_cfg: activation; None means QuickGELU, which the original weights
             need. Weights of Hugging Face need ``dict(type='GELU')``.
         norm_cfg: norm layer; None means LN.
         bn_cfg: batch norm of the convolutional projections; None means BN,
             ``dict(type='SyncBN')`` shares statistics between GPUs.
-        norm_eval: keep the statistics of batch norms as they were loaded,
-            for small batches.
+        norm_eval: True keeps the statistics of batch norms as they were
+            loaded, for training with small batches.
         with_cp: activation checkpointing (non-reentrant).
-        frozen_stages: freeze the first n stages; 0 and -1, the default of
-            other backbones, freeze nothing.
+        frozen_stages: freeze the first n stages; 0 freezes none, and so does
+            -1, which is the default of other backbones too.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -196,7 +206,7 @@ class CvTMoE(MoEBackbone):
         self.finish(moe)
 
     def init_weights(self) -> None:
-        """Initialise as CvT does, or load what ``init_cfg`` names."""
+        """Load as ``init_cfg`` says; without one, initialise as CvT does."""
         if self.init_cfg is not None:
             super().init_weights()
             return
@@ -210,7 +220,7 @@ class CvTMoE(MoEBackbone):
                 nn.init.trunc_normal_(module.cls_token, std=.02)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
+        """(B, C, height, width) images to the maps (B, D_i, h_i, w_i) of the
         stages in ``out_indices``."""
         area = area_of(self, x)
         outs = []
@@ -223,7 +233,8 @@ class CvTMoE(MoEBackbone):
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'CvTMoE':
-        """Set the mode; what is frozen stays in evaluation."""
+        """Set training or evaluation mode; frozen modules stay in evaluation
+        mode, and with ``norm_eval`` all batch norms do."""
         super().train(mode)
         if self.norm_eval:
             for module in self.modules():
@@ -245,15 +256,15 @@ class CvTMoE(MoEBackbone):
             prefix: prefix of this backbone's names, e.g. ``'backbone.'``.
 
         Returns:
-            The depth (0: the first embedding) and the number of depths; what
-            is not this backbone's gets the last.
+            The depth (0: the first embedding) and the number of depths.
+            Parameters outside this backbone get the last depth.
         """
         num_layers = sum(self.depths) + 2
         parts = param_name.removeprefix(prefix).split('.')
         if not param_name.startswith(prefix) or parts[0] != 'stages':
             return num_layers - 1, num_layers
         stage = int(parts[1])
-        # A later embedding belongs to the block before it.
+        # The embedding of a later stage has the depth of the block before it.
         block = int(parts[3]) + 1 if parts[2] == 'blocks' else 0
         return sum(self.depths[:stage]) + block, num_layers
 
@@ -266,8 +277,8 @@ def _check_structure(stages: int, out_indices: Sequence[int],
                              f'of the {stages} stages in depths')
     for index in out_indices:
         if not 0 <= index < stages:
-            raise ValueError(f'out_indices points at stage {index}; there '
-                             f'are {stages}')
+            raise ValueError(f'out_indices points at stage {index}, but the '
+                             f'{stages} stages are numbered from 0')
     for width, heads in zip(per_stage['embed_dims'], per_stage['num_heads']):
         if width % heads:
             raise ValueError(f'num_heads={heads} must divide the width '

@@ -1,4 +1,5 @@
-"""From the one map of a plain ViT to the pyramid that dense heads take."""
+"""A neck that makes a feature pyramid, as dense heads take it, from the one
+map of a plain ViT."""
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from rmoe.registry import MODELS
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w)."""
+    """LayerNorm over the channels of (B, C, h, w) maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -16,19 +17,23 @@ class LayerNorm2d(nn.LayerNorm):
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(nn.Module):
-    """The neck of ViTDet (2203.16527): every level comes from the last map.
+    """The neck of ViTDet (2203.16527), which computes every level of the
+    pyramid from the backbone's last map.
 
     Args:
         in_channels: width of the backbone.
         out_channels: width of every level.
-        scales: size of each level over that of the map: powers of two from
-            1/2 to 4. At patch size 16 the default gives strides 4 to 32.
-        num_outs: levels to return; those beyond ``scales`` halve the last
-            one by taking every second pixel, as mmdet's FPN does. None means
-            one for each scale.
+        scales: size of each level divided by that of the map; allowed are
+            powers of two from 1/2 to 4. With patches of 16 pixels the default
+            gives levels with strides from 4 to 32.
+        num_outs: number of levels to return. Each level beyond ``scales``
+            has half the size of the one before, of which it takes every
+            second pixel, as in mmdet's FPN. None means one level for each
+            scale.
 
     Raises:
-        ValueError: for another scale, or fewer ``num_outs`` than scales.
+        ValueError: for another scale, or if ``num_outs`` is less than the
+            number of scales.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256,
@@ -38,13 +43,21 @@ class SimpleFeaturePyramid(nn.Module):
         self.num_outs = len(scales) if num_outs is None else num_outs
         if self.num_outs < len(scales):
             raise ValueError(f'num_outs={num_outs} is less than the '
-                             f'{len(scales)} scales')
+                             f'{len(scales)} scales, each of which gives a '
+                             'level: raise it, or give fewer scales')
         self.levels = nn.ModuleList(
             _level(in_channels, out_channels, scale) for scale in scales)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The backbone's maps, of which the last (B, C, h, w) is taken, to
-        (B, out_channels, scale h, scale w) for each scale."""
+        """Compute the pyramid.
+
+        Args:
+            inputs: the backbone's maps; only the last, (B, C, h, w), is used.
+
+        Returns:
+            (B, out_channels, scale h, scale w) for each scale, and the
+            further levels of ``num_outs``.
+        """
         outs = [level(inputs[-1]) for level in self.levels]
         while len(outs) < self.num_outs:
             outs.append(F.max_pool2d(outs[-1], 1, stride=2))
@@ -53,6 +66,8 @@ class SimpleFeaturePyramid(nn.Module):
 
 def _level(in_channels: int, out_channels: int, scale: float
            ) -> nn.Sequential:
+    """Build the layers of one level: resize the map, then two convolutions
+    with norms."""
     half, quarter = in_channels // 2, in_channels // 4
     resize: dict[float, list[nn.Module]] = {
         4: [nn.ConvTranspose2d(in_channels, half, 2, 2), LayerNorm2d(half),

@@ -1,4 +1,5 @@
-"""The one place that decides dense or MoE for a (stage, block)."""
+"""Decides which blocks of our backbones get a dense FFN and which a MoE FFN,
+and builds both."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,24 +14,26 @@ PLACEMENT_KEYS = ('layers', 'expert_mismatch')
 
 
 def layer_args(moe: Mapping | None) -> dict[str, Any]:
-    """Of a backbone's ``moe``, what its MoE layers are built with."""
+    """Return the part of a backbone's ``moe`` that holds arguments of its MoE
+    layers."""
     return {key: value for key, value in (moe or {}).items()
             if key not in PLACEMENT_KEYS}
 
 
 class FFNPlan:
-    """Which FFNs of a backbone are MoE, and how they are built.
+    """The plan of a backbone's FFNs: which are MoE, and how to build them.
 
     Args:
         depths: blocks per stage.
         moe: None or empty for a dense backbone. Otherwise ``layers`` (one
-            sequence of block indices per stage), and any argument of
-            :class:`rmoe.moe.MoEFFN` but those the backbone sets itself.
+            sequence of block indices per stage), and any arguments of
+            :class:`rmoe.moe.MoEFFN` except those that the backbone sets
+            itself.
         with_cp: activation checkpointing of the experts.
 
     Raises:
-        ValueError: if ``layers`` is missing, selects nothing, or points
-            outside the backbone.
+        ValueError: if ``layers`` is missing, selects no block, or names one
+            that does not exist.
     """
 
     def __init__(self, depths: Sequence[int], moe: Mapping | None,
@@ -46,7 +49,8 @@ class FFNPlan:
               ffn_drop: float, dropout_layer: Mapping,
               fc2_bias: bool = True,
               layer_scale_init_value: float = 0.) -> nn.Module:
-        """The FFN of one block; both kinds are called alike."""
+        """Build the FFN of one block, dense or MoE. The block calls both kinds
+        in the same way."""
         if block in self.layers[stage]:
             layer = MoEFFN(
                 embed_dims, feedforward_channels, act_cfg=act_cfg,

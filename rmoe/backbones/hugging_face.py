@@ -15,26 +15,28 @@ from rmoe.upcycling.say import say
 
 @MODELS.register_module()
 class HuggingFaceBackbone(BaseModule):
-    """What ``transformers.AutoBackbone`` makes of a config, as a backbone of
-    mmseg and mmdet.
+    """A model of ``transformers.AutoBackbone`` as a backbone of mmseg and
+    mmdet.
 
-    The model is built from its settings alone: nothing is downloaded and no
+    The model is built from its settings alone: nothing is downloaded, and no
     code of a repository is executed. Weights come from ``init_cfg``, which
-    reads a file (``pytorch_model.bin``, ``model.safetensors``) under the
-    names that transformers gave it, alone or in a whole classifier.
+    reads a file (``pytorch_model.bin``, ``model.safetensors``). They have the
+    names that transformers saves them under, for the model alone or for a
+    classifier that contains it.
 
     Args:
         config: ``model_type``, e.g. 'dinov2', and any setting of that
-            model's config, e.g. ``out_indices``; what a ``config.json``
-            holds can be copied, with its ``transformers_version``.
+            model's config, e.g. ``out_indices``. The contents of a
+            ``config.json`` can be copied here, with its
+            ``transformers_version``.
         moe: None for the dense model, or as for
             :func:`rmoe.backbones.upcycled.upcycled_backbone`.
         init_cfg: mmengine's initialisation config.
 
     Raises:
-        ImportError: without transformers.
-        ValueError: for a setting the model has not, or a ``moe`` that does
-            not fit it.
+        ImportError: if transformers is not installed.
+        ValueError: for a setting that the model does not have, or a ``moe``
+            that does not fit it.
     """
 
     def __init__(self, config: Mapping, moe: Mapping | None = None,
@@ -43,12 +45,14 @@ class HuggingFaceBackbone(BaseModule):
         self.model = _build(dict(config))
         if moe:
             put_experts(self, moe)
-        # Norms that transformers' other models have not.
+        # AutoBackbone adds norms to the outputs. Files of a model that is not
+        # a backbone lack them, so they may start untrained.
         finish(self, moe, inner='model.',
                new=(r'model\.hidden_states_norms\..+', ))
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names; transformers has done the rest."""
+        """Load the file that ``init_cfg`` names. Without one, the weights stay
+        as transformers has initialised them."""
         if self.init_cfg is not None:
             load_pretrained(self, super().init_weights)
 
@@ -67,12 +71,14 @@ def _build(config: dict[str, Any]) -> Any:
     if kind is None:
         raise ValueError("config needs model_type, e.g. dict(model_type="
                          f"'dinov2', ...); it has {sorted(config)}")
-    # transformers keeps settings that it does not know without a word.
+    # transformers silently accepts settings that it does not know, so they
+    # are checked here.
     known = {*AutoConfig.for_model(kind).to_dict(), 'out_indices',
              'out_features'}
     unknown = sorted(set(config) - known)
     if unknown and 'transformers_version' in config:
-        # A file keeps settings that older versions had.
+        # The config was copied from a file, which may hold settings of older
+        # versions. These are left out instead of refused.
         say(f'{kind!r} has no settings {unknown}, which are left out',
             logging.WARNING)
     elif unknown:

@@ -1,8 +1,10 @@
-"""Backbones by name: the ones our configs use, and published MoE models."""
+"""Configs of backbones by name: those that our configs use, and those of
+published MoE models."""
 from copy import deepcopy
 from typing import Any
 
-# Alternate FFNs of the last two stages, as in Swin-MoE.
+# Blocks whose FFNs are MoE: every second one of the last two stages, as in
+# Swin-MoE.
 SHALLOW = ((), (), (1, 3, 5), (1, ))
 DEEP = ((), (), (1, 3, 5, 7, 9, 11, 13, 15, 17), (1, ))
 GELU_TANH = dict(type='GELU', approximate='tanh')
@@ -14,9 +16,13 @@ def _swin(arch: str, layers: tuple, window: int = 7) -> dict[str, Any]:
 
 
 def _swin_moe(arch: str, num_experts: int, **router: Any) -> dict[str, Any]:
-    """The published Swin-MoE models: 192 px, window 12, in the last stage
-    6, which is its whole map; experts without a core, softmax gates,
-    training capacity 1.25 in the order of their priority."""
+    """A published Swin-MoE model.
+
+    It was trained at 192 pixels with windows of 12, and of 6 in the last
+    stage, which cover its whole map. Experts have no core, gates are the
+    softmax, and slots (a capacity factor of 1.25 in training) are given by
+    Batch Prioritized Routing.
+    """
     return dict(
         type='rmoe.SwinMoE', arch=arch, window_size=(12, 12, 12, 6),
         pretrained_window_size=(12, 12, 12, 6), fc2_bias=False,
@@ -38,8 +44,8 @@ def _vit(arch: str, last_half: tuple, **options: Any) -> dict[str, Any]:
 
 def _vmoe(arch: str, patch_size: int, layers: dict[str, int]
           ) -> dict[str, Any]:
-    """V-MoE (2106.05974): 32 experts without a core, two for each token,
-    softmax gates that are not normalised."""
+    """A V-MoE model (2106.05974): 32 experts without a core, two of them for
+    each token, and softmax gates that are not renormalised."""
     return dict(
         type='rmoe.ViTMoE', arch=arch, patch_size=patch_size,
         act_cfg=GELU_TANH,
@@ -87,7 +93,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The config of a backbone; ``moe=None`` in it makes the dense twin.
+    """Return a copy of the config of a backbone. Setting its ``moe`` to None
+    gives the dense model of the same size.
+
+    Args:
+        name: a key of ``PRESETS``.
 
     Raises:
         ValueError: for an unknown name.

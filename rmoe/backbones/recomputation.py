@@ -1,10 +1,12 @@
-"""Activation checkpointing of foreign backbones, with routing outside of it.
+"""Activation checkpointing of other libraries' backbones, without their
+routers.
 
-A host's block with ``with_cp=True`` recomputes all of itself in backward, its
-MoE layer included: tokens would be routed twice and could choose other
-experts the second time, and the hosts' checkpoints are reentrant, which drops
-the gradient of auxiliary losses. So such a block no longer recomputes itself;
-its attention and the experts of its MoE layer do so, each by itself.
+A block of a host library with ``with_cp=True`` recomputes all of itself in
+backward, including its MoE layer. Tokens would then be routed twice and could
+choose other experts the second time. Also, the host libraries' checkpointing
+is reentrant, which drops the gradient of auxiliary losses. So this module
+switches it off in such a block. Instead, the block's attention and the experts
+of its MoE layer recompute themselves, each on its own.
 """
 from functools import cache
 from typing import Any
@@ -18,7 +20,8 @@ from rmoe.moe import MoELayer
 
 
 def keep_routing_outside(host: nn.Module) -> None:
-    """Recompute what the host's blocks would recompute, but for routing.
+    """Let the blocks of a backbone recompute what they did, except the
+    routers of MoE layers.
 
     Blocks without a MoE layer stay as they are.
 
@@ -26,8 +29,8 @@ def keep_routing_outside(host: nn.Module) -> None:
         host: a backbone with MoE layers, changed in place.
 
     Raises:
-        ValueError: if something recomputes activations around a MoE layer
-            that is not the MoE layer's own block.
+        ValueError: if a module around a MoE layer recomputes its activations
+            and is not the block that directly contains the layer.
     """
     around = {name: [child for child in module.modules()
                      if isinstance(child, MoELayer)]
@@ -43,7 +46,8 @@ def keep_routing_outside(host: nn.Module) -> None:
             if getattr(module, flag, False) is not True or isinstance(
                     module, MoELayer):
                 continue
-            # A backbone keeps the flag that it has passed on to its blocks.
+            # A backbone keeps the flag after passing it on to its blocks. If
+            # all MoE layers inside are in such blocks, there is no problem.
             if flag == 'with_cp' and covered.issuperset(around[name]):
                 continue
             if around[name]:
@@ -58,16 +62,17 @@ def keep_routing_outside(host: nn.Module) -> None:
             if isinstance(child, MoELayer):
                 child.with_cp = True
             elif any(p.dim() > 1 for p in child.parameters()):
-                # Norms have vectors alone; what they save is not worth it.
+                # Norms, which have only vectors as parameters, are not
+                # recomputed: that would save little memory.
                 kind: Any = type(child)
                 child.__class__ = _recomputed(kind)
 
 
 class _Recomputed(nn.Module):
-    """Mixed into a module's class: the module recomputes itself."""
+    """Mixin for the class of a module that recomputes itself in backward."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class has no name under which pickle could find it.
+        # The class is made at run time, so pickle would not find it by name.
         return _empty, (type(self).__bases__[1], ), self.__dict__
 
     def forward(self, *args: Any, **options: Any) -> Any:
@@ -78,9 +83,12 @@ class _Recomputed(nn.Module):
 
 @cache
 def _recomputed(kind: Any) -> Any:
+    """The subclass of ``kind`` whose modules recompute themselves."""
     return type(kind.__name__, (_Recomputed, kind), {})
 
 
 def _empty(kind: Any) -> Any:
+    """A module of the subclass, not initialised; pickle then sets its
+    state."""
     recomputed = _recomputed(kind)
     return recomputed.__new__(recomputed)

@@ -1,7 +1,7 @@
 """Swin Transformer with mixture-of-experts FFNs.
 
-Swin: 2103.14030. Parameter names are those of mmseg's and mmdet's
-SwinTransformer, so their checkpoints load as they are.
+Swin: 2103.14030. Parameters have the names of mmseg's and mmdet's
+SwinTransformer, so its checkpoints load as they are.
 """
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,9 +34,10 @@ ARCHITECTURES = {
 
 
 class PatchMerging(nn.Module):
-    """Join 2x2 neighbours, halving the map and doubling the width.
+    """Join 2x2 neighbouring tokens: halve the map and double the width.
 
-    Channels are ordered as nn.Unfold orders them, like mmcv's PatchMerging.
+    The joined channels have the order of nn.Unfold, as in mmcv's
+    PatchMerging.
     """
 
     def __init__(self, in_channels: int, out_channels: int,
@@ -62,7 +63,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """The blocks of one resolution, and the step to the next."""
+    """The blocks of one resolution, and the merging step to the next."""
 
     def __init__(self, blocks: Sequence[PreNormBlock],
                  downsample: PatchMerging | None, window_size: int) -> None:
@@ -73,7 +74,7 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int],
                 valid: Tensor | None) -> Tensor:
-        # One mask serves every shifted block of the stage.
+        # All shifted blocks of the stage use the same mask.
         mask = shift_mask(hw, self.window_size, x.device)
         for block in self.blocks:
             x = block(x, hw, mask, valid=valid)
@@ -81,7 +82,8 @@ class SwinStage(nn.Module):
 
     def step_down(self, x: Tensor, hw: tuple[int, int]
                   ) -> tuple[Tensor, tuple[int, int]]:
-        """To the next stage's resolution; nothing in the last."""
+        """Reduce the map to the next stage's resolution. In the last stage,
+        return it unchanged."""
         return (x, hw) if self.downsample is None else self.downsample(x, hw)
 
 
@@ -89,36 +91,36 @@ class SwinStage(nn.Module):
 class SwinMoE(MoEBackbone):
     """Swin Transformer whose FFNs can be mixtures of experts.
 
-    With ``moe`` empty it computes what mmseg's and mmdet's SwinTransformer
-    compute, with the same parameter names. Any checkpoint that is loaded is
-    checked: it must fill every dense weight; see ``rmoe.upcycling``.
+    Without ``moe`` it computes what mmseg's and mmdet's SwinTransformer
+    compute, with the same parameter names. A checkpoint that does not fill
+    every dense weight is refused; see ``rmoe.upcycling``.
 
     Args:
         arch: 'tiny', 'small', 'base' or 'large', or None to give
             ``embed_dims``, ``depths`` and ``num_heads``.
-        moe: None for dense, or a dict with ``layers`` (block indices per
-            stage, e.g. ``((), (), (1, 3, 5), (1,))``), ``expert_mismatch``
-            ('raise', 'tile', 'slice' or 'merge': what to do with a
-            checkpoint of another expert count), and arguments of
+        moe: None for a dense backbone, or a dict with ``layers`` (block
+            indices per stage, e.g. ``((), (), (1, 3, 5), (1,))``),
+            ``expert_mismatch`` ('raise', 'tile', 'slice' or 'merge': what to
+            do with a checkpoint of another expert count), and arguments of
             :class:`rmoe.moe.MoEFFN`.
-        pretrain_img_size: image side the absolute position table is for, or
-            height and width.
+        pretrain_img_size: side of the images in pixels, or height and width,
+            for which the absolute position table is stored.
         in_channels: image channels.
         embed_dims: width of the first stage.
         patch_size: side of a patch in pixels.
         window_size: side of an attention window in tokens, one for all
             stages or one for each.
-        pretrained_window_size: None for Swin V1's table of position biases;
-            a size, or one for each stage, for Swin-MoE's log-spaced
+        pretrained_window_size: None for Swin V1's table of position biases.
+            A size, or one for each stage, selects Swin-MoE's log-spaced
             continuous bias, whose coordinates are normalised for windows of
             that size.
-        shift_small_maps: shift windows even where one covers a whole side of
-            the map, as mmseg and mmdet do; the original Swin, timm's and
+        shift_small_maps: True shifts windows even if one covers a whole side
+            of the map, as mmseg and mmdet do. The original Swin, timm's and
             Swin-MoE do not.
-        mlp_ratio: hidden over model width of the FFNs.
+        mlp_ratio: hidden width of the FFNs divided by the model width.
         depths: blocks per stage.
         num_heads: attention heads per stage.
-        strides: of the patch embedding and of each merging step.
+        strides: strides of the patch embedding and of each merging step.
         out_indices: stages whose feature maps are returned.
         qkv_bias: bias of query, key and value.
         qk_scale: attention scale; None means head_dim ** -0.5.
@@ -131,11 +133,10 @@ class SwinMoE(MoEBackbone):
         act_cfg: activation; None means exact GELU.
         norm_cfg: norm layer; None means LN.
         with_cp: activation checkpointing (non-reentrant).
-        pretrained: checkpoint to start from, as older configs name it, and
-            as mmseg's segmentors pass on their own ``pretrained``.
-        convert_weights: of mmdet's configs, where it says that the file is
-            one of the original Swin. Both values are taken and mean the
-            same: a file is known by its keys.
+        pretrained: checkpoint to start from. Older configs use this name, and
+            mmseg's segmentors pass on their own ``pretrained`` to it.
+        convert_weights: ignored. In mmdet's configs it says that the file is
+            one of the original Swin; here a file is recognised by its keys.
         frozen_stages: freeze the patch embedding (0) and the first n stages;
             -1 freezes nothing.
         init_cfg: mmengine's initialisation config.
@@ -252,7 +253,7 @@ class SwinMoE(MoEBackbone):
             self.absolute_pos_embed.requires_grad = False
 
     def init_weights(self) -> None:
-        """Initialise as Swin does, or load what ``init_cfg`` names."""
+        """Load as ``init_cfg`` says; without one, initialise as Swin does."""
         if self.init_cfg is None:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
@@ -267,7 +268,7 @@ class SwinMoE(MoEBackbone):
             super().init_weights()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, height, width) image -> maps (B, D_i, h_i, w_i) of the
+        """(B, C, height, width) images to the maps (B, D_i, h_i, w_i) of the
         stages in ``out_indices``."""
         area = area_of(self, x)
         x, hw = self.patch_embed(x)
@@ -288,6 +289,7 @@ class SwinMoE(MoEBackbone):
 
     def _position_table(self, table: Tensor,
                         hw: tuple[int, int]) -> Tensor:
+        """The absolute position table, resized for a map of size ``hw``."""
         if hw == self.position_grid:
             return table
         grid = table.transpose(1, 2).unflatten(2, self.position_grid)
@@ -313,8 +315,8 @@ class SwinMoE(MoEBackbone):
             prefix: prefix of this backbone's names, e.g. ``'backbone.'``.
 
         Returns:
-            The depth (0: patch embedding) and the number of depths; what is
-            not this backbone's gets the last.
+            The depth (0: patch embedding) and the number of depths.
+            Parameters outside this backbone get the last depth.
         """
         num_layers = sum(self.depths) + 2
         parts = param_name.removeprefix(prefix).split('.')
@@ -330,7 +332,14 @@ class SwinMoE(MoEBackbone):
 
 
 def _per_stage(name: str, value: Any, stages: int) -> list:
-    """One value for each stage."""
+    """Return a list with one value for each stage, from such a list or from
+    one value for all.
+
+    Args:
+        name: the option's name, for the message.
+        value: its value.
+        stages: number of stages.
+    """
     if value is None or isinstance(value, int):
         return [value] * stages
     if len(value) != stages:
@@ -340,7 +349,7 @@ def _per_stage(name: str, value: Any, stages: int) -> list:
 
 
 def _two_sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, of one number or two."""
+    """Return height and width, given one number for both or two."""
     sides = (size, ) if isinstance(size, int) else tuple(size)
     if len(sides) not in (1, 2) or not all(
             isinstance(side, int) for side in sides):
@@ -351,7 +360,8 @@ def _two_sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 def _start(pretrained: str | None, init_cfg: Mapping | None
            ) -> Mapping | None:
-    """The ``init_cfg`` that ``pretrained`` of older configs stands for."""
+    """Return ``init_cfg``, or the one that has the meaning of the option
+    ``pretrained`` of older configs."""
     if pretrained is None:
         return init_cfg
     if init_cfg:
@@ -380,5 +390,5 @@ def _check_structure(depths: Sequence[int], num_heads: Sequence[int],
                          ('frozen_stages', [max(frozen_stages - 1, 0)])):
         for value in values:
             if not 0 <= value < stages:
-                raise ValueError(f'{name} points at stage {value}; there are '
-                                 f'{stages}')
+                raise ValueError(f'{name} points at stage {value}, but the '
+                                 f'{stages} stages are numbered from 0')

@@ -1,4 +1,7 @@
-"""Any registered dense transformer backbone, with experts in its FFNs."""
+"""Gives experts to any dense transformer backbone that is registered.
+
+The backbone may come from mmseg, mmdet, mmpretrain or timm.
+"""
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,37 +17,42 @@ from rmoe.registry import MODELS
 from rmoe.upcycling import check_loading
 from rmoe.upcycling.keymaps import Architecture, Source
 
-# Where TIMMBackbone keeps timm's model, whose own files do without.
+# Prefixes under which TIMMBackbone keeps timm's model. Files of timm name the
+# weights without them.
 INNER = ('timm_model.model.', 'timm_model.')
-# What timm makes of layers.0. where it takes features.
+# timm renames layers.0. to layers_0. in models that return feature maps.
 JOINED = re.compile(r'([a-z]+)_(\d+)\.')
 
 
 @MODELS.register_module(name='UpcycledBackbone')
 def upcycled_backbone(backbone: Mapping, moe: Mapping,
                       init_cfg: Mapping | None = None) -> nn.Module:
-    """Build a dense backbone and turn FFNs of it into MoE FFNs.
+    """Build a dense backbone and turn some of its FFNs into MoE FFNs.
 
-    What comes back is the backbone itself: its class, its options and its
-    parameter names, so that its checkpoints load as they are. Which modules
-    are FFNs is said in :func:`rmoe.moe.found.find_ffns`: mmcv's FFN (mmseg's
-    ViT, BEiT, Swin, Twins, ...), the MixFFN of mmseg and mmdet (SegFormer,
-    PVT), the Mlp of MSCAN, and the MLPs of any library. A block of the host
-    with ``with_cp=True`` recomputes its attention and its experts, and routes
-    outside of that.
+    The result is the backbone itself, with its class, its options and its
+    parameter names, so that its checkpoints load as they are.
+    :func:`rmoe.moe.found.find_ffns` finds the FFNs: mmcv's FFN (mmseg's ViT,
+    BEiT, Swin, Twins, ...), the MixFFN of mmseg and mmdet (SegFormer, PVT),
+    the Mlp of MSCAN, and the MLPs of any library. A block with
+    ``with_cp=True`` recomputes its attention and its experts in backward, but
+    not its router.
 
     Args:
         backbone: config of the dense backbone, e.g.
             ``dict(type='mmseg.VisionTransformer', ...)``.
-        moe: ``layers`` (which FFNs in the order of the backbone's modules:
-            indices, names, ``dict(every=n)`` or ``dict(last=n)``),
-            ``expert_mismatch``, and arguments of :class:`rmoe.moe.MoEFFN`
-            that concern experts and routing.
-        init_cfg: the backbone's, for those who write it here.
+        moe: ``layers`` (the FFNs that become MoE: indices in the order of the
+            backbone's modules, names, ``dict(every=n)`` or
+            ``dict(last=n)``), ``expert_mismatch`` ('raise', 'tile', 'slice'
+            or 'merge': what to do with a checkpoint of another expert
+            count), and arguments of :class:`rmoe.moe.MoEFFN` that concern
+            experts and routing.
+        init_cfg: the ``init_cfg`` of the backbone, which may be written here
+            or in ``backbone``.
 
     Raises:
-        ValueError: if the backbone has no such FFN, ``layers`` is missing or
-            points outside, or the backbone recomputes more than blocks.
+        ValueError: if the backbone has no such FFN, if ``layers`` is missing
+            or out of range, or if the backbone recomputes activations of
+            more than single blocks.
     """
     config = dict(backbone)
     if init_cfg is not None:
@@ -86,13 +94,13 @@ def put_experts(host: nn.Module, moe: Mapping) -> None:
 
 def finish(host: Any, moe: Mapping | None, inner: str = '',
            new: tuple[str, ...] = ()) -> None:
-    """Make every load of a backbone complete or an error.
+    """Let every load of a checkpoint be either complete or an error.
 
     Args:
         host: the backbone, with its experts.
-        moe: its ``expert_mismatch`` is read.
-        inner: prefix of the names that files of the host leave out.
-        new: patterns of weights that files may lack.
+        moe: the option ``moe``; its ``expert_mismatch`` is read.
+        inner: prefix of parameter names that checkpoint files leave out.
+        new: patterns of weights that a file may lack.
     """
     host.architecture = _architecture(host, inner, new)
     check_loading(host, (moe or {}).get('expert_mismatch', 'raise'))
@@ -100,12 +108,14 @@ def finish(host: Any, moe: Mapping | None, inner: str = '',
 
 def _architecture(host: nn.Module, inner: str, new: tuple[str, ...]
                   ) -> Architecture:
-    """Own names only; whatever the file lacks or has too much is an error."""
+    """Describe the checkpoints of a backbone: their weights have its own
+    names, and a missing or superfluous weight is an error."""
     name = type(host).__name__
     inside = tuple(f'{key}.' for key in moe_layers(host))
     mark = next(key for key, _ in host.named_parameters()
                 if not key.startswith(inside))
-    # Tables that follow from the config; statistics are weights.
+    # A file may lack buffers, which are tables that follow from the config.
+    # The statistics of batch norms are not: they must be there like weights.
     buffers = tuple(re.escape(key) for key, _ in host.named_buffers()
                     if not key.endswith(('running_mean', 'running_var')))
     sources = [Source(name, marks=(mark, ), rules=((r'(.+)', r'\1', None), ))]
@@ -123,12 +133,13 @@ def _architecture(host: nn.Module, inner: str, new: tuple[str, ...]
 
 
 def _bare_source(name: str, inner: str, keys: list[str]) -> Source:
-    """Of a file whose names lack the prefix ``inner``.
+    """Describe a file whose names lack the prefix ``inner``.
 
     Args:
-        name: of the host.
-        inner: where the host keeps the model of the file.
-        keys: dense weights of that model, as the host names them.
+        name: class name of the backbone.
+        inner: prefix under which the backbone keeps the model of the file.
+        keys: names of that model's dense weights in the backbone, without the
+            prefix.
     """
     rule = (r'(.+)', rf'{inner}\1', None)
     joined = next((key for key in keys if JOINED.match(key)), None)

@@ -1,6 +1,6 @@
 """Vision Transformer with mixture-of-experts FFNs.
 
-ViT: 2010.11929; V-MoE: 2106.05974. Parameter names are those of mmseg's
+ViT: 2010.11929; V-MoE: 2106.05974. Parameters have the names of mmseg's
 VisionTransformer, so its checkpoints load as they are.
 """
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class InProjection(nn.Module):
     Args:
         embed_dims: D.
         num_heads: heads; must divide ``embed_dims``.
-        bias: of query, key and value.
+        bias: whether query, key and value have biases.
         drop_rate: dropout on attention weights.
     """
 
@@ -74,7 +74,8 @@ class InProjection(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention, scaled and dropped as a residual branch."""
+    """The attention branch of a block: self-attention, dropout, LayerScale
+    and drop path. The block adds the identity."""
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool,
                  attn_drop_rate: float, drop_rate: float,
@@ -95,25 +96,25 @@ class SelfAttention(nn.Module):
 class ViTMoE(MoEBackbone):
     """Vision Transformer whose FFNs can be mixtures of experts.
 
-    With ``moe`` empty it computes what mmseg's VisionTransformer computes,
-    with the same parameter names. Any checkpoint that is loaded is checked:
-    it must fill every dense weight; see ``rmoe.upcycling``.
+    Without ``moe`` it computes what mmseg's VisionTransformer computes, with
+    the same parameter names. A checkpoint that does not fill every dense
+    weight is refused; see ``rmoe.upcycling``.
 
     Args:
         arch: 'tiny', 'small', 'base', 'large', 'huge', 'vmoe-small' or
             'vmoe-15b', or None to give ``embed_dims``, ``num_layers``,
             ``num_heads`` and ``mlp_dims``.
-        moe: None for dense, or a dict with ``layers`` (block indices,
-            ``dict(every=n)`` or ``dict(last=n)``), ``expert_mismatch``
-            ('raise', 'tile', 'slice' or 'merge': what to do with a
-            checkpoint of another expert count), and arguments of
+        moe: None for a dense backbone, or a dict with ``layers`` (block
+            indices, ``dict(every=n)`` or ``dict(last=n)``),
+            ``expert_mismatch`` ('raise', 'tile', 'slice' or 'merge': what to
+            do with a checkpoint of another expert count), and arguments of
             :class:`rmoe.moe.MoEFFN`.
-        img_size: image size in pixels, a side or (height, width), that the
-            position embedding is stored for; it is resized for other images.
+        img_size: image size in pixels, a side or (height, width), for which
+            the position embedding is stored; it is resized for other images.
         patch_size: side of a patch in pixels.
         in_channels: image channels.
-        patch_bias: bias of the patch embedding, which mmseg's configs and
-            CLIP do without.
+        patch_bias: whether the patch embedding has a bias; in mmseg's configs
+            and in CLIP it has none.
         pre_norm: norm before the first block, as in CLIP.
         embed_dims: model width.
         num_layers: blocks.
@@ -127,10 +128,10 @@ class ViTMoE(MoEBackbone):
         with_cls_token: prepend a class token.
         output_cls_token: return (map, class token) for each output.
         final_norm: norm after the last block.
-        layer_scale_init_value: start of LayerScale's factors, as in DeiT III
-            and DINOv2; 0 for none.
-        antialias: resize the position embedding with antialiasing, as timm
-            does; mmseg and Hugging Face do not.
+        layer_scale_init_value: initial value of LayerScale's factors, as in
+            DeiT III and DINOv2; 0 for no LayerScale.
+        antialias: whether the position embedding is resized with
+            antialiasing. timm does so; mmseg and Hugging Face do not.
         act_cfg: activation; None means exact GELU.
         norm_cfg: norm layer; None means LN with eps 1e-6.
         with_cp: activation checkpointing (non-reentrant).
@@ -229,7 +230,7 @@ class ViTMoE(MoEBackbone):
             self.layers.append(
                 PreNormBlock(embed_dims, norm_cfg, attn, ffn, with_cp,
                              norms=('ln1', 'ln2')))
-        # mmseg's name of the final norm.
+        # The final norm has the name that mmseg gives it.
         self.ln1 = build_norm_layer(
             dict(norm_cfg), embed_dims)[1] if final_norm else None
         self.finish(moe)
@@ -239,7 +240,8 @@ class ViTMoE(MoEBackbone):
                 self.cls_token.requires_grad = False
 
     def init_weights(self) -> None:
-        """Initialise as timm's ViT does, or load what ``init_cfg`` names."""
+        """Load as ``init_cfg`` says; without one, initialise as timm's ViT
+        does."""
         if self.init_cfg is not None:
             super().init_weights()
             return
@@ -255,9 +257,9 @@ class ViTMoE(MoEBackbone):
             nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward(self, x: Tensor) -> tuple:
-        """(B, C, height, width) image -> maps (B, D, h, w) of the blocks in
-        ``out_indices``, each with its class token (B, D) if
-        ``output_cls_token``."""
+        """(B, C, height, width) images to the maps (B, D, h, w) of the blocks
+        in ``out_indices``. With ``output_cls_token``, each output is a pair of
+        the map and the class token (B, D)."""
         area = area_of(self, x)
         x, hw = self.patch_embed(x)
         valid = area and area.tokens(
@@ -280,7 +282,7 @@ class ViTMoE(MoEBackbone):
         return tuple(outs)
 
     def _positions(self, hw: tuple[int, int]) -> Tensor:
-        """The position embedding for a map of another size."""
+        """The position embedding, resized for a map of size ``hw``."""
         if hw == self.position_grid:
             return self.pos_embed
         first = 0 if self.cls_token is None else 1
@@ -308,8 +310,8 @@ class ViTMoE(MoEBackbone):
             prefix: prefix of this backbone's names, e.g. ``'backbone.'``.
 
         Returns:
-            The depth (0: embeddings) and the number of depths; what is not
-            this backbone's gets the last.
+            The depth (0: embeddings) and the number of depths. Parameters
+            outside this backbone get the last depth.
         """
         num_depths = self.num_layers + 2
         parts = param_name.removeprefix(prefix).split('.')
@@ -324,12 +326,18 @@ class ViTMoE(MoEBackbone):
 
 def _check_blocks(out_indices: Sequence[int], num_layers: int,
                   frozen_stages: int) -> tuple[int, ...]:
-    """Indices counted from the start."""
+    """Return the indices of blocks with negative ones, which count from the
+    last block, made positive.
+
+    Raises:
+        ValueError: for a block that does not exist.
+    """
     if frozen_stages > num_layers:
         raise ValueError(f'frozen_stages={frozen_stages} is more than the '
                          f'{num_layers} blocks there are')
     for index in out_indices:
         if not -num_layers <= index < num_layers:
             raise ValueError(f'out_indices={tuple(out_indices)} points at '
-                             f'block {index}; there are {num_layers}')
+                             f'block {index}, but the {num_layers} blocks '
+                             'are numbered from 0')
     return tuple(index % num_layers for index in out_indices)

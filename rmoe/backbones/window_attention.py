@@ -20,10 +20,11 @@ class WindowAttention(nn.Module):
         qk_scale: attention scale; None means head_dim ** -0.5.
         attn_drop_rate: dropout on attention weights.
         proj_drop_rate: dropout on the output.
-        pretrained_window_size: None for a table of biases; a window size for
-            the log-spaced continuous bias of Swin V2 (2111.09883, 3.3)
-            without its sigmoid, as in Swin-MoE, whose coordinates are
-            normalised for that window.
+        pretrained_window_size: None for a table of biases, as in Swin V1. A
+            window size selects the log-spaced continuous bias of Swin V2
+            (2111.09883, 3.3), without its sigmoid, as in Swin-MoE: a small
+            MLP computes the biases from coordinates, which are normalised
+            for a window of that size.
     """
     relative_position_index: Tensor
     relative_coords_table: Tensor
@@ -59,10 +60,10 @@ class WindowAttention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend.
+        """Compute the attention inside each window.
 
         Args:
-            x: (windows, tokens, D), all windows of an image together.
+            x: (windows, tokens, D), the windows image after image.
             mask: (windows of one image, 1, tokens, tokens), added to the
                 attention logits; None for none.
         """
@@ -82,22 +83,24 @@ class WindowAttention(nn.Module):
             scale=self.scale)
         x = x.transpose(1, 2)
         if compat.is_compiling():
-            # torch.onnx's own attention lays out memory in another order
-            # than the one it traced a view of (pytorch issue 136543).
+            # The attention of torch.onnx lays out its result in another
+            # memory order than PyTorch's, for which the view below was traced
+            # (pytorch issue 136543). A contiguous copy avoids that.
             x = x.clone(memory_format=torch.contiguous_format)
         x = x.reshape(windows, tokens, dims)
         return self.proj_drop(self.proj(x))
 
 
 class ShiftedWindowAttention(nn.Module):
-    """Partition into (shifted) windows, attend, and put together again.
+    """Partition a map into (shifted) windows, compute the attention inside
+    each, and put the windows together again.
 
     Args:
         window_size: side of a window, in tokens.
-        shift: tokens the windows are shifted by; 0 for none.
+        shift: number of tokens by which windows are shifted; 0 for none.
         dropout_layer: config of the layer on the output (DropPath).
-        shift_small_maps: whether windows are shifted where one covers a
-            whole side of the map.
+        shift_small_maps: whether windows are also shifted if one of them
+            covers a whole side of the map.
         attention: arguments of :class:`WindowAttention`.
     """
 
@@ -137,15 +140,22 @@ class ShiftedWindowAttention(nn.Module):
 
 
 def log_coordinates(size: int, pretrained_size: int) -> Tensor:
-    """((2 size - 1)^2, 2) sign(d) log2(1 + 8 |d|) / 3 of the distances d
-    between tokens, in units of the pretrained window's largest."""
+    """((2 size - 1)^2, 2), the log-spaced coordinates
+    sign(d) log2(1 + 8 |d|) / 3 of all distances d between tokens of a window.
+
+    Args:
+        size: side of the window.
+        pretrained_size: side of the window in pretraining. Its largest
+            distance is the unit of d.
+    """
     distance = torch.arange(1. - size, size) * 8 / max(pretrained_size - 1, 1)
     distance = distance.sign() * torch.log2(distance.abs() + 1) / 3
     return torch.cartesian_prod(distance, distance)
 
 
 def _relative_position_index(size: int) -> Tensor:
-    """(size^2, size^2) index into the table for each pair of tokens."""
+    """(size^2, size^2), for each pair of tokens its index in the bias
+    table."""
     coords = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     relative = coords[:, None] - coords[None] + size - 1
     return relative[..., 0] * (2 * size - 1) + relative[..., 1]
@@ -153,8 +163,18 @@ def _relative_position_index(size: int) -> Tensor:
 
 def shift_mask(hw: tuple[int, int], size: int,
                 device: torch.device) -> Tensor:
-    """(windows, 1, tokens, tokens), -100 between tokens that are neighbours
-    only because the shift wrapped them around."""
+    """(windows, 1, tokens, tokens), the mask of shifted windows, which is
+    added to the attention logits.
+
+    The shift moves tokens from one edge of the map to the opposite one, into
+    windows with tokens that are far away. The mask is -100 between such
+    tokens, and 0 elsewhere.
+
+    Args:
+        hw: height and width of the map, in tokens.
+        size: side of a window, in tokens.
+        device: device of the result.
+    """
     shift = size // 2
     regions = []
     for side in hw:

@@ -1,4 +1,8 @@
-"""The mixture-of-experts layer: routing, experts, losses."""
+"""The mixture-of-experts (MoE) layer: routers, experts and their losses.
+
+It needs PyTorch but no OpenMMLab library. Backbones, hooks and
+``rmoe.upcycle`` are built on it.
+"""
 from rmoe.moe.experts import Experts
 from rmoe.moe.ffn import MoEFFN
 from rmoe.moe.layer import MoELayer, collect_losses, moe_layers

@@ -1,9 +1,10 @@
-"""Who goes where: pure functions on a score matrix.
+"""Assignment of tokens to experts: pure functions on a score matrix.
 
-Shapes depend on sizes and options, never on scores, and nothing here reads a
-value of a tensor. Ties go to the lower expert index and to the lower token
-index, on every device; torch.topk promises no order. Axis letters as in
-routing.py.
+Routers call :func:`choose_experts` (token choice) or :func:`choose_tokens`
+(expert choice). Shapes depend on sizes and options, never on scores, and no
+function reads a value of a tensor. Ties go to the lower expert index and to
+the lower token index, on every device; torch.topk alone does not promise
+that. Axis letters as in routing.py.
 """
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from rmoe.moe.rows import (
 )
 
 PRIORITIES = ('first_come', 'bpr', 'bpr_sum')
-# Slots per expert in each group: the same number in all, or (G,) int64.
+# Slots per expert in each group: one number for all groups, or (G,) int64.
 Capacity = int | Tensor
 
 
@@ -28,21 +29,22 @@ def choose_experts(scores_TE: Tensor, expert_ids_TK: Tensor,
                    capacity: Capacity | None = None, most: int = 0,
                    num_groups: int = 1, priority: str = 'first_come'
                    ) -> tuple[Rows, Tensor]:
-    """Token choice: each token takes its k best experts.
+    """Token choice: each token goes to the k experts it has chosen.
 
     Args:
-        scores_TE: (T, E) what experts are chosen by.
+        scores_TE: (T, E) scores by which experts were chosen.
         expert_ids_TK: (T, K) the chosen experts, see :func:`top_k`.
         valid_T: (T,) bool, False for padding; None means all are valid.
-        capacity: slots per expert in each group of T / G tokens in order;
+        capacity: slots per expert in each group of T / G consecutive tokens;
             None drops nothing.
-        most: a bound of ``capacity`` that is known without looking.
+        most: an upper bound of ``capacity`` that is known without reading a
+            tensor.
         num_groups: G.
-        priority: who gets the slots, see :func:`fill_order`.
+        priority: which tokens get the slots, see :func:`fill_order`.
 
     Returns:
-        The rows, and (N,) int64, which of the T * K flat (token, choice)
-        pairs each of them is.
+        The rows; and (N,) int64, for each row its index among the T * K
+        flattened (token, choice) pairs.
     """
     num_tokens, num_experts = scores_TE.shape
     num_pairs, k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
@@ -68,7 +70,8 @@ def choose_experts(scores_TE: Tensor, expert_ids_TK: Tensor,
                 2, num_experts, -1).sum(2, dtype=torch.int32)
         ends = counts.cumsum(0, dtype=torch.int32)
         max_rows = min(num_pairs, num_groups * most)
-        # More rows than there are slots are never served.
+        # No more rows can be served than there are slots, so the others are
+        # cut off.
         size = min(num_pairs, num_experts * max_rows)
         keys_N, pairs_N = keys_N[:size], pairs_N[:size]
     unserved_N = None
@@ -83,8 +86,13 @@ def choose_experts(scores_TE: Tensor, expert_ids_TK: Tensor,
 def _rows(token_ids_N: Tensor, expert_ids_N: Tensor, counts_E: Tensor,
           ends_E: Tensor, demand_E: Tensor, num_tokens: int, max_rows: int,
           unserved_N: Tensor | None, each: int | None) -> Rows:
-    """With what is known of tokens: ``each`` has so many rows, if all rows
-    are served; None for any number."""
+    """Build :class:`Rows` and find in them the rows of each token.
+
+    Args:
+        token_ids_N: see :class:`Rows`, like all that are not listed here.
+        each: rows of each token if all rows are served; None if tokens may
+            have any number.
+    """
     by_token = lonely_T = None
     if each != 1 or unserved_N is not None:
         by_token = order_by_token(token_ids_N, num_tokens, unserved_N)
@@ -96,8 +104,9 @@ def _rows(token_ids_N: Tensor, expert_ids_N: Tensor, counts_E: Tensor,
 
 def _keys(expert_ids_TK: Tensor, valid_T: Tensor | None, num_groups: int,
           num_keys: int) -> Tensor:
-    """(T*K,) int64, the slots that each pair asks for: those of an expert in
-    a group; ``num_keys`` for padding."""
+    """(T*K,) int64, the key expert * G + group of each (token, choice) pair,
+    which stands for the slots that the pair competes for; ``num_keys`` for
+    padding."""
     keys_TK = expert_ids_TK
     if num_groups > 1:
         group_G = torch.arange(num_groups, device=keys_TK.device)
@@ -109,7 +118,7 @@ def _keys(expert_ids_TK: Tensor, valid_T: Tensor | None, num_groups: int,
 
 
 def _at_most(demand: Tensor, capacity: Capacity, num_experts: int) -> Tensor:
-    """(num_keys,) rows that get a slot."""
+    """(num_keys,), the number of rows of each key that get a slot."""
     if isinstance(capacity, int):
         return demand.clamp_max(capacity)
     return torch.minimum(demand, capacity.to(demand.dtype).repeat(num_experts))
@@ -120,10 +129,14 @@ def _put_back(keys_N: Tensor, starts: Tensor, capacity: Capacity,
     """Sort again, so that rows over the capacity come last.
 
     Args:
-        keys_N: (N,) sorted, most deserving first.
+        keys_N: (N,) sorted keys; rows of one key by falling priority.
         starts: (num_keys + 1,) where each key begins.
         capacity: slots of each key.
-        num_keys: the key of rows that get none.
+        num_keys: number of keys; rows that get no slot receive it as their
+            key.
+
+    Returns:
+        As :func:`stable_sort`.
     """
     place_N = torch.arange(len(keys_N), dtype=starts.dtype,
                            device=keys_N.device)
@@ -141,21 +154,22 @@ def choose_tokens(scores_GSE: Tensor, capacity: Capacity, most: int,
     """Expert choice: in each group, each expert takes its C best tokens.
 
     Args:
-        scores_GSE: (G, S, E) what tokens are chosen by.
+        scores_GSE: (G, S, E) scores by which experts choose tokens.
         capacity: C of each group, at most S.
-        most: a bound of ``capacity`` that is known without looking; N is
-            E * G * most.
+        most: an upper bound of ``capacity`` that is known without reading a
+            tensor; N is E * G * most.
         allowed_GSE: bool, broadcastable to the scores; False where an expert
-            must not take a token. An expert with fewer than C tokens allowed
+            must not take a token. An expert with fewer than C allowed tokens
             takes them all.
 
     Returns:
-        The rows, and (N,) int64, which of the E * T flat (expert, token)
-        pairs each of them is.
+        The rows; and (N,) int64, for each row its index among the E * T
+        flattened (expert, token) pairs.
     """
     groups, tokens, num_experts = scores_GSE.shape
     num_tokens, num_rows = groups * tokens, num_experts * groups * most
-    # The long axis last: ranking runs over contiguous memory.
+    # The token axis, which is long, comes last, so that ranking runs over
+    # contiguous memory.
     scores_EGS = scores_GSE.detach().permute(2, 0, 1).contiguous()
     if allowed_GSE is None:
         taken_EGS = largest(scores_EGS, capacity, most)
@@ -177,8 +191,10 @@ def choose_tokens(scores_GSE: Tensor, capacity: Capacity, most: int,
 
 
 def _places_of(taken_M: Tensor, num_rows: int) -> Tensor:
-    """(num_rows,) int64, where True stands; zeros behind the last."""
-    # Those not taken meet in a place that is cut off.
+    """(num_rows,) int64, the positions of True values; zeros behind the
+    last of them."""
+    # All positions that are not taken are written to one extra place, which
+    # is then cut off.
     place_M = (taken_M.cumsum(0) - 1).masked_fill(~taken_M, num_rows)
     return place_M.new_zeros(num_rows + 1).scatter_(
         0, place_M, torch.arange(len(place_M), device=place_M.device)
@@ -186,13 +202,14 @@ def _places_of(taken_M: Tensor, num_rows: int) -> Tensor:
 
 
 def largest(values: Tensor, count: Capacity, most: int) -> Tensor:
-    """(..., S) bool, the ``count`` largest of the last axis; of equal ones the
-    first.
+    """(..., S) bool, True for the ``count`` largest values of the last axis;
+    of equal values the first are taken.
 
     Args:
         values: (..., S).
-        count: how many, at most S; int64 broadcastable to (...).
-        most: a bound of ``count``, at most S.
+        count: how many to take, at most S: a number, or int64 broadcastable
+            to (...).
+        most: an upper bound of ``count``, at most S.
     """
     if isinstance(count, int):
         most = count
@@ -203,10 +220,11 @@ def largest(values: Tensor, count: Capacity, most: int) -> Tensor:
     else:
         count = count.expand(values.shape[:-1])[..., None]
         last = values.topk(most).values.gather(-1, (count - 1).clamp_min(0))
-        # Nothing is above, or equal to, what none may reach.
+        # Where the count is zero, no value may reach the threshold.
         last = last.masked_fill(count < 1, float('inf'))
-    # All above the last are taken; of those equal to it the first, as many
-    # as are missing: topk alone would take any.
+    # ``last`` is the smallest value to take. All values above it are taken.
+    # Of the values equal to it the first are taken, until the count is
+    # reached; topk alone could take any of them.
     above, equal = values > last, values == last
     missing = count - above.sum(-1, keepdim=True, dtype=torch.int32)
     first = equal.cumsum(-1, dtype=torch.int32) <= missing
@@ -215,8 +233,8 @@ def largest(values: Tensor, count: Capacity, most: int) -> Tensor:
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """(T, K) int64, the k best experts of each token, best first."""
-    # argmax returns the first maximum, and k passes over a small E are
-    # cheaper than a stable sort.
+    # argmax returns the first of equal maxima, which is the tie rule wanted
+    # here, and k passes over few experts are cheaper than a stable sort.
     remaining_TE = scores_TE.detach()
     chosen = [remaining_TE.argmax(1)]
     for _ in range(k - 1):
@@ -228,8 +246,16 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
 
 def choose(scores_TE: Tensor, gates_TE: Tensor, k: int
            ) -> tuple[Tensor, Tensor]:
-    """(T, K) int64, the k best experts of each token, best first, and (T, K)
-    their gates, differentiable."""
+    """Choose the k best experts of each token.
+
+    Args:
+        scores_TE: (T, E) scores by which experts are chosen.
+        gates_TE: (T, E) gates, differentiable.
+        k: experts per token.
+
+    Returns:
+        (T, K) int64, the chosen experts, best first; and (T, K), their gates.
+    """
     if k == 1 and scores_TE is gates_TE:
         gates_T1, ids_T1 = gates_TE.max(1, keepdim=True)
         return ids_T1, gates_T1
@@ -239,13 +265,14 @@ def choose(scores_TE: Tensor, gates_TE: Tensor, k: int
 
 def fill_order(scores_TE: Tensor, expert_ids_TK: Tensor,
                priority: str) -> Tensor | None:
-    """(T*K,) int64, flat (token, choice) pairs in the order slots are given;
-    None for the order they have.
+    """(T*K,) int64, the flattened (token, choice) pairs in the order in which
+    they are given slots; None if that is the order they are in.
 
-    All first choices precede all second choices. Inside a choice, tokens come
-    in their order ('first_come'), or by falling priority (Batch Prioritized
-    Routing, 2106.05974, 4.1), which is the token's largest score ('bpr') or
-    the sum of its chosen scores ('bpr_sum'); ties by position.
+    All first choices precede all second choices. Within one choice, tokens
+    come in the order of their positions ('first_come'), or by falling
+    priority (Batch Prioritized Routing, 2106.05974, 4.1). The priority is the
+    token's largest score ('bpr') or the sum of its chosen scores ('bpr_sum');
+    ties go to the lower position.
     """
     num_tokens, k = expert_ids_TK.shape
     if priority == 'first_come':

@@ -1,12 +1,14 @@
 """Linear layers of all experts as batched products over blocks of rows.
 
-Rows are laid out in blocks of b rows, each block belonging to one expert, so
-that a linear layer is one batched product with the weights gathered by block
-(the idea of MegaBlocks, 2211.15841). An expert with c rows fills ceil(c / b)
-blocks, the last one in part: however the rows fall on E experts,
-(N + E (b - 1)) / b blocks hold them all. With b = N / (4 E) that is at most
-1.25 times the products of the rows, with b = N / E twice. Shapes depend on no
-decision.
+This is the path of accelerators where the grouped product
+(:mod:`rmoe.moe.grouped_mm`) does not fit. Rows are laid out in blocks of b
+rows, and each block belongs to one expert. So a linear layer is one batched
+product with the weights gathered by block (the idea of MegaBlocks,
+2211.15841). An expert with c rows fills ceil(c / b) blocks, the last one only
+in part. However the rows are spread over E experts, (N + E (b - 1)) / b blocks
+can hold them all. With b = N / (4 E) these are at most 1.25 times as many
+multiplications as for the rows alone, with b = N / E twice as many. Shapes
+depend on sizes and options alone, never on the router's decisions.
 
 Axis letters as in routing.py; J blocks, b rows of a block, P = J b places; O
 and I are the output and input width of a linear layer.
@@ -19,23 +21,24 @@ from torch.autograd.function import once_differentiable
 
 from rmoe.moe.rows import Rows
 
-# Smaller blocks waste fewer products; below so many rows, gathering a
-# block's weights costs more than that.
+# Smaller blocks waste fewer multiplications on empty places. With fewer rows
+# per block than this, gathering the weights of the blocks costs more than
+# they save.
 SMALLEST_BLOCK = 128
 BLOCKS_PER_EXPERT = 4
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows in blocks.
+    """A layout of rows in blocks.
 
     Attributes:
         expert_J: (J,) int64, the expert of each block.
-        row_P: (P,) int64, the row in each place; any valid index where there
-            is none.
-        empty_P: (P,) bool, whether there is none.
-        place_N: (N,) int64, the place of each row; any valid index for a row
-            that nobody serves.
+        row_P: (P,) int64, the row in each place; an arbitrary valid index if
+            the place is empty.
+        empty_P: (P,) bool, True for empty places.
+        place_N: (N,) int64, the place of each row; an arbitrary valid index
+            for an unserved row.
         unserved_N: see :class:`rmoe.moe.rows.Rows`.
     """
     expert_J: Tensor
@@ -45,28 +48,33 @@ class Blocks:
     unserved_N: Tensor | None
 
     def fill(self, rows_ND: Tensor) -> Tensor:
-        """(J, b, D), the rows in their places, zeros where there are none."""
+        """(J, b, D), the rows in their places; empty places hold zeros."""
         x_PD = _Gather.apply(rows_ND, self.row_P, self.empty_P, self.place_N,
                              self.unserved_N)
         return x_PD.unflatten(0, (len(self.expert_J), -1))
 
     def rows(self, x_JBD: Tensor) -> Tensor:
-        """(N, D), what is in the rows' places."""
+        """(N, D), the rows taken from their places; unserved rows are
+        zero."""
         return _Gather.apply(x_JBD.flatten(0, 1), self.place_N, self.unserved_N,
                              self.row_P, self.empty_P)
 
     def weights(self, stacked_E: Tensor) -> Tensor:
-        """(J, ...), what belongs to each block's expert."""
+        """(J, ...), the part of a stacked (E, ...) parameter that belongs to
+        each block's expert."""
         return _Repeat.apply(stacked_E, self.expert_J)
 
 
 def layout(num_rows: int, num_experts: int, max_rows: int) -> tuple[int, int]:
-    """How many blocks of how many rows.
+    """Choose the number of blocks and their size.
 
     Args:
         num_rows: N.
         num_experts: E.
-        max_rows: no expert has more.
+        max_rows: an upper bound of the rows of an expert.
+
+    Returns:
+        J and b. One block for each expert, if that takes no more places.
     """
     fair = max(-(-num_rows // num_experts), 1)
     size = min(fair, max(-(-num_rows // (BLOCKS_PER_EXPERT * num_experts)),
@@ -85,7 +93,8 @@ def lay_out(rows: Rows) -> Blocks:
     ends_E, counts_E = rows.ends_E.long(), rows.counts_E.long()
     blocks_E = (counts_E + size - 1).div(size, rounding_mode='floor')
     block_ends_E = blocks_E.cumsum(0)
-    # Where an expert's rows begin, among rows and among places.
+    # starts_E is where an expert's rows begin among all rows, first_E where
+    # they begin among the places.
     starts_E = ends_E - counts_E
     first_E = (block_ends_E - blocks_E) * size
     expert_J = _interval(torch.arange(count, device=device), block_ends_E)
@@ -102,18 +111,21 @@ def lay_out(rows: Rows) -> Blocks:
 
 
 def _interval(position: Tensor, ends_E: Tensor) -> Tensor:
-    """The first end that lies behind a position; the last one for others."""
+    """The index of the first end that is larger than each position; the last
+    index if none is."""
     return (position[:, None] >= ends_E[:-1]).sum(1)
 
 
 def linear(x_JBI: Tensor, weight_JOI: Tensor, bias_JO: Tensor | None
            ) -> Tensor:
-    """(J, b, O), each block through its layer.
+    """(J, b, O), one linear layer applied to the blocks.
 
     Args:
-        x_JBI: (J, b, I).
-        weight_JOI: folded, in the type of the rows.
-        bias_JO: folded, in float32 like its gradient; None for none.
+        x_JBI: (J, b, I) rows in blocks.
+        weight_JOI: the weights (core + residual) of each block's expert, in
+            the type of the rows.
+        bias_JO: the biases of each block's expert, in float32 like their
+            gradients; None for none.
     """
     return _Linear.apply(x_JBI, weight_JOI, bias_JO)
 
@@ -140,18 +152,19 @@ class _Linear(torch.autograd.Function):
 
 
 def move_rows(x_ND: Tensor, from_N: Tensor, back_N: Tensor) -> Tensor:
-    """(N, D), rows in another order.
+    """(N, D), the rows in another order.
 
     Args:
         x_ND: (N, D).
-        from_N: (N,) int64, which row comes to each place.
-        back_N: (N,) int64, the inverse.
+        from_N: (N,) int64, the row that comes to each place.
+        back_N: (N,) int64, the inverse permutation.
     """
     return _Gather.apply(x_ND, from_N, None, back_N, None)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows at other places. Backward gathers too: no place has two rows."""
+    """Move rows to other places. Backward only gathers too, because no place
+    gets two rows."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, from_M: Tensor, empty_M: Tensor | None,
@@ -167,14 +180,16 @@ class _Gather(torch.autograd.Function):
 
 def _gather(x_ND: Tensor, from_M: Tensor, empty_M: Tensor | None) -> Tensor:
     out_MD = x_ND.index_select(0, from_M)
-    # Not left as they are: what is in a place without a row may be nan, and
-    # would reach the gradient of the weights.
+    # Places without a row hold a copy of an arbitrary row, which may be nan.
+    # They are set to zero, or that nan would reach the gradient of the
+    # weights.
     return out_MD if empty_M is None else out_MD.masked_fill(
         empty_M[:, None], 0.)
 
 
 class _Repeat(torch.autograd.Function):
-    """Parts of a stack, some of them several times."""
+    """Gather the parts of a stack that belong to the blocks' experts. A part
+    may occur several times, and backward sums its gradients."""
 
     @staticmethod
     def forward(ctx, stacked_E: Tensor, expert_J: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Buffers that keep their type."""
+"""A base class for modules with buffers that are never cast."""
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class ExactBuffers(nn.Module):
-    """A module whose counters are not cast with it.
+    """A module with buffers that keep their type when the module is cast.
 
-    ``model.bfloat16()`` casts every floating-point buffer, and a sum of many
-    small steps in bfloat16 stands still.
+    ``model.bfloat16()`` casts every floating-point buffer. In bfloat16, a sum
+    of many small steps stops growing, because each step is rounded away.
 
     Attributes:
-        exact_buffers: names of the buffers that move with the module and are
-            never cast.
+        exact_buffers: names of the buffers that move to other devices with
+            the module but are never cast.
     """
     exact_buffers: ClassVar[tuple[str, ...]] = ()
 
@@ -24,7 +24,8 @@ class ExactBuffers(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             device = getattr(self, name).device
-            # A counter that had no storage starts at zero.
+            # A buffer on the meta device has no values to keep; it starts at
+            # zero.
             setattr(self, name, torch.zeros_like(buffer, device=device)
                     if buffer.is_meta else buffer.to(device))
         return self

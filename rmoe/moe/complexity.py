@@ -1,4 +1,8 @@
-"""Parameters and multiply-adds of a model with MoE layers."""
+"""Counts the parameters and operations of a model with MoE layers.
+
+Tools report these next to accuracy, so that MoE and dense models are compared
+at equal cost.
+"""
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +16,16 @@ from rmoe.moe.products import unpadded
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a model costs.
+    """The cost of a model.
 
     Attributes:
-        total_params: all parameters.
-        active_params: those a token's result depends on (for expert choice
-            on average), core and residual of an expert counted as one folded
-            weight.
-        flops: floating-point operations of one forward pass (a
-            multiply-add is two), without the folding, which an inference
-            engine does once.
+        total_params: number of all parameters.
+        active_params: number of parameters on which the result of one token
+            depends (for expert choice on average). Core and residual of an
+            expert count as one weight, their sum.
+        flops: floating-point operations of one forward pass; a multiply-add
+            is two. Adding residuals to the core is not counted, since for
+            inference it is done once.
     """
     total_params: int
     active_params: int
@@ -32,15 +36,17 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     """Count parameters, and run one forward pass to count operations.
 
     Args:
-        model: any module; its mode is kept.
-        inputs: what it is called with.
+        model: any module. The forward pass is in evaluation mode; afterwards
+            the module is in the mode it was in.
+        inputs: arguments of the forward pass.
     """
     total = sum(p.numel() for p in model.parameters())
     training = model.training
     model.eval()
     inactive = sum(inactive_params(layer)
                    for layer in moe_layers(model).values())
-    # Attention is counted as plain matrix products, whatever kernel runs.
+    # Attention is computed as plain matrix products here, so that the count
+    # does not depend on the kernel that PyTorch would choose.
     with torch.no_grad(), unpadded(), \
             FlopCounterMode(display=False) as counter, \
             compat.plain_attention():
@@ -50,12 +56,14 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
 
 
 def inactive_params(layer: MoELayer) -> int:
-    """Parameters of a layer that a token does not meet, on average."""
+    """The number of a layer's parameters that a token does not use, on
+    average."""
     if layer.core_only:
         return sum(p.numel() for module in (layer.experts, layer.router)
                    for p in module.parameters())
     if layer.router.soft and layer.align == 'difference':
-        return 0  # a token meets the core by itself and inside every expert
+        # A token uses the core by itself, and inside every expert.
+        return 0
     experts = layer.experts
     expert_size = sum(
         part[0].numel() for name in ('fc1', 'fc2')

@@ -1,7 +1,9 @@
-"""From tokens to rows and back, without parameters.
+"""Dispatch and combine: copy tokens to rows, and sum rows back into tokens.
 
-Forward and backward only gather, never scatter-add, so results are the same
-on every run; rows that nobody serves are never read. Axis letters as in
+A row is one token at one expert, see :class:`rmoe.moe.rows.Rows`. There are
+no parameters here. Forward and backward only gather, they never scatter-add,
+so results are the same on every run. The contents of unserved rows (padding,
+or tokens over the capacity) never reach a result. Axis letters as in
 routing.py.
 """
 import torch
@@ -12,34 +14,49 @@ from rmoe import compat
 from rmoe.moe.host import host_may_read
 from rmoe.moe.rows import Rows, kept_per_token
 
-# Where PyTorch sums bags of rows in one kernel. ONNX has no bags either.
+# Devices on which PyTorch's embedding_bag sums groups of rows ("bags") in one
+# kernel. On other devices, and in ONNX, rows are summed by index_add.
 BAGS = ('cpu', 'cuda')
 
 
 def tokens_to_rows(x_TD: Tensor, rows: Rows) -> Tensor:
-    """(N, D), each row's token."""
+    """Copy tokens to their rows (dispatch).
+
+    Args:
+        x_TD: (T, D) tokens.
+        rows: the token of each row.
+
+    Returns:
+        (N, D), for each row a copy of its token.
+    """
     return _Dispatch.apply(x_TD, *_places(rows))
 
 
 def rows_to_tokens(rows_ND: Tensor, gates_N: Tensor, mean: bool, rows: Rows
                    ) -> Tensor:
-    """(T, D), each token's rows summed.
+    """Sum the rows of each token (combine).
 
-    Backward acts as if rows had been multiplied by ``gates_N``.
+    Backward acts as if each row had been multiplied by its gate, for either
+    value of ``mean``.
 
     Args:
-        rows_ND: (N, D).
-        gates_N: (N,) float32, zeros where nobody serves the row.
-        mean: True takes the mean in forward, whatever the gates. This is
-            RMoE's alignment, sum sg[(1/n - w) E] + w E, in one pass. False
-            takes the weighted sum.
-        rows: whose rows they are.
+        rows_ND: (N, D) outputs of the experts.
+        gates_N: (N,) float32, zero for unserved rows.
+        mean: True takes the mean of a token's rows in forward, whatever the
+            gates are. This is RMoE's alignment, sum sg[(1/n - w) E] + w E
+            (sg: stop gradient), in one pass. False takes the sum weighted by
+            the gates.
+        rows: the token of each row.
+
+    Returns:
+        (T, D), zeros for a token without a served row.
     """
     return _Combine.apply(rows_ND, gates_N, mean, *_places(rows))
 
 
 def _places(rows: Rows) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
-    """What tells where the rows of a token are, flat for autograd."""
+    """The parts of ``rows`` that say where a token's rows are. They are
+    unpacked because autograd functions take tensors, not a ``Rows``."""
     order_N, starts = rows.by_token or (None, None)
     return rows.token_ids_N, rows.num_tokens, order_N, starts
 
@@ -60,7 +77,8 @@ def _sum_rows(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
                               num_tokens, order_N, starts)
     if weights_N is not None:
         weights_N = weights_N.index_select(0, order_N)
-    # The last bag ends with the rows: see order_by_token.
+    # The last bag ends where the rows end, so that its end need not be
+    # passed; see order_by_token. Bags behind the T-th hold unserved rows.
     return torch.embedding_bag(
         rows_ND, order_N, starts[:-1], scale_grad_by_freq=False,
         mode=1 if mean else 0, sparse=False, per_sample_weights=weights_N,
@@ -68,10 +86,11 @@ def _sum_rows(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
 
 
 def _put(rows_ND: Tensor, token_ids_N: Tensor) -> Tensor:
-    """(T, D), each row at its token."""
+    """(T, D), each row at the place of its token; N equals T."""
     if not host_may_read(rows_ND):
         return torch.empty_like(rows_ND).index_copy_(0, token_ids_N, rows_ND)
-    # Two operators more, in a quarter of the time on the CPU.
+    # On the CPU, inverting the order and gathering takes two operators more
+    # than index_copy_ but a quarter of its time.
     row_N = torch.arange(len(token_ids_N), device=token_ids_N.device)
     return rows_ND.index_select(
         0, torch.empty_like(row_N).scatter_(0, token_ids_N, row_N))
@@ -80,9 +99,12 @@ def _put(rows_ND: Tensor, token_ids_N: Tensor) -> Tensor:
 def _sum_by_adding(rows_ND: Tensor, weights_N: Tensor | None, mean: bool,
                    token_ids_N: Tensor, num_tokens: int, order_N: Tensor,
                    starts: Tensor) -> Tensor:
+    """The same as ``_sum_rows`` where embedding_bag is missing."""
     if weights_N is not None:
         rows_ND = rows_ND * weights_N[:, None]
     if len(starts) > num_tokens + 1:
+        # Some rows are unserved. They come last in the order by token and
+        # may hold nan, which a weight of zero would not remove.
         place_N = torch.zeros_like(order_N).scatter(
             0, order_N, torch.arange(len(order_N), device=order_N.device))
         rows_ND = rows_ND.masked_fill(

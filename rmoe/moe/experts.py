@@ -1,6 +1,8 @@
-"""Experts = core + one residual per expert.
+"""The experts of a MoE layer: the weights of each are core + its residual.
 
-Axis letters as in routing.py; R is the rank of a low-rank residual.
+:class:`Experts` chooses how they are computed: one expert after the other on
+the CPU, all at once on an accelerator. Axis letters as in routing.py; R is
+the rank of a low-rank residual.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,20 +22,22 @@ from rmoe.moe.weights import add_core
 
 @dataclass
 class Core:
-    """The dense FFN of a MoE layer, without what stands around it.
+    """The dense FFN of a MoE layer, without output dropout, LayerScale, drop
+    path and identity.
 
     Attributes:
-        fc1: D to H, or to 2 H with a gate. Usually one layer; the rows of
-            several stand below each other.
-        fc2: H to D, likewise.
-        function: tokens (..., D) through both.
+        fc1: the first linear layer, D to H, or D to 2 H in a FFN with a gate.
+            Usually one module; the outputs of several are concatenated.
+        fc2: the second linear layer, H to D, likewise.
+        function: computes the FFN of (..., D) tokens.
     """
     fc1: Sequence[nn.Module]
     fc2: Sequence[nn.Module]
     function: Callable[[Tensor], Tensor]
 
     def weight(self, layer: str) -> Tensor:
-        """(out, in) of 'fc1' or 'fc2', which may be 1x1 convolutions."""
+        """(out, in), the weight of 'fc1' or 'fc2'. That of a 1x1 convolution
+        is flattened."""
         weight = join(getattr(self, layer), 'weight')
         assert weight is not None
         return weight.flatten(1)
@@ -46,38 +50,51 @@ class Core:
 
 
 def join(linears: Sequence[Any], part: str) -> Tensor | None:
-    """The weights or biases of linear layers as one; None without."""
+    """Concatenate the weights or biases of linear layers along their outputs.
+
+    Args:
+        linears: linear layers or 1x1 convolutions.
+        part: 'weight' or 'bias'.
+
+    Returns:
+        One tensor; None if the only layer has no bias.
+    """
     parts = [getattr(linear, part) for linear in linears]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Elsewhere(Protocol):
-    """Experts that are spread over processes.
+    """Interface for experts that are spread over processes (expert
+    parallelism), which ``rmoe.parallel`` implements.
 
-    Every process has all rows of its own tokens and some of the experts.
+    Each process holds all rows of its own tokens, and some of the experts.
     """
 
     def local(self, name: str, parameter: Tensor) -> Tensor:
-        """(E', ...), the part of a stacked (E, ...) parameter by which this
-        process computes, differentiable.
+        """Return the part of a parameter that belongs to this process's
+        experts.
 
         Args:
-            name: of the parameter in :class:`Experts`.
-            parameter: as it is registered there.
+            name: the name of the parameter in :class:`Experts`.
+            parameter: the parameter as it is registered there, for (E, ...)
+                stacked experts.
+
+        Returns:
+            (E', ...), differentiable, for the E' experts of this process.
         """
         ...
 
     def apply(self, compute: Callable[[Tensor, Rows | None], Tensor],
               rows_ND: Tensor, rows: Rows | None) -> Tensor:
-        """Rows through their experts, wherever these are.
+        """Apply to each row its expert, in whichever process that expert is.
 
         Args:
-            compute: takes rows that belong to this process's experts.
+            compute: applies this process's experts to their rows.
             rows_ND: as for :meth:`Experts.forward`.
             rows: as for :meth:`Experts.forward`.
 
         Returns:
-            (M, D), where M is N, or the number of rows that somebody serves.
+            (M, D), where M is N, or the number of served rows.
         """
         ...
 
@@ -87,8 +104,9 @@ class Experts(nn.Module):
 
     The core belongs to the caller (it keeps the host library's parameter
     names) and is passed to ``forward``; this module owns the residuals, which
-    start at zero. Parameters are stacked over experts, so every expert is in
-    the graph whatever it received.
+    start at zero. Parameters are stacked over experts. So every expert is part
+    of the autograd graph and gets a gradient, even if it received no token;
+    DDP then needs no ``find_unused_parameters``.
 
     Args:
         embed_dims: D.
@@ -96,19 +114,21 @@ class Experts(nn.Module):
         num_experts: E.
         act: activation between the two layers.
         dropout: dropout on the hidden activations.
-        rank: None for full-rank residuals; R for r_e = up_e down_e, with up
-            zero at the start.
-        core: False for plain experts, whose "residual" is the whole weight
-            and starts as a normal layer would.
+        rank: None for full-rank residuals. A number R makes them low-rank,
+            r_e = up_e down_e, with up_e zero at the start.
+        core: False for plain experts without a core. Their "residual" is the
+            whole weight and is initialised at random like any layer's.
         fc2_bias: whether the second linear layer has a bias.
-        gated: the first linear layer gives 2 H, of which ``act`` makes H.
+        gated: True if the first linear layer has 2 H outputs, from which
+            ``act`` computes H.
 
     Attributes:
-        folded: None, or a buffer where the "residuals" hold core + residual
-            (:func:`rmoe.upcycling.fold`); a core is then passed but not
-            added again.
-        elsewhere: None where this process has all experts; else what spreads
-            them over processes (rmoe.parallel sets it).
+        folded: None, or a buffer whose presence says that the "residuals"
+            hold core + residual (:func:`rmoe.upcycling.fold`). A core that is
+            passed is then not added again.
+        elsewhere: None if this process has all experts. Otherwise the object,
+            set by ``rmoe.parallel``, that sends rows to the processes of
+            their experts.
 
     Raises:
         ValueError: for a rank out of range, or a rank without a core.
@@ -128,7 +148,8 @@ class Experts(nn.Module):
         super().__init__()
         if rank is not None and not core:
             raise ValueError(f'rank={rank} needs a core: a low-rank matrix '
-                             'alone is no expert. Set rank=None or core=True')
+                             'without one cannot be a whole expert. Set '
+                             'rank=None or core=True')
         if rank is not None and not 1 <= rank <= embed_dims:
             raise ValueError(f'rank={rank} must lie between 1 and '
                              f'embed_dims={embed_dims}')
@@ -139,7 +160,8 @@ class Experts(nn.Module):
         self.act = act
         self.dropout = nn.Dropout(dropout)
         self.elsewhere: Elsewhere | None = None
-        # A buffer, so that a state dict says what its "residuals" are.
+        # This is a buffer so that a state dict says whether its "residuals"
+        # are folded.
         self.register_buffer('folded', None)
         for layer, out_dim, in_dim in (
                 ('fc1', (1 + gated) * feedforward_channels, embed_dims),
@@ -156,15 +178,16 @@ class Experts(nn.Module):
         self.init_weights()
 
     def _add(self, name: str, *shape: int) -> None:
-        # The name carries the role: freezing and optimizer groups match
-        # on "residual_".
+        # Freezing and optimizer groups recognise residuals by "residual_" in
+        # the name.
         self.register_parameter(f'residual_{name}',
                                 nn.Parameter(torch.empty(shape)))
 
     def init_weights(self) -> None:
         for name, parameter in self.named_parameters():
-            # up = 0 makes the product zero; down must then be random, or
-            # neither would ever get a gradient.
+            # A low-rank residual, up @ down, starts at zero through up = 0.
+            # Then down must be random: if both were zero, each would multiply
+            # the other's gradient by zero and neither would ever change.
             random = name.endswith('_down') or (
                 not self.core and name.endswith('_weight'))
             if random:
@@ -176,8 +199,12 @@ class Experts(nn.Module):
     @torch.no_grad()
     def copy_from(self, fc1: Sequence[nn.Module], fc2: Sequence[nn.Module]
                   ) -> None:
-        """Make every plain expert the dense FFN of these layers, which are
-        as in :class:`Core`."""
+        """Copy the weights of a dense FFN to every plain expert.
+
+        Args:
+            fc1: the first linear layer, as in :class:`Core`.
+            fc2: the second linear layer, as in :class:`Core`.
+        """
         assert not self.core
         for layer, linears in (('fc1', fc1), ('fc2', fc2)):
             for part in ('weight', 'bias'):
@@ -188,22 +215,23 @@ class Experts(nn.Module):
     def forward(self, rows_ND: Tensor, rows: Rows | None,
                 core: Core | None = None,
                 middle: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Apply expert e to its rows.
+        """Apply to each row its expert.
 
         Args:
             rows_ND: (N, D) rows sorted by expert.
-            rows: whose rows they are; None means that each expert has N / E.
-            core: None if and only if this was built with ``core=False``.
+            rows: the expert of each row; None means that each expert has
+                N / E rows.
+            core: the dense FFN; None if and only if this module was built
+                with ``core=False``.
             middle: applied to the (N, H) hidden rows before the activation.
 
         Returns:
-            (N, D), in the autocast type where autocast is on; anything in
-            rows that nobody serves. Where experts are ``elsewhere`` the rows
-            that nobody serves may be missing.
+            (N, D), in the autocast type if autocast is on. Unserved rows hold
+            arbitrary values; with ``elsewhere`` they may be missing.
         """
         assert (core is None) == (not self.core)
         if self.folded is not None:
-            core = None  # it is inside
+            core = None  # The folded weights contain it already.
         device = rows_ND.device.type
         if compat.is_autocast_enabled(device):
             rows_ND = rows_ND.to(compat.get_autocast_dtype(device))
@@ -216,7 +244,7 @@ class Experts(nn.Module):
     def _compute(self, core: Core | None,
                  middle: Callable[[Tensor], Tensor] | None, rows_ND: Tensor,
                  rows: Rows | None) -> Tensor:
-        """(N, D), rows through the experts of this process."""
+        """(N, D), the experts of this process applied to their rows."""
         if host_may_read(rows_ND):
             return self._one_by_one(rows_ND, rows, core, middle)
         if rows is None or rows.even:
@@ -234,7 +262,7 @@ class Experts(nn.Module):
 
     def _grouped(self, layer: str, rows_NI: Tensor, rows: Rows,
                  core: Core | None) -> Tensor:
-        """(N, O), one kernel for all experts."""
+        """(N, O), one linear layer of all experts, by one kernel."""
         return grouped_mm.linear(
             rows_NI, rows, self.weight(layer, core, rows_NI.dtype),
             None if core is None else core.bias(layer),
@@ -243,7 +271,8 @@ class Experts(nn.Module):
     def _one_by_one(self, rows_ND: Tensor, rows: Rows | None,
                     core: Core | None,
                     middle: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """An expert after the other: what one needs stays in the cache."""
+        """(N, D), computed one expert after the other, so that the data of
+        the current expert stay in the CPU's cache."""
         counts = (rows.counts_E.tolist() if rows is not None else
                   [len(rows_ND) // self.num_experts] * self.num_experts)
         fc1, fc2 = (self._parameters_of(layer, core)
@@ -257,11 +286,11 @@ class Experts(nn.Module):
     def _batched(self, x_JBD: Tensor, plan: blocks.Blocks | None,
                  core: Core | None,
                  middle: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """(J, b, D), each block through its expert; without a plan block e is
-        expert e's."""
+        """(J, b, D), to each block of rows its expert applied. The plan says
+        which expert that is; without a plan block e belongs to expert e."""
         hidden_JBH = self._in_blocks('fc1', x_JBD, plan, core)
         if middle is not None:
-            # It takes rows, not blocks.
+            # ``middle`` takes rows, not blocks of rows.
             if plan is None:
                 hidden_JBH = middle(hidden_JBH.flatten(0, 1)).view_as(
                     hidden_JBH)
@@ -272,7 +301,8 @@ class Experts(nn.Module):
 
     def _in_blocks(self, layer: str, x_JBI: Tensor,
                    plan: blocks.Blocks | None, core: Core | None) -> Tensor:
-        """(J, b, O), one batched product."""
+        """(J, b, O), one linear layer of all blocks, by one batched
+        product."""
         weight = self.weight(layer, core, x_JBI.dtype)
         bias = self.bias(layer, core)
         if plan is not None:
@@ -282,14 +312,17 @@ class Experts(nn.Module):
 
     def _between(self, hidden: Tensor,
                  middle: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """What stands between the two linear layers."""
+        """Apply what is between the two linear layers: ``middle``, activation
+        and dropout."""
         if middle is not None:
             hidden = middle(hidden)
         return self.dropout(self.act(hidden))
 
     @property
     def _act_can_run_twice(self) -> bool:
-        """Is what stands between the layers a function of its input alone?"""
+        """True if activation and dropout are deterministic, have no
+        parameters and leave their input as it is. Then backward may compute
+        them again instead of keeping their results."""
         random = self.training and self.dropout.p > 0
         in_place = any(getattr(part, 'inplace', False)
                        for part in self.act.modules())
@@ -299,6 +332,8 @@ class Experts(nn.Module):
 
     def _parameters_of(self, layer: str, core: Core | None
                        ) -> tuple[Tensor | None, ...]:
+        """The parameters of one linear layer, in the order that
+        :class:`rmoe.moe.grouped.ExpertLinear` takes them."""
         weight = bias = None
         if core is not None:
             weight, bias = core.weight(layer), core.bias(layer)
@@ -311,7 +346,8 @@ class Experts(nn.Module):
         return tuple(part for part in parts if part is not None)
 
     def _part(self, layer: str, part: str) -> Tensor | None:
-        """(E, ...), what is computed with; a bias may be None."""
+        """(E, ...), a stacked parameter, or this process's share of it if
+        experts are spread over processes; None for a bias that is absent."""
         name = f'residual_{layer}_{part}'
         parameter = getattr(self, name)
         if parameter is None or self.elsewhere is None:
@@ -320,23 +356,25 @@ class Experts(nn.Module):
 
     def weight(self, layer: str, core: Core | None,
                dtype: torch.dtype = torch.float32) -> Tensor:
-        """(E, out, in), the weights of every expert, core + residual;
+        """(E, out, in), the weights of all experts, core + residual;
         differentiable.
 
-        For paths that need all experts at once: on the CPU the default one
-        folds an expert at a time.
+        The paths that compute all experts at once use this. The CPU's default
+        path adds core and residual for one expert at a time.
 
         Args:
             layer: 'fc1' or 'fc2'.
-            core: the dense FFN they are residuals of.
-            dtype: of the result.
+            core: the dense FFN that the experts are residuals of; None for
+                plain experts.
+            dtype: type of the result.
         """
         if core is None or self.folded is not None:
             return self.residual_weight(layer).to(dtype)
         return add_core(core.weight(layer), self._residual(layer), dtype)
 
     def bias(self, layer: str, core: Core | None) -> Tensor | None:
-        """(E, out), the biases, in their own type; None for none."""
+        """(E, out), the biases of all experts, core + residual, in the type
+        of the parameters; None if the layer has no bias."""
         bias_EO = self._part(layer, 'bias')
         if core is None or bias_EO is None or self.folded is not None:
             return bias_EO

@@ -1,4 +1,4 @@
-"""The mixture-of-experts FFN, a drop-in for mmcv's FFN."""
+"""The MoE layer that replaces mmcv's FFN; our own backbones use it."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +14,8 @@ class MoEFFN(MoELayer):
     """A FFN whose weights depend on the token: core + residual (2204.09636).
 
     The core has the parameter names of mmcv's FFN (``layers.0.0``,
-    ``layers.1``), so a dense checkpoint is a valid core, and a fresh layer
-    computes the dense function exactly.
+    ``layers.1``), so a dense checkpoint is a valid core. Since residuals
+    start at zero, a fresh layer computes the dense function exactly.
 
     Args:
         embed_dims: D.
@@ -25,38 +25,44 @@ class MoEFFN(MoELayer):
             are filled in. None means ``dict(type='TokenChoiceRouter')``.
         core: False for plain experts without a core (the upper-bound MoE).
         rank: rank of the residuals; None for full rank.
-        align: how gates w meet the outputs of the n experts that kept a
-            token. 'stopgrad' (RMoE): sum sg[(1/n - w) E] + w E, the scale of
-            the dense FFN forward, the gradients of the gated sum backward:
-            what a gate of 0.2 lets through to the expert and below is a fifth
-            of the gradient of what was computed.
-            'straight_through': sum (1/n + w - sg[w]) E, the same forward;
-            experts and what is below get the gradient of the mean, and the
-            router the same as with 'stopgrad'.
-            'none': sum w E. 'renormalize': sum (w / sum w) E; at n = 1 its
-            gate is the constant 1 and teaches the router nothing.
-            With a soft router, E being applied to slots: 'difference':
-            core(x) + sum w (E - core), the dense function as long as
-            residuals are zero, for one more FFN on the tokens and one more
-            on the slots; 'none': sum w E, as published.
-            None means 'stopgrad', or for a soft router 'difference' where
-            there is a core.
-        unrouted: what a token gets that no expert kept: 'core', or 'zero'.
-            None means 'core' where there is one.
+        align: how the gates w weight the outputs E of the n experts that kept
+            a token; sg is stop-gradient.
+            'stopgrad' (RMoE): sum sg[(1/n - w) E] + w E. Forward is the mean
+            of the experts, which has the scale of the dense FFN. Backward is
+            that of the gated sum: with a gate of 0.2, the expert and the
+            layers below get a fifth of the gradient of what forward computed.
+            'straight_through': sum (1/n + w - sg[w]) E. Forward is the same.
+            Experts and the layers below get the gradient of the mean, and the
+            router gets the same as with 'stopgrad'.
+            'none': sum w E.
+            'renormalize': sum (w / sum w) E. With n = 1 the gate is then the
+            constant 1, and the router gets no gradient from the task.
+            With a soft router, experts are applied to slots and w are the
+            combine weights.
+            'difference': core(x) + sum w (E - core). This is the dense
+            function as long as residuals are zero; it costs one more FFN on
+            the tokens and one more on the slots.
+            'none': sum w E, as published.
+            None means 'stopgrad'; for a soft router it means 'difference' if
+            there is a core and 'none' otherwise.
+        unrouted: what a token gets that no expert kept: the output of the
+            'core', or 'zero'. None means 'core' if there is one.
         act_cfg: activation; None means exact GELU.
         ffn_drop: dropout on hidden activations and on the output.
         dropout_layer: config of the layer (DropPath) applied before the
             identity is added; None for none.
         add_identity: whether to add the input or ``identity``.
-        layer_scale_init_value: start of a learned factor per channel on the
-            output (``gamma2``); 0 for none.
+        layer_scale_init_value: initial value of a learned factor per channel
+            of the output (``gamma2``); 0 for no such factor.
         fc2_bias: False leaves out the bias of the second linear layer, as
             the published Swin-MoE models do.
-        with_cp: recompute the experts in backward. Routing stays outside, so
-            a token cannot change its expert between the two passes.
+        with_cp: recompute the experts in backward instead of keeping their
+            activations. The router is not recomputed, so a token cannot
+            change its expert between the two passes.
 
     Raises:
-        ValueError: for an unknown option or a contradictory pair.
+        ValueError: for an unknown option, or two options that contradict each
+            other.
     """
     layers: nn.Sequential | None
     gamma2: nn.Module
@@ -102,16 +108,16 @@ class MoEFFN(MoELayer):
 
     @classmethod
     def from_dense(cls, ffn: Any, **moe: Any) -> 'MoEFFN':
-        """The same FFN with experts; its modules and weights become the core.
+        """Turn mmcv's FFN into a MoE FFN; its modules and weights become the
+        core.
 
         Args:
             ffn: mmcv's FFN.
-            moe: arguments of this class, of those ``num_experts``,
-                ``router``, ``core``, ``rank``, ``align``, ``unrouted`` and
-                ``with_cp``.
+            moe: arguments of this class: any of ``num_experts``, ``router``,
+                ``core``, ``rank``, ``align``, ``unrouted`` and ``with_cp``.
 
         Raises:
-            ValueError: for a FFN that is not two linear layers.
+            ValueError: for a FFN that does not have two linear layers.
         """
         if ffn.num_fcs != 2:
             raise ValueError(f'a FFN with num_fcs={ffn.num_fcs} is not two '
@@ -129,13 +135,14 @@ class MoEFFN(MoELayer):
 
     def forward(self, x: Tensor, identity: Tensor | None = None,
                 valid: Tensor | None = None) -> Tensor:
-        """Same signature and residual behaviour as mmcv's FFN.
+        """Compute the layer, with the signature and the identity of mmcv's
+        FFN.
 
         Args:
             x: (..., D) tokens.
             identity: (..., D), added to the output; None means ``x``.
-            valid: (...) bool, False for padded tokens, which are routed to
-                nobody; None means all are valid.
+            valid: (...) bool, False for padded tokens, which go to no
+                expert; None means all are valid.
         """
         if self.core_only:
             out = self._dense(x)
@@ -153,7 +160,7 @@ class MoEFFN(MoELayer):
 
 class LayerScale(nn.Module):
     """A learned factor per channel (CaiT, 2103.17239), with the parameter
-    name of mmcv's."""
+    name of mmcv's LayerScale."""
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()

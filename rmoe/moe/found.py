@@ -1,4 +1,8 @@
-"""Which FFNs of a model can become MoE FFNs, and how they get their place."""
+"""Finds the FFNs of a model that can become MoE layers, and replaces them.
+
+``rmoe.upcycle`` and ``rmoe.UpcycledBackbone`` use it for models that were not
+written for experts.
+"""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +20,8 @@ from rmoe.moe.mlp_form import form_of, small_mlps
 from rmoe.moe.placement import choose_blocks
 from rmoe.moe.plain_core import HOOKS, PassedOn
 
-# By the name of the dense class: no library need be installed.
+# The keys are names of dense classes and not the classes themselves, so that
+# none of these libraries has to be installed.
 LAYERS: Mapping[str, Callable[..., MoELayer]] = {
     'mmcv.cnn.bricks.transformer.FFN': MoEFFN.from_dense,
     'mmseg.models.backbones.mit.MixFFN': MoEMixFFN,
@@ -33,10 +38,10 @@ class Found:
 
     Attributes:
         kind: the class of the dense module, for reports.
-        build: makes the layer from those arguments of
-            :class:`rmoe.moe.MoEFFN` that concern experts and routing, and
-            leaves the model as it is.
-        replaced: the module that the layer stands for.
+        build: builds the MoE layer from those arguments of
+            :class:`rmoe.moe.MoEFFN` that concern experts and routing; it does
+            not change the model.
+        replaced: the module that the MoE layer will replace.
     """
     kind: str
     build: Callable[..., MoELayer]
@@ -44,18 +49,24 @@ class Found:
 
 
 def find_ffns(model: nn.Module) -> dict[str, Found]:
-    """The FFNs of a model by module name, in the order of its modules.
+    """Find the FFNs of a model that can become MoE layers.
 
-    They are those of ``LAYERS``, the halves of Hugging Face, and whatever
-    computes what a MLP does (:mod:`rmoe.moe.mlp_form`).
+    These are the classes of ``LAYERS``, the FFNs of Hugging Face that consist
+    of two modules (:mod:`rmoe.moe.halves`), and any other module that
+    computes what a MLP computes (:mod:`rmoe.moe.mlp_form`).
+
+    Returns:
+        The FFNs by module name, in the order of the model's modules.
     """
     traced = [name for name, module in model.named_modules()
               if isinstance(module, fx.GraphModule)]
     mlps = set(small_mlps(model))
     found: dict[str, Found] = {}
     for name, module in model.named_modules():
-        # A traced model calls the layers of a FFN, never the FFN; and mmcv's
-        # FFN has one inside.
+        # Modules inside two kinds of others are skipped. A model traced by
+        # torch.fx calls the layers of a FFN but never the FFN module, so a
+        # replacement would not be called. And a FFN that was found may
+        # contain a smaller one, as mmcv's does.
         if any(name == at or not at or name.startswith(f'{at}.')
                for at in (*traced, *found)):
             continue
@@ -69,17 +80,19 @@ def find_ffns(model: nn.Module) -> dict[str, Found]:
 
 def choose_ffns(layers: Any, names: Sequence[str], model: str,
                 option: str = 'layers') -> list[str]:
-    """Which of a model's FFNs are meant.
+    """Return the names of the FFNs that ``layers`` selects.
 
     Args:
         layers: indices, names, or a placement
             (:func:`rmoe.moe.placement.choose_blocks`).
-        names: of all FFNs, in order.
-        model: its name, for messages.
-        option: what the user calls ``layers``.
+        names: the names of all FFNs of the model, in order.
+        model: the name of the model, for messages.
+        option: the name of the user's option that holds ``layers``, for
+            messages.
 
     Raises:
-        ValueError: if one is named that is not there, or none is chosen.
+        ValueError: if ``layers`` names a FFN that does not exist, or selects
+            none.
     """
     if isinstance(layers, str):
         layers = [layers]
@@ -104,16 +117,16 @@ def choose_ffns(layers: Any, names: Sequence[str], model: str,
 
 def put_layers(model: nn.Module, found: Mapping[str, Found],
                **options: Any) -> None:
-    """Turn FFNs into MoE layers, in place.
+    """Turn FFNs of a model into MoE layers, in place.
 
     Args:
-        model: what they are in.
-        found: those that are to have experts, by name.
-        options: see :attr:`Found.build`.
+        model: the model that contains the FFNs.
+        found: the FFNs to turn into MoE layers, by name.
+        options: arguments of :attr:`Found.build`.
 
     Raises:
-        ValueError: if one cannot have such experts; the model is then
-            unchanged.
+        ValueError: if one of the FFNs cannot have such experts. The model is
+            then unchanged.
     """
     built = {key: _build(one, options) for key, one in found.items()}
     for key, layer in built.items():
@@ -122,14 +135,21 @@ def put_layers(model: nn.Module, found: Mapping[str, Found],
     for key, layer in built.items():
         put(model, key, layer)
         if isinstance(layer, MoEHalves):
-            # The object stays: whoever refers to it, or has hooks on it,
-            # goes on.
+            # The class of the second linear layer is changed instead of
+            # replacing the object, so that references to it and hooks on it
+            # stay valid.
             second: Any = layer.second[0].dense
             second.__class__, second.owner = PassedOn, (layer, )
 
 
 def put(model: nn.Module, key: str, module: nn.Module) -> None:
-    """Put a module where another one is, everywhere in the model."""
+    """Replace a module of a model, wherever in the model it is used.
+
+    Args:
+        model: the model, changed in place.
+        key: the name of the module to replace.
+        module: the module that takes its place.
+    """
     old = model.get_submodule(key)
     for name in [name for name, other in model.named_modules(
             remove_duplicate=False) if other is old]:
@@ -138,12 +158,12 @@ def put(model: nn.Module, key: str, module: nn.Module) -> None:
 
 
 def take_out(model: nn.Module, key: str, dense: nn.Module) -> None:
-    """Undo :func:`put_layers` for one layer: its core is the FFN again.
+    """Undo :func:`put_layers` for one layer: its core becomes the FFN again.
 
     Args:
-        model: what it is in.
-        key: its name.
-        dense: the module that it replaced.
+        model: the model that contains the MoE layer, changed in place.
+        key: the name of the MoE layer.
+        dense: the module that the MoE layer replaced.
     """
     layer = model.get_submodule(key)
     if isinstance(layer, MoEHalves):
@@ -151,7 +171,8 @@ def take_out(model: nn.Module, key: str, dense: nn.Module) -> None:
         second.__class__ = nn.Linear
         del second.owner
     for child, module in layer.named_children():
-        # Those that a library has put in since.
+        # A library may have replaced a submodule since; the current one goes
+        # into the dense FFN.
         if child in dict(dense.named_children()):
             setattr(dense, child, module)
     dense.train(layer.training)
@@ -159,23 +180,32 @@ def take_out(model: nn.Module, key: str, dense: nn.Module) -> None:
 
 
 def _build(one: Found, options: Mapping[str, Any]) -> MoELayer:
+    """Build the MoE layer of a FFN, on its device and in its type and mode."""
     for hooks in HOOKS:
         if getattr(one.replaced, hooks):
             raise ValueError(
                 f'a {one.kind} that is to have experts has hooks ({hooks}), '
-                'which nobody would call: register them on its MoE layer '
-                'afterwards, or name other layers')
+                'which would no longer be called. Remove them and register '
+                'them on its MoE layer afterwards, or choose other layers')
     layer = one.build(**options)
     weight = next(one.replaced.parameters())
     layer.experts.to(weight.device, weight.dtype)
-    # Routers decide in float32 whatever the model is in.
+    # The router keeps its float32 parameters, whatever type the model has.
     return layer.to(weight.device).train(one.replaced.training)
 
 
 def _builder(module: Any, may_be_mlp: bool
              ) -> tuple[str, Callable[..., MoELayer] | None]:
-    """The part of a module that a MoE layer can replace ('' for all of it),
-    and what makes the layer."""
+    """Find out how a MoE layer can replace a module or a part of it.
+
+    Args:
+        module: the module.
+        may_be_mlp: whether to find out, by running it, if it is a MLP.
+
+    Returns:
+        The name of the part to replace, '' for the whole module; and the
+        function that builds the MoE layer, None if there is none.
+    """
     kind = f'{type(module).__module__}.{type(module).__name__}'
     if kind in LAYERS:
         return '', partial(LAYERS[kind], module)
@@ -191,6 +221,9 @@ def _builder(module: Any, may_be_mlp: bool
 
 @torch.no_grad()
 def _are_halves(first: Any, second: Any) -> bool:
+    """Return True if two modules are the halves of a FFN as
+    :class:`rmoe.moe.halves.MoEHalves` takes them. The first half is also run
+    on a few tokens, to see that it computes what its parts say."""
     fc1, fc2 = (getattr(half, 'dense', None) for half in (first, second))
     act = getattr(first, 'intermediate_act_fn', None)
     if not (type(fc1) is type(fc2) is nn.Linear and isinstance(act, nn.Module)

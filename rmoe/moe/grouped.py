@@ -1,9 +1,10 @@
-"""Linear layers and FFNs of all experts, an expert at a time.
+"""Linear layers and FFNs of all experts, computed one expert at a time.
 
-What an expert needs stays in cache while it works: its folded weight, its
-rows' hidden activations, the gradient of its weight. Axis letters as in
-routing.py; O and I are the output and input width of a linear layer, R the
-rank of a low-rank residual.
+This is the CPU's path. The data of the current expert stay in the cache while
+it is computed: its weight (core + residual), the hidden activations of its
+rows, the gradient of its weight. Axis letters as in routing.py; O and I are
+the output and input width of a linear layer, R the rank of a low-rank
+residual.
 """
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,14 @@ class ExpertLinear(ABC):
     """One linear layer of every expert, w_e = core + r_e.
 
     Args:
-        core_OI: None for plain experts, whose residual is the weight.
-        core_bias_O: None for none.
-        bias_EO: residual biases, or None: then the core has none either.
-        residual: what r_e is made of.
-        dtype: of the rows.
+        core_OI: weight of the core; None for plain experts, whose residual is
+            the whole weight.
+        core_bias_O: bias of the core; None for none.
+        bias_EO: residual biases; None for none, and then the core has none
+            either.
+        residual: the parameters of r_e: (E, O, I), or (E, O, R) and
+            (E, R, I).
+        dtype: type of the rows.
     """
 
     def __init__(self, core_OI: Tensor | None, core_bias_O: Tensor | None,
@@ -41,20 +45,21 @@ class ExpertLinear(ABC):
 
     @abstractmethod
     def forward(self, expert: int, rows_NI: Tensor) -> Tensor:
-        """(N, O), the layer of one expert on its rows."""
+        """(N, O), the linear layer of one expert applied to its rows."""
 
     def prepare_backward(self, counts: Sequence[int],
                          needs: Sequence[bool]) -> None:
-        """Make room for gradients.
+        """Allocate the gradients.
 
         Args:
-            counts: rows of each expert.
-            needs: which of core_OI, core_bias_O, bias_EO and the residuals
-                need one.
+            counts: number of rows of each expert.
+            needs: whether core_OI, core_bias_O, bias_EO and the parameters of
+                the residual need a gradient, in this order.
         """
         self.needs_core, self.needs_core_bias, self.needs_bias = needs[:3]
         self.needs_residual = any(needs[3:])
-        # An expert without rows takes part with a zero gradient.
+        # An expert without rows gets a zero gradient. If all have rows, every
+        # value will be written and need not be zeroed before.
         empty = torch.empty_like if all(counts) else torch.zeros_like
         self.residual_grads = [empty(part) for part in self.residual
                                ] if self.needs_residual else []
@@ -69,7 +74,8 @@ class ExpertLinear(ABC):
 
     def keep_grads(self, expert: int, rows_NI: Tensor, grad_NO: Tensor
                    ) -> None:
-        """Compute the gradients of one expert's parameters."""
+        """Compute the gradients of one expert's parameters, and add its share
+        to those of the core."""
         if self.bias_grad is not None:
             torch.sum(grad_NO, 0, dtype=torch.float32,
                       out=self.bias_grad[expert])
@@ -83,10 +89,11 @@ class ExpertLinear(ABC):
 
     @abstractmethod
     def rows_grad(self, expert: int, grad_NO: Tensor) -> Tensor:
-        """(N, I), the gradient of one expert's rows."""
+        """(N, I), the gradient with respect to one expert's rows."""
 
     def grads(self) -> tuple[Tensor | None, ...]:
-        """In the order of the constructor."""
+        """The gradients in the order of the constructor's parameters; None
+        for those that need none."""
         core_bias = (self.bias_grad.sum(0)
                      if self.needs_core_bias and self.bias_grad is not None
                      else None)
@@ -96,7 +103,8 @@ class ExpertLinear(ABC):
 
 
 class FullRank(ExpertLinear):
-    """r_e is a matrix of its own; the fold goes into a reused buffer."""
+    """Full-rank residuals: r_e is a whole matrix. The sum core + r_e of each
+    expert is written into the same buffer."""
 
     def __init__(self, *parameters: Tensor | None, dtype: torch.dtype
                  ) -> None:
@@ -127,8 +135,9 @@ class FullRank(ExpertLinear):
 
 
 class LowRank(ExpertLinear):
-    """r_e = up_e down_e, applied beside the core: it costs R (O + I)
-    operations a row, less than folding it where rows are few."""
+    """Low-rank residuals: r_e = up_e down_e. The two factors are applied to
+    the rows beside the core. That costs R (O + I) operations per row, which
+    for few rows is less than adding the product to the core's weight."""
 
     def __init__(self, *parameters: Tensor | None, dtype: torch.dtype
                  ) -> None:
@@ -162,14 +171,14 @@ class LowRank(ExpertLinear):
 
 def _layer(parameters: Sequence[Tensor | None], dtype: torch.dtype
            ) -> ExpertLinear:
-    """The layer of (core weight, core bias, residual bias, weight) or of
-    (core weight, core bias, residual bias, up, down)."""
+    """Build the layer from (core weight, core bias, residual bias, residual
+    weight) or from (core weight, core bias, residual bias, up, down)."""
     kind = FullRank if len(parameters) == 4 else LowRank
     return kind(*parameters, dtype=dtype)  # type: ignore[arg-type]
 
 
 class GroupedLinear(torch.autograd.Function):
-    """rows of expert e through its linear layer, for every expert."""
+    """Apply the linear layer of each expert to its rows."""
 
     @staticmethod
     def forward(ctx, rows_NI: Tensor, counts: Sequence[int],
@@ -201,10 +210,11 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class GroupedFFN(torch.autograd.Function):
-    """rows of expert e through its two linear layers and what is between.
+    """Apply the FFN of each expert to its rows.
 
-    Backward computes the activations again from what goes into them, so that
-    half of the dense FFN's hidden activations need not be kept.
+    Forward keeps the inputs of the activation function and not its outputs,
+    which backward computes again. So only half of the hidden values that a
+    dense FFN keeps are in memory.
     """
 
     @staticmethod
@@ -255,7 +265,7 @@ def _two_layers(parameters: Sequence[Tensor | None], dtype: torch.dtype
 
 
 def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, slice of its rows) for every expert that has rows."""
+    """Yield (expert, slice of its rows) for every expert that has rows."""
     start = 0
     for expert, count in enumerate(counts):
         if count:

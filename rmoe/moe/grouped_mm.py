@@ -1,7 +1,8 @@
-"""Linear layers of all experts by torch's grouped product: one kernel that
-reads where experts' rows end from the device.
+"""Linear layers of all experts by torch's grouped matrix product.
 
-Axis letters as in routing.py; O and I are the output and input width.
+This is the fast path on GPUs. One kernel computes all experts and reads from
+the device where the rows of each expert end, so the host need not wait. Axis
+letters as in routing.py; O and I are the output and input width.
 """
 import torch
 from torch import Tensor
@@ -12,16 +13,17 @@ from rmoe.moe.host import host_may_read
 from rmoe.moe.rows import Rows
 from rmoe.moe.weights import add_and_round
 
-# Its rows of bfloat16 must begin at multiples of 16 bytes.
+# The kernel needs rows that begin at multiples of 16 bytes; these are the
+# bfloat16 values in 16 bytes.
 MULTIPLE = 8
 
 
 def fits(rows_ND: Tensor, widths: tuple[int, int]) -> bool:
-    """Is there a fast kernel for these rows? PyTorch documents one for
-    bfloat16 on GPUs of compute capability 8.0 and newer.
+    """Return True if there is a fast kernel for these rows. PyTorch documents
+    one for bfloat16 on GPUs of compute capability 8.0 and newer.
 
     Args:
-        rows_ND: (N, D) on the device.
+        rows_ND: (N, D), on the device that computes.
         widths: D and H.
     """
     if (compat.grouped_mm is None or host_may_read(rows_ND)
@@ -29,22 +31,23 @@ def fits(rows_ND: Tensor, widths: tuple[int, int]) -> bool:
             or any(width % MULTIPLE for width in widths)):
         return False
     if not rows_ND.is_cuda:
-        # A trace on the CPU is for runtimes without that kernel.
+        # A graph traced on the CPU is for other runtimes, which may not have
+        # the kernel. Eager calls on the CPU are tests of this path.
         return not compat.is_compiling() and rows_ND.device.type == 'cpu'
     return torch.cuda.get_device_capability(rows_ND.device) >= (8, 0)
 
 
 def linear(rows_NI: Tensor, rows: Rows, weight_EOI: Tensor,
            core_bias_O: Tensor | None, bias_EO: Tensor | None) -> Tensor:
-    """(N, O), rows of expert e through its layer.
+    """(N, O), the linear layer of each expert applied to its rows.
 
     Args:
-        rows_NI: (N, I) bfloat16. Those that nobody serves may hold anything,
-            as their results do.
-        rows: whose rows they are.
-        weight_EOI: folded, in the type of the rows.
+        rows_NI: (N, I) bfloat16. Unserved rows may hold arbitrary values, and
+            so do their results.
+        rows: the expert of each row.
+        weight_EOI: core + residual, in the type of the rows.
         core_bias_O: added to each expert's bias; None for nothing.
-        bias_EO: None for none.
+        bias_EO: the experts' own biases; None for none.
     """
     return _Linear.apply(rows_NI, weight_EOI, core_bias_O, bias_EO,
                          rows.ends_E, rows.expert_ids_N, rows.unserved_N)
@@ -77,7 +80,8 @@ class _Linear(torch.autograd.Function):
             ctx.needs_input_grad[:4])
         grad_NO = grad_NO.contiguous()
         if unserved_N is not None:
-            # Rows that nobody serves hold anything, and 0 * nan is nan.
+            # Unserved rows may hold nan, and 0 * nan is nan: their gradients
+            # are set to zero, not multiplied by it.
             grad_NO = grad_NO.masked_fill(unserved_N[:, None], 0.)
         grad_rows = grad_weight = grad_core = grad_bias = None
         if needs_rows:
@@ -95,9 +99,11 @@ def sum_of_experts(rows_NO: Tensor, expert_ids_N: Tensor, num_experts: int
                    ) -> Tensor:
     """(E, O) float32, the sum of each expert's rows.
 
-    By a product with zeros and ones, which keeps float32 sums: adding rows up
-    in bfloat16 loses whatever is smaller than the sum's last digit, which is
-    most of it after some hundred rows. Nothing is added atomically.
+    It is computed as a matrix product with zeros and ones, which sums in
+    float32. Adding rows one by one in bfloat16 would lose all that is smaller
+    than the last digit of the sum, which after some hundred rows is most of
+    each row. There are no atomic additions, so the result is the same on every
+    run.
     """
     experts_E1 = torch.arange(num_experts, dtype=expert_ids_N.dtype,
                               device=expert_ids_N.device)[:, None]

@@ -1,4 +1,7 @@
-"""FFNs of Hugging Face's transformers that are two modules, with experts."""
+"""Experts for FFNs of Hugging Face's transformers that consist of two modules.
+
+:mod:`rmoe.moe.found` puts them in.
+"""
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,22 +12,23 @@ from rmoe.moe.layer import MoELayer
 
 
 class MoEHalves(MoELayer):
-    """The FFN of ViT, DeiT, BEiT, Swin and others, with experts.
+    """The FFN of transformers' ViT, DeiT, BEiT, Swin and others, with experts.
 
-    There a block has ``intermediate`` (dense, activation) and ``output``
-    (dense, dropout, and in some the identity). This takes the place of
-    ``intermediate`` and computes the whole FFN; ``output.dense`` passes it
-    on, and what follows in ``output`` works as it did.
+    In these models the FFN of a block is split into ``intermediate`` (dense,
+    activation) and ``output`` (dense, dropout, and in some models the
+    identity). This layer replaces ``intermediate`` and computes the whole
+    FFN. ``output.dense`` then returns its input unchanged, and the rest of
+    ``output`` works as before.
 
     Args:
-        intermediate: the first half; it keeps its names.
-        output: the second half. Its ``dense`` is left as it is: the caller
-            makes it :class:`rmoe.moe.plain_core.PassedOn`.
+        intermediate: the first half; its submodules keep their names.
+        output: the second half. Its ``dense`` is not changed here: the caller
+            turns it into :class:`rmoe.moe.plain_core.PassedOn`.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow.
         core: must be True.
         rank: rank of the residuals.
-        align: how gates meet outputs.
+        align: how gates weight the experts' outputs.
         unrouted: what a token gets that no expert kept.
         with_cp: recompute the experts in backward.
 
@@ -47,9 +51,11 @@ class MoEHalves(MoELayer):
             num_experts=num_experts, router=router, rank=rank, align=align,
             unrouted=unrouted, dropout=0., fc2_bias=fc2.bias is not None,
             with_cp=with_cp)
-        # In a tuple it is no submodule: it belongs to the other half.
+        # The second half stays a submodule of its block. The tuple keeps
+        # PyTorch from registering it here too.
         self.second = (output, )
-        # Whether the other half is next: a copy of it is not the one.
+        # True from this layer's forward until that of ``output.dense``, which
+        # checks it: so a replaced second half is noticed.
         self.passes_on = False
 
     @property

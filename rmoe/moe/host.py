@@ -1,18 +1,23 @@
-"""Whether Python may look at the values of a tensor."""
+"""Decides whether Python may read the values of a tensor.
+
+On an accelerator a read waits for the device. So the layer has two paths: on
+the CPU it reads values where that saves work, elsewhere it reads none.
+"""
 from torch import Tensor
 
 from rmoe import compat
 
-# Tests set it to run an accelerator's path on CPU tensors.
+# Tests set this to True to run the accelerator's path on CPU tensors.
 force_accelerator = False
 
 
 def host_may_read(tensor: Tensor) -> bool:
-    """Is a value of this tensor at hand?
+    """Return True if reading a value of this tensor does not wait.
 
-    On the CPU it is. An accelerator computes behind Python's back: to read a
-    value is to wait until it has caught up, and no CUDA graph can hold that.
-    While a graph is traced there is no value yet.
+    That is so on the CPU. An accelerator computes asynchronously: whoever
+    reads a value waits until the device has computed it, and a CUDA graph
+    cannot contain such a read. While a graph is traced, tensors have no
+    values yet.
     """
     return (tensor.device.type == 'cpu' and not force_accelerator
             and not compat.is_compiling())

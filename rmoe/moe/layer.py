@@ -1,5 +1,7 @@
-"""What every MoE layer does: route, dispatch, mix, count.
+"""The base class of all MoE layers, and the collection of auxiliary losses.
 
+A MoE layer routes its tokens, applies the experts, combines their outputs and
+counts loads. Each FFN of a library that can get experts has a subclass.
 Axis letters as in routing.py.
 """
 import warnings
@@ -31,14 +33,16 @@ UNROUTED = ('core', 'zero')
 class MoELayer(ExactBuffers):
     """Mixture of a dense FFN (the core) and its residuals (2204.09636).
 
-    A subclass is a drop-in for one library's FFN: it owns the core under that
-    library's parameter names and adds what that library adds around it.
+    A subclass is a drop-in replacement for one library's FFN: it owns the
+    core under that library's parameter names and adds what that library does
+    around the two linear layers.
 
     1. The router chooses experts for each token, in float32.
-    2. Tokens are copied to rows sorted by expert.
+    2. Dispatch: tokens are copied to rows sorted by expert.
     3. Experts (core + residual) transform their rows.
-    4. Rows are summed back into their tokens; ``align`` says with what
-       weight. Tokens that no expert kept get the core or nothing.
+    4. Combine: rows are summed back into their tokens, with weights that
+       ``align`` defines. Tokens that no expert kept get the core's output or
+       zero, as ``unrouted`` says.
 
     Args:
         embed_dims: D.
@@ -46,33 +50,39 @@ class MoELayer(ExactBuffers):
         act: activation between the two linear layers of an expert.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow.
-        core: the modules of the core under the names they get here, or None
-            for plain experts.
-        rank: of the residuals.
-        align: how gates meet outputs.
+        core: the modules of the core by the names they get in this layer, or
+            None for plain experts.
+        rank: rank of the residuals.
+        align: how gates weight the experts' outputs.
         unrouted: what a token gets that no expert kept.
         dropout: on the hidden activations of an expert.
         fc2_bias: whether the second linear layer has a bias.
         with_cp: recompute the experts in backward.
-        gated: the first linear layer gives 2 H, of which ``act`` makes H.
+        gated: True if the first linear layer has 2 H outputs, from which
+            ``act`` computes H.
 
     Attributes:
-        core_keys: the names that the core's linear layers have in this
-            module, of 'fc1' and of 'fc2'.
-        shares_core: what of the core, beside its linear layers, all experts
-            use; '' if they can be without a core.
-        needs_all_rows: whether the experts of a token look at the hidden rows
-            of others, which then must not leave their process.
-        core_only: True makes the layer its dense core, at dense cost.
-        name: where the layer stands, for messages.
+        core_keys: for 'fc1' and 'fc2', the names of the core's linear layers
+            in this module.
+        shares_core: the part of the core, beside its linear layers, that all
+            experts use, for messages. Experts then need a core. '' if they can
+            do without one.
+        needs_all_rows: True if an expert's result for one token depends on
+            the hidden rows of other tokens. Rows then must not be sent to
+            other processes.
+        core_only: True makes the layer compute its dense core alone, at dense
+            cost.
+        name: the place of the layer in the model, for messages.
         losses: auxiliary losses of the forward passes since
-            ``collect_losses(True)``, or None while nobody collects.
-        loads_2E: (2, E) int64, ``demand_E`` and ``kept_E`` in training, since
-            they were last zeroed.
-        token_counts: (2,) int64 valid tokens, and those no expert kept.
+            ``collect_losses(start=True)``; None while they are not collected.
+        loads_2E: (2, E) int64, ``demand_E`` and ``kept_E`` of training,
+            summed since they were last zeroed.
+        token_counts: (2,) int64, the number of valid tokens, and of those
+            that no expert kept, summed likewise.
 
     Raises:
-        ValueError: for an unknown option or a contradictory pair.
+        ValueError: for an unknown option, or two options that contradict each
+            other.
     """
     core_keys: Mapping[str, tuple[str, ...]] = {}
     shares_core: str = ''
@@ -107,7 +117,8 @@ class MoELayer(ExactBuffers):
         self.with_cp = with_cp
         self.router = MODELS.build(
             dict(router or dict(type='TokenChoiceRouter')),
-            # The scope, or a host library's default scope would hide ours.
+            # Without the scope, a registry would look the name up in the
+            # default scope, which is the host library's, and not find it.
             default_args=dict(
                 _scope_='rmoe', dim=embed_dims, num_experts=num_experts))
         self.align = _check_align(align, self.router.soft, core is not None)
@@ -126,13 +137,14 @@ class MoELayer(ExactBuffers):
 
     @property
     def demand_E(self) -> Tensor:
-        """(E,) tokens that asked for each expert; for a soft router the sum of
-        its combine weights, of each pass in whole tokens. A view."""
+        """(E,), tokens that each expert would have kept without a capacity
+        limit. For a soft router it is the sum of the expert's combine
+        weights, of each pass rounded to whole tokens. A view."""
         return self.loads_2E[0]
 
     @property
     def kept_E(self) -> Tensor:
-        """(E,) tokens that each expert kept. A view."""
+        """(E,), tokens that each expert kept. A view."""
         return self.loads_2E[1]
 
     @property
@@ -141,7 +153,8 @@ class MoELayer(ExactBuffers):
 
     @property
     def core(self) -> Core | None:
-        """The dense FFN inside, without what stands around it."""
+        """The dense FFN inside the layer, see :class:`Core`; None for plain
+        experts."""
         if not self.experts.core:
             return None
         fc1, fc2 = ([self.get_submodule(key) for key in self.core_keys[layer]]
@@ -149,23 +162,26 @@ class MoELayer(ExactBuffers):
         return Core(fc1, fc2, self._dense)
 
     def core_names(self, place: str, linear: str) -> tuple[str, ...]:
-        """Names of the core's 'fc1' or 'fc2' in a model.
+        """The names of the core's linear layers in a model.
 
         Args:
-            place: the layer's own name there.
-            linear: which of the two.
+            place: the name of this MoE layer in the model.
+            linear: 'fc1' or 'fc2'.
         """
         return tuple(f'{place}.{key}' for key in self.core_keys[linear])
 
     def _dense(self, x: Tensor) -> Tensor:
-        """The core's function."""
+        """Compute the core's function of (..., D) tokens."""
         raise NotImplementedError
 
     def check_core(self, place: str = '') -> None:
-        """Refuse a core that experts would bypass.
+        """Refuse a core whose linear layers do more than their weights say.
+
+        Experts use the weights and do not call the layers.
 
         Args:
-            place: where the layer stands, if it has no ``name``.
+            place: the layer's place in the model for the message, if it has
+                no ``name``.
 
         Raises:
             ValueError: see :func:`rmoe.moe.plain_core.check_plain`.
@@ -177,8 +193,9 @@ class MoELayer(ExactBuffers):
                 check_plain(linear, f'{where}: {key.removeprefix(".")}')
 
     def _check_new(self, core: Core) -> None:
-        """Check at the first forward pass, and again when a library has put
-        other modules in."""
+        """Check the core at the first forward pass, and again whenever a
+        library (of LoRA or quantisation, for example) has replaced its linear
+        layers since."""
         linears = *core.fc1, *core.fc2
         found = (*map(id, linears), *map(type, linears))
         if found != self._checked:
@@ -187,10 +204,11 @@ class MoELayer(ExactBuffers):
 
     @property
     def preserves_function(self) -> bool:
-        """Does the layer compute the dense function while residuals are
-        zero, in the present mode?"""
+        """True if the layer computes the dense function as long as residuals
+        are zero. This may differ between training and evaluation."""
         if not self.experts.core:
-            # Equal experts, whose gates must then sum to one.
+            # Plain experts that are copies of one FFN compute its function if
+            # every token has one and its weights sum to one.
             return self.align in (*MEANS, 'renormalize') and (
                 self.router.keeps_every_token)
         return self.align == 'difference' or (
@@ -199,8 +217,17 @@ class MoELayer(ExactBuffers):
 
     def mixture(self, x: Tensor, valid: Tensor | None,
                 middle: Middle | None = None) -> Tensor:
-        """(..., D), each token's experts summed; see ``forward`` of the
-        subclasses, and for ``middle`` :func:`rmoe.moe.mixing.mix_sparse`."""
+        """Route the tokens, apply their experts and combine the outputs.
+
+        Args:
+            x: (..., D) tokens; with three or more axes, the first is that of
+                the images.
+            valid: (...) bool, False for padding; None means all are valid.
+            middle: see :func:`rmoe.moe.mixing.mix_sparse`.
+
+        Returns:
+            (..., D), what the experts give each token, without the identity.
+        """
         x_TD = x.reshape(-1, x.shape[-1])
         valid_T = None if valid is None else valid.reshape(-1)
         try:
@@ -209,7 +236,8 @@ class MoELayer(ExactBuffers):
         except NotFiniteError as error:
             raise NotFiniteError(
                 f'{self.name or "a MoE layer"}: {error}') from None
-        # A checkpoint around the layer repeats its forward in backward.
+        # Activation checkpointing around the layer repeats its forward during
+        # backward, which must not count loads and losses a second time.
         if self.training and not compat.in_backward():
             self._record(routing, valid_T)
         if self.with_cp and torch.is_grad_enabled() and (
@@ -232,22 +260,25 @@ class MoELayer(ExactBuffers):
 
     def _record(self, routing: Routing | SoftRouting,
                 valid_T: Tensor | None) -> None:
+        """Count loads and keep the auxiliary losses of a forward pass."""
         self._count(routing, valid_T)
         if not routing.losses:
             return
         if self.losses is not None:
             self.losses.append(routing.losses)
-        elif not compat.is_compiling():  # a trace cannot warn
+        elif not compat.is_compiling():  # A traced graph cannot warn.
             warnings.warn(
-                'a MoE layer produced auxiliary losses that nobody collects: '
-                "add dict(type='rmoe.MoELossHook') to custom_hooks of an "
-                'OpenMMLab config, or rmoe.auxiliary_loss(model) to the loss '
-                'of any other loop, or set loss_weights={} in the router to '
+                'a MoE layer produced auxiliary losses that are not collected '
+                'and so do not train the router. Add '
+                "dict(type='rmoe.MoELossHook') to custom_hooks of an OpenMMLab "
+                'config, or rmoe.auxiliary_loss(model) to the loss of any '
+                'other training loop, or set loss_weights={} in the router to '
                 'train without them',
                 stacklevel=2)
 
     def _count(self, routing: Routing | SoftRouting,
                valid_T: Tensor | None) -> None:
+        """Add the loads and token numbers of a forward pass to the totals."""
         loads = routing.load_E
         if isinstance(routing, SoftRouting):
             loads = loads.round().long()
@@ -269,9 +300,9 @@ def _check_align(align: str | None, soft: bool, core: bool) -> str:
         return 'none' if soft and not core else allowed[0]
     if align not in allowed:
         raise ValueError(
-            f'align={align!r} is not one of {allowed}, which a router that '
-            f'{"mixes tokens into slots" if soft else "chooses experts"} '
-            'takes')
+            f'align={align!r} is not one of {allowed}, the alignments for a '
+            'router that '
+            f'{"mixes tokens into slots" if soft else "chooses experts"}')
     if align == 'difference' and not core:
         raise ValueError("align='difference' needs core=True; with core=False "
                          "set align='none'")
@@ -279,7 +310,8 @@ def _check_align(align: str | None, soft: bool, core: bool) -> str:
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """The MoE layers of a model by their module name, in forward order."""
+    """The MoE layers of a model by their module names, in the order in which
+    ``model.named_modules()`` gives them."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -292,15 +324,15 @@ def collect_losses(model: nn.Module, start: bool) -> dict[str, Tensor]:
 
     Args:
         model: any module with MoE layers inside.
-        start: True drops what was there and collects from now on; False
-            stops and returns.
+        start: True forgets earlier losses and collects from now on; False
+            stops collecting and returns the losses.
 
     Returns:
-        Losses collected so far, by name, summed over layers and calls; empty
-        when starting.
+        The losses collected since the start, by name, summed over layers and
+        forward passes; empty with ``start=True``.
 
     Raises:
-        ValueError: for a loss without a gradient whose router trains.
+        ValueError: if a loss has no gradient although its router trains.
     """
     total: dict[str, Tensor] = {}
     for key, layer in moe_layers(model).items():
@@ -316,7 +348,7 @@ def collect_losses(model: nn.Module, start: bool) -> dict[str, Tensor]:
 
 def _check_gradient(loss: Tensor, name: str, layer: MoELayer, place: str
                     ) -> None:
-    """Refuse a loss that would be logged and never train its router."""
+    """Refuse a loss that would appear in the log but not train its router."""
     if not torch.is_grad_enabled() or loss.requires_grad or not any(
             p.requires_grad for p in layer.router.parameters()):
         return

@@ -1,7 +1,9 @@
-"""Auxiliary losses of sparse routers: pure functions, tensors in, scalar out.
+"""Auxiliary losses of sparse routers, as pure functions.
 
-All are float32. In each, (T,) ``valid_T`` is False for the tokens that do not
-count; None means that all do. Axis letters as in routing.py.
+They push a router towards balanced loads of the experts. The functions named
+``*_loss`` take tensors and return a float32 scalar, to which routers apply a
+weight. ``valid_T``, (T,), is False for tokens that do not count (padding);
+None means that all count. Axis letters as in routing.py.
 """
 import math
 
@@ -11,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 
 def of_valid(values: Tensor, valid_T: Tensor | None) -> Tensor:
-    """(T, ...) with zeros for tokens that do not count: not cut off, so that
-    shapes do not depend on their number."""
+    """(T, ...), the values with zeros for tokens that do not count. These are
+    not cut off, so that shapes do not depend on their number."""
     if valid_T is None:
         return values
     return values.masked_fill(
@@ -20,18 +22,21 @@ def of_valid(values: Tensor, valid_T: Tensor | None) -> Tensor:
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """(std / mean)^2 over the last axis, with the population variance (V-MoE,
-    2106.05974)."""
+    """CV^2, the squared coefficient of variation (std / mean)^2, over the last
+    axis, with the population variance (V-MoE, 2106.05974). It is 0 if all
+    values are equal."""
     return _SquaredVariation.apply(values)
 
 
 class _SquaredVariation(torch.autograd.Function):
-    """In a quarter of the operators that autograd takes."""
+    """:func:`squared_variation` in a quarter of the operators that autograd
+    would need."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
         var, mean = torch.var_mean(values, -1, correction=0, keepdim=True)
-        # An all-zero vector (no tokens) is balanced, not 0/0.
+        # The minimum makes an all-zero vector (no tokens) balanced; without
+        # it the result would be 0 / 0.
         square = mean.square().clamp_min(1e-12)
         out = var / square
         ctx.save_for_backward(values, mean, square, out)
@@ -48,23 +53,27 @@ class _SquaredVariation(torch.autograd.Function):
 
 def importance_loss(probs_TE: Tensor, valid_T: Tensor | None = None
                     ) -> Tensor:
-    """CV^2 of the summed gate probabilities per expert (2106.05974, A.2)."""
+    """CV^2 of the gate probabilities per expert, summed over tokens
+    (2106.05974, A.2)."""
     return squared_variation(of_valid(probs_TE, valid_T).sum(0))
 
 
 def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
               noise_std: float, valid_T: Tensor | None = None) -> Tensor:
-    """CV^2 of each expert's smooth probability of being chosen.
+    """CV^2 of each expert's probability of being chosen, summed over tokens.
 
-    p_e(x) = 1 - Phi((threshold - logit_e) / noise_std), the threshold being
-    the k-th largest noisy logit of the token (2106.05974, A.2).
+    The load itself, a count, has no gradient. The probability has one: expert
+    e is chosen for token x, if its noise were drawn anew, with p_e(x) =
+    1 - Phi((threshold - logit_e) / noise_std). The threshold is the k-th
+    largest noisy logit of the token, Phi the normal distribution function
+    (2106.05974, A.2).
 
     Args:
         logits_TE: (T, E) noise-free logits.
-        noisy_logits_TE: (T, E) the logits the choice was made by.
+        noisy_logits_TE: (T, E) logits by which the choice was made.
         top_k: K.
         noise_std: standard deviation of the noise that was added, > 0.
-        valid_T: (T,) bool.
+        valid_T: (T,) bool, False for tokens that do not count.
     """
     return squared_variation(twice_chosen(logits_TE, noisy_logits_TE, top_k,
                                           noise_std, valid_T))
@@ -72,15 +81,19 @@ def load_loss(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
 
 def twice_chosen(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
                  noise_std: float, valid_T: Tensor | None = None) -> Tensor:
-    """(E,) whose variation is the :func:`load_loss`, which see: twice the sum
-    of each expert's probabilities of being chosen, as 2 p is
-    erfc((threshold - logit) / (sqrt(2) noise_std))."""
+    """(E,), twice the sum over tokens of each expert's probability p of being
+    chosen. Arguments as for :func:`load_loss`, which is CV^2 of the result.
+
+    Twice the probability is cheaper, because 2 p is
+    erfc((threshold - logit) / (sqrt(2) noise_std)); CV^2 is the same.
+    """
     return _TwiceChosen.apply(logits_TE, noisy_logits_TE, top_k, noise_std,
                               valid_T)
 
 
 class _TwiceChosen(torch.autograd.Function):
-    """In a third of the operators that autograd takes."""
+    """:func:`twice_chosen` in a third of the operators that autograd would
+    need."""
 
     @staticmethod
     def forward(ctx, logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
@@ -107,7 +120,8 @@ class _TwiceChosen(torch.autograd.Function):
         slope_TE = of_valid(slope_TE, valid_T)
         grad_noisy = None
         if ctx.needs_input_grad[1]:
-            # The threshold is one of the noisy logits.
+            # The threshold is one of the noisy logits, and takes part in the
+            # probabilities of all experts: its gradient is minus their sum.
             grad_noisy = torch.zeros_like(slope_TE).scatter_(
                 1, chosen_T1, slope_TE.sum(1, keepdim=True).neg_())
         return slope_TE, grad_noisy, None, None, None
@@ -116,8 +130,9 @@ class _TwiceChosen(torch.autograd.Function):
 def balance_losses(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
                    noise_std: float, valid_T: Tensor | None = None
                    ) -> tuple[Tensor, Tensor]:
-    """:func:`importance_loss` of the noise-free softmax and
-    :func:`load_loss`, in fewer operators than one after the other."""
+    """Return :func:`importance_loss` of the noise-free softmax and
+    :func:`load_loss`. Computing both together takes fewer operators than
+    computing one after the other."""
     mass_E = of_valid(logits_TE.softmax(1), valid_T).sum(0)
     chosen_E = twice_chosen(logits_TE, noisy_logits_TE, top_k, noise_std,
                             valid_T)
@@ -129,8 +144,9 @@ def balance_losses(logits_TE: Tensor, noisy_logits_TE: Tensor, top_k: int,
 def gshard_loss(probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     """E * sum_e f_e P_e (2006.16668; equal to Switch's, 2101.03961, eq. 4).
 
-    f_e is the share of tokens whose first choice is e, P_e the mean
-    probability of e: 1 when balanced, E when collapsed.
+    f_e is the share of tokens whose first choice is expert e, and P_e the mean
+    probability of e. The loss is 1 if loads are balanced, and E if all tokens
+    choose one expert with probability 1.
     """
     num_experts = probs_TE.shape[1]
     experts = torch.arange(num_experts, device=probs_TE.device)
@@ -142,13 +158,14 @@ def gshard_loss(probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
 
 
 def z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
-    """Mean squared log-partition of the logits (ST-MoE, 2202.08906, eq. 5)."""
+    """Mean over tokens of the squared logsumexp of the logits (ST-MoE,
+    2202.08906, eq. 5). It keeps the logits small."""
     squared_T = torch.logsumexp(logits_TE, 1).square()
     return of_valid(squared_T, valid_T).sum() / _count(logits_TE, valid_T)
 
 
 def _count(values: Tensor, valid_T: Tensor | None) -> Tensor | int:
-    """How many tokens count, at least one."""
+    """The number of tokens that count, but at least one."""
     if valid_T is None:
         return max(len(values), 1)
     return valid_T.sum().clamp_min(1)

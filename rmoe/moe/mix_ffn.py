@@ -1,5 +1,5 @@
-"""Mixtures of experts of FFNs that look at the map: SegFormer's and PVT's
-MixFFN, and SegNeXt's Mlp.
+"""MoE layers for FFNs that contain a convolution over the map of tokens:
+SegFormer's and PVT's MixFFN, and SegNeXt's Mlp.
 
 Axis letters as in routing.py.
 """
@@ -18,23 +18,24 @@ from rmoe.moe.mixing import Middle
 class MoEMixFFN(MoELayer):
     """SegFormer's MixFFN (2105.15203) with experts, and PVT's (2102.12122).
 
-    SegFormer's experts, and those of PVT v2, are linear - depthwise
-    convolution - activation - linear. The two linear layers are core +
-    residual; the convolution belongs to the core and serves all experts. It
-    runs over the map of the tokens' hidden activations, each computed by the
-    token's own expert: with zero residuals that is the dense map. With K
-    choices there are K maps. PVT v1 has no convolution.
+    The FFNs of SegFormer and PVT v2 are linear - depthwise convolution -
+    activation - linear. With experts, the two linear layers are core +
+    residual. The convolution belongs to the core, and all experts share it.
+    It runs over the map of the tokens' hidden activations, where each token's
+    activation comes from its own expert. With zero residuals that is the map
+    of the dense FFN. If each token has K experts, there are K maps. PVT v1 has
+    no convolution.
 
     Args:
         ffn: the MixFFN of mmseg or mmdet; its modules and weights become the
             core and keep their names.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow. With a
-            convolution it must keep every token: a map with holes cannot be
-            convolved.
+            convolution it must keep every token, because a map with missing
+            tokens cannot be convolved.
         core: must be True.
         rank: rank of the residuals.
-        align: how gates meet outputs.
+        align: how gates weight the experts' outputs.
         unrouted: what a token gets that no expert kept.
         with_cp: recompute the experts in backward.
 
@@ -43,7 +44,8 @@ class MoEMixFFN(MoELayer):
             that drops tokens or mixes them.
     """
     layers: nn.Sequential
-    # Where there is no convolution too: its layers take maps.
+    # This holds for PVT v1 too, which has no convolution: its layers take
+    # maps, which plain experts do not.
     shares_core = 'convolution'
 
     def __init__(self, ffn: Any, num_experts: int = 8,
@@ -68,13 +70,14 @@ class MoEMixFFN(MoELayer):
     def forward(self, x: Tensor, hw_shape: tuple[int, int],
                 identity: Tensor | None = None,
                 valid: Tensor | None = None) -> Tensor:
-        """Same signature as MixFFN.
+        """Compute the layer with the signature of MixFFN.
 
         Args:
             x: (B, h w, D) tokens.
             hw_shape: (h, w).
             identity: (B, h w, D), added to the output; None means ``x``.
-            valid: without a convolution, as in :class:`rmoe.moe.MoEFFN`.
+            valid: as in :class:`rmoe.moe.MoEFFN`; only for layers without a
+                convolution.
         """
         if self.core_only:
             image = x.transpose(1, 2).unflatten(2, hw_shape)
@@ -86,7 +89,7 @@ class MoEMixFFN(MoELayer):
         return (x if identity is None else identity) + self.dropout_layer(out)
 
     def _dense(self, x: Tensor) -> Tensor:
-        # Without a convolution a token is a map of its own.
+        # Without a convolution, each token can be passed as a 1x1 map.
         assert not self.needs_all_rows
         rows_ND11 = x.reshape(-1, x.shape[-1], 1, 1)
         return self.layers(rows_ND11).reshape(x.shape)
@@ -94,18 +97,21 @@ class MoEMixFFN(MoELayer):
 
 class ConvolvedMlp(MoELayer):
     """A MLP with a depthwise convolution after its first layer, with experts
-    as those of :class:`MoEMixFFN`. A subclass says what its library calls
-    the parts and how it calls the whole.
+    as in :class:`MoEMixFFN`.
+
+    A subclass defines the library's names of the parts, and ``forward`` with
+    the library's signature.
 
     Args:
-        mlp: the library's; its modules and weights become the core and keep
-            their names.
+        mlp: the library's MLP; its modules and weights become the core and
+            keep their names.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow. It must
-            keep every token: a map with holes cannot be convolved.
+            keep every token, because a map with missing tokens cannot be
+            convolved.
         core: must be True.
         rank: rank of the residuals.
-        align: how gates meet outputs.
+        align: how gates weight the experts' outputs.
         unrouted: what a token gets that no expert kept.
         with_cp: recompute the experts in backward.
 
@@ -138,8 +144,10 @@ class ConvolvedMlp(MoELayer):
 
 
 class MoEConvMlp(ConvolvedMlp):
-    """The Mlp of SegNeXt's MSCAN (2209.08575) in mmseg, with experts. It takes
-    maps instead of tokens and leaves the identity to its block."""
+    """The Mlp of SegNeXt's MSCAN (2209.08575) in mmseg, with experts.
+
+    It takes maps instead of tokens. The identity is added by its block.
+    """
     fc1: nn.Module
     dwconv: nn.Module
     act: nn.Module
@@ -179,7 +187,9 @@ class MoESegformerFFN(ConvolvedMlp):
 
 
 def _check_keeps_every_token(router: Any) -> None:
-    """Raises:
+    """Refuse a router that does not give every token its experts.
+
+    Raises:
         ValueError: for a router that drops tokens or mixes them.
     """
     for mode in (False, True):
@@ -187,9 +197,10 @@ def _check_keeps_every_token(router: Any) -> None:
         if router.soft or not router.keeps_every_token:
             raise ValueError(
                 f'{type(router).__name__} does not give every token '
-                f'its experts in {"training" if mode else "evaluation"}: '
-                'a MixFFN convolves the map of their outputs. Use a '
-                'token-choice router without capacity')
+                f'its experts in {"training" if mode else "evaluation"}, '
+                'but this FFN has a convolution over the map of all tokens, '
+                'which must have no holes. Use a token-choice router without '
+                'capacity')
 
 
 def _middle(convolution: nn.Module, hw: tuple[int, ...]) -> Middle:
@@ -198,13 +209,25 @@ def _middle(convolution: nn.Module, hw: tuple[int, ...]) -> Middle:
 
 def _convolve(convolution: Callable[[Tensor], Tensor], hw: tuple[int, ...],
               table_TK: Tensor, hidden_NH: Tensor) -> Tensor:
-    """The depthwise convolution of each choice's map, as rows again."""
+    """Convolve the hidden rows of MoE tokens as maps.
+
+    Args:
+        convolution: the depthwise convolution of the core.
+        hw: height and width of the map.
+        table_TK: (T, K) int64, the rows of each token, best expert first. The
+            k-th map consists of the k-th row of each token.
+        hidden_NH: (N, H) hidden rows.
+
+    Returns:
+        (N, H), the convolved rows, in the order of ``hidden_NH``.
+    """
     assert table_TK.numel() == len(hidden_NH)
     maps = []
     weight: Any = convolution.weight  # type: ignore[attr-defined]
     for rows_T in table_TK.unbind(1):
         image = hidden_NH[rows_T].unflatten(0, (-1, *hw)).permute(0, 3, 1, 2)
-        # Experts run outside autocast, in the type that it gave them.
+        # Experts run with autocast switched off, on rows of its type. The
+        # convolution's weights may have another, so it is switched on here.
         same = image.dtype == weight.dtype
         with nullcontext() if same else torch.autocast(
                 image.device.type, image.dtype):

@@ -1,6 +1,7 @@
-"""From a routing to the layer's output: dispatch, experts, combine.
+"""Computes a MoE layer's output from its routing: dispatch, experts, combine.
 
-Axis letters as in routing.py.
+``mix_sparse`` is for routers that choose experts or tokens, ``mix_soft`` for
+soft routers. Axis letters as in routing.py.
 """
 from collections.abc import Callable
 from functools import partial
@@ -15,33 +16,38 @@ from rmoe.moe.experts import Core, Experts
 from rmoe.moe.host import host_may_read
 from rmoe.moe.routing import Routing, SoftRouting
 
-# How gates meet outputs; the first is the default.
+# How gates weight the experts' outputs; the first is the default.
 SPARSE_ALIGNMENTS = ('stopgrad', 'straight_through', 'none', 'renormalize')
-# Those whose outputs are means in forward.
+# The alignments whose forward pass is the mean of a token's experts.
 MEANS = ('stopgrad', 'straight_through')
 SOFT_ALIGNMENTS = ('difference', 'none')
-# The table (T, K) of each token's rows, that of its largest gate first, and
-# the (N, H) hidden rows.
+# A function of the (T, K) table of each token's rows, the row with the largest
+# gate first, and of the (N, H) hidden rows. It returns hidden rows.
 Middle = Callable[[Tensor, Tensor], Tensor]
 
 
 def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
                core: Core | None, align: str, unrouted: str,
                middle: Middle | None = None) -> Tensor:
-    """(T, D), each token's experts summed.
+    """Apply the experts to their tokens and combine the results.
 
     Args:
         x_TD: (T, D) tokens.
-        routing: rows of tokens at experts.
-        experts: what is applied to the rows.
-        core: the dense FFN they are residuals of.
+        routing: which token goes to which expert, and its gate.
+        experts: applied to the rows.
+        core: the dense FFN that the experts are residuals of; None for plain
+            experts.
         align: one of ``SPARSE_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
-        unrouted: 'core' or 'zero', for tokens without a row.
+        unrouted: what a token without a served row gets: 'core' or 'zero'.
         middle: called inside the experts before the activation; needs a
-            routing that serves each token equally often.
+            routing that gives each token the same number of experts.
+
+    Returns:
+        (T, D), for each token the combination of its experts' outputs.
     """
     if host_may_read(x_TD):
-        # Where to look is free, work on rows that nobody serves is not.
+        # On the CPU, reading the number of served rows costs nothing, while
+        # computing unserved rows does.
         routing = routing.served()
     rows = routing.rows
     x_TD = _autocast(x_TD)
@@ -52,8 +58,9 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
     fill_in = None
     if unrouted == 'core' and rows.lonely_T is not None:
         assert core is not None
-        # Before anything reads the experts' rows, which may still be on their
-        # way from other processes.
+        # The core runs before anything reads the experts' rows, because with
+        # expert parallelism these may still be on their way from other
+        # processes.
         fill_in = _serve_lonely(rows.lonely_T, x_TD, core)
     if len(rows_ND) < len(rows.token_ids_N):
         routing = routing.served(len(rows_ND))
@@ -64,7 +71,8 @@ def mix_sparse(x_TD: Tensor, routing: Routing, experts: Experts,
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """In the type that experts get: fewer bytes are moved."""
+    """Cast to the autocast type, in which experts compute. Casting before the
+    dispatch instead of after it moves fewer bytes."""
     device = x.device.type
     if compat.is_autocast_enabled(device):
         return x.to(compat.get_autocast_dtype(device))
@@ -72,22 +80,27 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _gates(routing: Routing, align: str) -> Tensor:
-    """(N,) what rows are multiplied by, zeros where nobody serves them."""
+    """(N,), the factor of each row according to ``align``; zero for unserved
+    rows."""
     rows, gates_N = routing.rows, routing.weights_N
     if align == 'renormalize':
-        # Gates that underflowed count alike.
+        # If all gates of a token have underflowed to zero, its experts count
+        # equally and the division below is not 0 / 0.
         gates_N = gates_N + torch.finfo(gates_N.dtype).tiny
     if rows.unserved_N is not None:
         gates_N = gates_N.masked_fill(rows.unserved_N, 0.)
     if align == 'renormalize':
         total_T1 = rows_to_tokens(gates_N[:, None], torch.ones_like(gates_N),
                                   False, rows)
-        # A token without a row has none that counts.
+        # A token without a served row has a total of zero, and its unserved
+        # rows have gates of zero. A total of 1 avoids 0 / 0.
         if rows.lonely_T is not None:
             total_T1 = total_T1.masked_fill(rows.lonely_T[:, None], 1.)
         gates_N = gates_N / tokens_to_rows(total_T1, rows)[:, 0]
     if align == 'straight_through':
-        # Rows get the gradient of the mean, gates that of the gated sum.
+        # The factor is 1 / n in value, so rows get the gradient of the mean.
+        # Its gradient with respect to the gate is 1, so gates get the
+        # gradient of the gated sum.
         share_T = 1. / rows.kept_per_token().clamp_min(1)
         share_N = share_T.to(gates_N).index_select(0, rows.token_ids_N)
         if rows.unserved_N is not None:
@@ -98,10 +111,11 @@ def _gates(routing: Routing, align: str) -> Tensor:
 
 def _serve_lonely(lonely_T: Tensor, x_TD: Tensor, core: Core
                   ) -> Callable[[Tensor], Tensor] | None:
-    """Apply the core to the tokens without a row.
+    """Apply the core to the tokens without a served row.
 
     Returns:
-        What puts its results into (T, D); None where there is no such token.
+        A function that puts the results into the (T, D) output; None if there
+        is no such token.
     """
     if not host_may_read(x_TD):
         core_TD = core(x_TD)
@@ -115,8 +129,8 @@ def _serve_lonely(lonely_T: Tensor, x_TD: Tensor, core: Core
 
 
 def _best_first(routing: Routing) -> Tensor:
-    """(T, K) int64, the rows of each token by falling gate: what follows must
-    not depend on the experts' numbers."""
+    """(T, K) int64, the rows of each token by falling gate, so that what is
+    computed from them does not depend on the order of the experts."""
     rows = routing.rows
     if rows.by_token is None:
         place_N = torch.arange(rows.num_tokens, device=rows.token_ids_N.device)
@@ -124,30 +138,35 @@ def _best_first(routing: Routing) -> Tensor:
             0, rows.token_ids_N, place_N)[:, None]
     assert rows.unserved_N is None
     table_TK = rows.by_token[0].view(rows.num_tokens, -1)
-    # Best first, of equal ones the lower expert.
+    # Of equal gates, the lower expert index comes first.
     gates_TK = routing.weights_N.detach()[table_TK]
     return table_TK.gather(1, top_k(gates_TK, gates_TK.shape[1]))
 
 
 def mix_soft(x_TD: Tensor, routing: SoftRouting, experts: Experts,
              core: Core | None, align: str) -> Tensor:
-    """(T, D), each token's mixture of the slots' outputs.
+    """Mix tokens into slots, apply the experts, and mix slots into tokens.
 
     Args:
         x_TD: (T, D) tokens.
-        routing: mixtures of tokens into slots, of slots into tokens.
-        experts: what is applied to the slots.
-        core: the dense FFN they are residuals of.
+        routing: the weights of tokens in slots, and of slots in tokens.
+        experts: applied to the slots.
+        core: the dense FFN that the experts are residuals of; None for plain
+            experts.
         align: one of ``SOFT_ALIGNMENTS``, see :class:`rmoe.moe.MoEFFN`.
+
+    Returns:
+        (T, D), each token's mixture of the slots' outputs.
     """
     mixed_TD = x_TD
     if routing.valid_T is not None:
-        # Padding has no weight, which is not enough: 0 * nan is nan.
+        # Padded tokens have a weight of zero, which does not keep out their
+        # values: 0 * nan is nan.
         mixed_TD = x_TD.masked_fill(~routing.valid_T[:, None], 0.)
     dispatch_GSN = routing.dispatch_GSN.to(x_TD.dtype)
     slots_GND = dispatch_GSN.mT @ mixed_TD.unflatten(
         0, dispatch_GSN.shape[:2])
-    # Rows sorted by expert: (G, E, C, D) to (E, G, C, D).
+    # Experts take rows sorted by expert: (G, E, C, D) becomes (E, G, C, D).
     rows_EGCD = slots_GND.unflatten(
         1, (experts.num_experts, -1)).transpose(0, 1)
     rows_ND = rows_EGCD.flatten(0, 2)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts MLP, a drop-in for any library's."""
+"""The MoE layer that replaces a MLP of any library."""
 from typing import Any
 
 import torch
@@ -7,30 +7,34 @@ from torch import Tensor, nn
 from rmoe.moe.layer import MoELayer
 from rmoe.moe.mlp_form import Form, form_of, gated, run
 
-# Attributes of a layer that its class does not show.
+# Attributes that only instances of the layer have, not its class. The MLP's
+# submodules must not have these names, since they become attributes too.
 OWN = ('experts', 'router', 'out_drop', 'form', 'align', 'unrouted', 'with_cp',
        'core_only', 'name', 'losses', 'loads_2E', 'token_counts', '_checked')
 
 
 class MoEMlp(MoELayer):
-    """A trained or fresh MLP of timm, Hugging Face or anybody, with experts.
+    """A trained or fresh MLP of timm, Hugging Face or any other library, with
+    experts.
 
     Its modules and weights become the core and keep their names (``fc1``,
-    ``fc2``). What a block adds around it (drop path, LayerScale, identity)
-    stays with the block. In a MLP with a gate (2002.05202: DINOv2-g, EVA-02,
-    timm's ``GluMlp`` and ``SwiGLU``) an expert has both halves of the first
-    layer. A norm inside belongs to the core and serves all experts.
+    ``fc2``). Drop path, LayerScale and identity stay in the block around the
+    MLP. In a MLP with a gate (2002.05202: DINOv2-g, EVA-02, timm's ``GluMlp``
+    and ``SwiGLU``) each expert has both halves of the first layer. A norm
+    inside the MLP belongs to the core, and all experts share it.
 
     Args:
-        mlp: see :class:`rmoe.moe.mlp_form.Form` for what it may be.
+        mlp: the MLP; see :class:`rmoe.moe.mlp_form.Form` for the allowed
+            forms.
         num_experts: E.
         router: see :class:`rmoe.moe.MoEFFN`, like all that follow.
         core: False makes every expert a copy of the MLP instead.
         rank: rank of the residuals.
-        align: how gates meet outputs.
+        align: how gates weight the experts' outputs.
         unrouted: what a token gets that no expert kept.
         with_cp: recompute the experts in backward.
-        form: what the MLP is made of, if the caller knows; None finds out.
+        form: the form of the MLP, if the caller knows it; None finds it out
+            by :func:`rmoe.moe.mlp_form.form_of`.
 
     Raises:
         ValueError: for a MLP of another form, with a submodule whose name the
@@ -44,14 +48,17 @@ class MoEMlp(MoELayer):
                  form: Form | None = None) -> None:
         form = form or form_of(mlp)
         if form is None:
-            raise ValueError(f'{mlp} is not a linear layer with bias, an '
-                             'activation and a linear layer back, with or '
-                             'without a gate: it cannot become a MoE layer')
+            raise ValueError(f'{mlp} does not consist of a linear layer with '
+                             'bias, an activation and a linear layer back to '
+                             'the first width, with or without a gate: it '
+                             'cannot become a MoE layer')
         children = dict(mlp.named_children())
         taken = {*dir(MoEMlp), *OWN} & set(children)
         if taken:
             raise ValueError(f'{type(mlp).__name__} has a submodule named '
-                             f'{sorted(taken)}, which a MoE layer has too')
+                             f'{sorted(taken)}. A MoE layer has an attribute '
+                             'of that name too: rename the submodule, or '
+                             'choose other layers')
         if form.norm and not core:
             raise ValueError(
                 f'core=False: the experts of a {type(mlp).__name__} keep its '
@@ -80,7 +87,7 @@ class MoEMlp(MoELayer):
     def forward(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """(..., D) tokens to (..., D); ``valid`` as in MoEFFN."""
         if self.form.norm:
-            # Somebody may have put another in its place.
+            # A library may have replaced the norm since the layer was built.
             between: Any = self.experts.act
             between.norm = (self.get_submodule(self.form.norm), )
         out = self._dense(x) if self.core_only else self.mixture(x, valid)
@@ -91,13 +98,14 @@ class MoEMlp(MoELayer):
 
 
 class Between(nn.Module):
-    """What stands between the linear layers of a MLP with a gate or a norm.
+    """The part of a MLP with a gate or a norm that is between its linear
+    layers. Experts use it as their activation.
 
     Args:
         act: activation.
         gate: see :class:`rmoe.moe.mlp_form.Form`.
         drop: dropout before the norm.
-        norm: the core's, which stays there; None for none.
+        norm: the norm, which stays a submodule of the core; None for none.
     """
 
     def __init__(self, act: nn.Module, gate: str, drop: float,
@@ -106,12 +114,14 @@ class Between(nn.Module):
         self.act = act
         self.gate = gate
         self.drop = nn.Dropout(drop)
-        # In a tuple it is no submodule: its weights are the core's.
+        # The tuple keeps PyTorch from registering the norm here too; its
+        # weights belong to the core.
         self.norm = (norm, )
 
     @property
     def can_run_twice(self) -> bool:
-        """Is it a function of its input and no weights?"""
+        """True without a norm. Only then the result depends on the input
+        alone and on no weights, so that backward may compute it again."""
         return self.norm[0] is None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,14 +134,16 @@ class Between(nn.Module):
         norm = self.norm[0]
         if norm is None:
             return x
-        # Experts run outside autocast, which would see to this.
+        # Experts run with autocast switched off, so the type that the norm
+        # needs has to be given here.
         weight = next(norm.parameters(), None)
         kind = torch.float32 if weight is None else weight.dtype
         return norm(self.drop(x).to(kind)).to(x.dtype)
 
 
 def dropout_of(mlp: nn.Module, names: tuple[str, ...]) -> float:
-    """What dropouts among these modules drop together."""
+    """The probability with which the dropouts among these modules, one after
+    the other, drop a value."""
     kept = 1.
     for name in names:
         part = mlp.get_submodule(name)

@@ -1,8 +1,9 @@
-"""What a MLP computes, found by running it.
+"""Finds out, by running it, whether a module is a MLP that can get experts.
 
-Names say little: each library has its own. A module is a MLP of a form that
-experts can have if its linear layers, what is called between and after them,
-and a gate of two halves, give its output.
+Class and attribute names do not tell, since each library has its own. So
+:func:`form_of` observes which submodules a module calls, assumes a form (the
+two linear layers, what is called between and after them, and possibly a gate),
+computes that form, and compares the result with the module's output.
 """
 import copy
 import inspect
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 
 from rmoe.moe.plain_core import HOOKS
 
+# Modules that do nothing in evaluation.
 SILENT = (nn.Dropout, nn.Identity)
 NORMS = ('LayerNorm', 'RMSNorm')
-# Of the largest value: float32, sums in another order.
+# Allowed difference, relative to the largest value: float32 sums in another
+# order differ by rounding.
 TOLERANCE = 1e-4
-# Shapes and sizes of tokens, D channels last, that a MLP is tried on. One that
-# mixes tokens or images, clips, or looks at the shape, shows in one of them.
-# The first two it must take.
+# Shapes without the channel axis, and magnitudes, of the tokens that a module
+# is run on. A module that mixes tokens or images, clips values or depends on
+# the shape gives another result than a MLP for at least one of them. A MLP has
+# to accept the first two; the others are skipped if it refuses them.
 TRIALS = (((1, 4), 1.), ((3, 5), 1000.), ((2, 3, 2), 1.), ((7, ), 1.))
 
 
@@ -31,16 +35,18 @@ class Form:
     """The parts of a MLP, by the names of its submodules.
 
     Attributes:
-        fc1: D to H; of a MLP with a gate (2002.05202) one layer D to 2 H, or
-            two layers D to H each, in the order of their calls.
-        act: activation; '' for SiLU that is called as a function.
-        gate: which half of the hidden values the activation applies to,
-            'first' or 'last', to multiply the other; '' without a gate.
-        norm: before the second linear layer; '' for none.
-        fc2: H to D.
+        fc1: the first linear layer, D to H. A MLP with a gate (2002.05202)
+            has one layer D to 2 H, or two layers D to H each, in the order of
+            their calls.
+        act: the activation; '' if SiLU is called as a function.
+        gate: the half of the hidden values, 'first' or 'last', to which the
+            activation applies before it multiplies the other half; ''
+            without a gate.
+        norm: the norm before the second linear layer; '' for none.
+        fc2: the second linear layer, H to D.
         middle: activation, norm and dropouts before the second linear layer,
             in the order of their calls.
-        after: dropouts after it.
+        after: dropouts after the second linear layer.
     """
     fc1: tuple[str, ...]
     act: str
@@ -52,8 +58,8 @@ class Form:
 
 
 def small_mlps(model: nn.Module) -> list[str]:
-    """Names of the smallest modules that hold two or three linear layers and,
-    but for norms, no other parameters; some are MLPs."""
+    """Names of modules that may be MLPs: the smallest ones that contain two or
+    three linear layers and, except for norms, no other parameters."""
     found: list[str] = []
     for name, module in model.named_modules():
         linears = [child for child in module.modules()
@@ -63,7 +69,8 @@ def small_mlps(model: nn.Module) -> list[str]:
                for p in child.parameters()}
         if len(linears) in (2, 3) and module not in linears and all(
                 id(p) in own for p in module.parameters()):
-            # Parents come first: a smaller one replaces what is around it.
+            # Parents come before their children, so a smaller module replaces
+            # the ones that contain it.
             found = [other for other in found if not (
                 other == '' or name.startswith(f'{other}.'))] + [name]
     return found
@@ -71,24 +78,29 @@ def small_mlps(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def form_of(mlp: nn.Module) -> Form | None:
-    """The form of a MLP, or None if it has none that experts can have.
+    """Return the form of a MLP, or None if the module is not a MLP of a form
+    that experts can have.
 
-    A copy with made-up weights is run on a few made-up tokens: zeros, which
-    many models start with, would make any form fit. The module and the state
-    of random generators are as before, and no hook is called.
+    A copy of the module with random weights is run on a few made-up tokens.
+    Its own weights would not do: many models initialise some with zeros, and
+    with zeros any form fits. The module and the state of random generators do
+    not change, and no hook is called.
     """
     try:
-        # A layer in its place is called with tokens alone.
+        # The MoE layer that replaces the module is called with tokens alone.
         if len(inspect.signature(mlp.forward).parameters) != 1:
             return None
         with torch.random.fork_rng(devices=[]):
             return _form_of(_twin(mlp))
     except Exception:
-        # Somebody's module took something else than tokens: it is no MLP.
+        # The module does not accept tokens, so it is not a MLP. Code of other
+        # libraries may raise any exception.
         return None
 
 
 def _twin(mlp: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32 and evaluation mode, with random weights
+    and without hooks."""
     on_meta = any(p.is_meta for p in mlp.parameters())
     twin = copy.deepcopy(mlp)
     twin = twin.to_empty(device='cpu') if on_meta else twin.cpu()
@@ -103,7 +115,8 @@ def _twin(mlp: nn.Module) -> nn.Module:
 
 
 def _form_of(twin: nn.Module) -> Form | None:
-    # A linear layer with a parametrization has modules inside.
+    # Observe the calls of linear layers and of modules without children. A
+    # linear layer with a parametrization has children, which are left out.
     linears = {child: name for name, child in twin.named_modules()
                if isinstance(child, nn.Linear)}
     inside = tuple(f'{name}.' for name in linears.values())
@@ -126,20 +139,23 @@ def _form_of(twin: nn.Module) -> Form | None:
 
 
 def _has_form(twin: nn.Module, form: Form, dim: int) -> bool:
+    """Return True if the module computes what the form computes."""
     for number, (shape, size) in enumerate(TRIALS):
         x = _tokens(shape, dim, size)
         try:
             outs = [twin(x)]
-            # With the dropouts off, only code of the module itself is random.
+            # Setting ``training`` on the module alone leaves its dropouts
+            # off. If the output now changes, its own code is random.
             twin.training = True
             outs.append(twin(x))
         except Exception:
             if number < 2:
                 raise
-            continue  # it takes maps or sequences alone
+            continue  # The module accepts only maps, or only sequences.
         finally:
             twin.training = False
-        # As experts see them: rows in an order of their own.
+        # Experts get a list of tokens in another order, without axes for
+        # images or positions.
         rows = run(twin, form, x.flatten(0, -2).flip(0))
         wanted = rows.flip(0).view(*x.shape[:-1], -1)
         limit = TOLERANCE * wanted.abs().max().clamp_min(1.)
@@ -150,14 +166,20 @@ def _has_form(twin: nn.Module, form: Form, dim: int) -> bool:
 
 
 def _tokens(shape: tuple[int, ...], dim: int, size: float) -> Tensor:
-    """No two of them alike."""
+    """Made-up tokens, no two of them alike."""
     count = dim * math.prod(shape)
     return size * torch.linspace(-1, 3, count).mul(9).sin().view(*shape, dim)
 
 
 def run(mlp: nn.Module, form: Form, x: Tensor) -> Tensor:
-    """The MLP on tokens (..., D), by its parts, without what is after the
-    second linear layer."""
+    """Compute the MLP of (..., D) tokens from its parts, without the dropouts
+    after the second linear layer.
+
+    Args:
+        mlp: the MLP, or a MoE layer that has its submodules.
+        form: the names of the parts.
+        x: (..., D) tokens.
+    """
     part = mlp.get_submodule
     hidden = [part(name)(x) for name in form.fc1]
     x = hidden[0]
@@ -172,16 +194,24 @@ def run(mlp: nn.Module, form: Form, x: Tensor) -> Tensor:
 
 
 def gated(first: Tensor, last: Tensor, act: nn.Module, gate: str) -> Tensor:
-    """(..., H), the half that is the gate through the activation, times the
-    other."""
-    # They may be parts of one tensor, which must stay as it is.
+    """(..., H), the activation of one half times the other half.
+
+    Args:
+        first: (..., H).
+        last: (..., H).
+        act: activation.
+        gate: the half that it applies to, 'first' or 'last'.
+    """
+    # An activation that works in place would change the tensor of which both
+    # halves are views.
     if any(getattr(part, 'inplace', False) for part in act.modules()):
         first, last = first.clone(), last.clone()
     return act(first) * last if gate == 'first' else first * act(last)
 
 
 def _candidates(twin: nn.Module, called: tuple[str, ...]) -> Iterator[Form]:
-    """Forms that the modules may have that were called in this order."""
+    """The forms that a module may have which calls these submodules in this
+    order."""
     parts = [twin.get_submodule(name) for name in called]
     linears = [i for i, part in enumerate(parts)
                if isinstance(part, nn.Linear)]
@@ -204,7 +234,8 @@ def _candidates(twin: nn.Module, called: tuple[str, ...]) -> Iterator[Form]:
         return
     width: Any = parts[linears[-1]]
     packed = _hidden(twin, fc1) == 2 * width.in_features
-    # Without an activation it is no MLP; that of a gate may be a function.
+    # A module without an activation is not a MLP. With a gate the activation
+    # may be a function, which the observation of submodules does not see.
     if not packed and not others:
         return
     for gate in ('first', 'last') if packed else ('', ):
@@ -214,6 +245,8 @@ def _candidates(twin: nn.Module, called: tuple[str, ...]) -> Iterator[Form]:
 
 
 def _fit(twin: nn.Module, fc1: tuple[str, ...], fc2: str) -> bool:
+    """Return True if the linear layers have the widths of a MLP, and the first
+    ones a bias."""
     first: list[Any] = [twin.get_submodule(name) for name in fc1]
     last: Any = twin.get_submodule(fc2)
     sizes = {(one.in_features, one.out_features) for one in first}
@@ -225,9 +258,10 @@ def _fit(twin: nn.Module, fc1: tuple[str, ...], fc2: str) -> bool:
 
 
 def _hidden(twin: Any, fc1: tuple[str, ...]) -> int:
+    """The number of outputs of the first linear layers together."""
     return sum(twin.get_submodule(name).out_features for name in fc1)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """One that treats each token by itself."""
+    """Return True for a norm that treats each token by itself."""
     return any(kind in type(module).__name__ for kind in NORMS)

@@ -1,18 +1,20 @@
-"""Which FFNs of a model become MoE FFNs."""
+"""Chooses the FFNs of a model that become MoE FFNs."""
 from collections.abc import Mapping
 from typing import Any
 
 
 def choose_blocks(layers: Any, depth: int, option: str = 'moe.layers'
                   ) -> tuple[int, ...]:
-    """Which blocks of a backbone without stages are MoE.
+    """Return the indices of the MoE blocks of a backbone without stages.
 
     Args:
-        layers: block indices, or V-MoE's placements (2106.05974):
-            ``dict(every=n)``, each n-th block ending with the last, or
-            ``dict(last=n)``, the last n of the odd blocks.
-        depth: blocks there are.
-        option: what the user calls ``layers``.
+        layers: block indices, or one of V-MoE's placements (2106.05974):
+            ``dict(every=n)``, every n-th block from block n - 1 on (which
+            ends with the last block if n divides ``depth``), or
+            ``dict(last=n)``, the last n of the blocks with odd indices.
+        depth: number of blocks.
+        option: the name of the user's option that holds ``layers``, for the
+            message.
 
     Raises:
         ValueError: for another placement, or more blocks than there are.

@@ -1,8 +1,9 @@
-"""Which cores experts can be added to.
+"""Checks that a core's linear layers do nothing but what their weights say.
 
-Experts fold the weights of the core's linear layers with their residuals,
-and never call those layers. What a wrapped layer does beside its weight
-would be left out without a word, so it is refused.
+Experts add their residuals to the weights of the core's linear layers, and
+never call these layers. If a library has wrapped such a layer (LoRA,
+quantisation, hooks), the effect would silently be lost for the experts. So
+such a core is refused.
 """
 from typing import Any
 
@@ -10,18 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# Known by name: mmcv need not be imported. Its wrappers add empty batches.
+# mmcv's wrappers are allowed, since they only add support for empty batches.
+# They are recognised by name, so that mmcv need not be imported.
 WRAPPERS = 'mmcv.cnn.bricks.wrappers'
 HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
          '_backward_hooks')
 
 
 class PassedOn(nn.Linear):
-    """A linear layer whose product was computed before: it hands over what it
-    gets. Its weights keep their name and belong to the layer before.
+    """The second linear layer of a FFN that consists of two modules, after
+    :class:`rmoe.moe.halves.MoEHalves` has replaced the first module.
+
+    The MoE layer has already computed the whole FFN with this layer's
+    weights, so this layer returns its input. Its weights keep their names.
 
     Attributes:
-        owner: the MoE layer, in a tuple: it is no submodule.
+        owner: the MoE layer, in a tuple, which keeps PyTorch from registering
+            it as a submodule.
     """
     owner: tuple[Any, ...]
 
@@ -31,9 +37,9 @@ class PassedOn(nn.Linear):
         layer.passes_on = False
         if not ours:
             raise ValueError(
-                'the second half of a MoE FFN was replaced: its layer computes '
-                'with the weights of the one before. Change weights in their '
-                'place, or call rmoe.to_dense first')
+                'the second half of a MoE FFN was replaced, but its MoE layer '
+                'still computes with the weights of the old one. Change the '
+                'weights in place instead, or call rmoe.to_dense first')
         if x.shape[-1] != self.out_features:
             raise ValueError(
                 f'the second half of a MoE FFN got tokens of {x.shape[-1]} '
@@ -46,12 +52,12 @@ class PassedOn(nn.Linear):
 def check_plain(linear: nn.Module, place: str) -> None:
     """Refuse a linear layer that does more than its weight and bias say.
 
-    A weight with ``torch.nn.utils.parametrize`` is fine: it is computed
-    wherever it is read, with its gradient.
+    A weight with ``torch.nn.utils.parametrize`` is allowed, because it is
+    computed whenever it is read, with its gradient.
 
     Args:
-        linear: one of a core's two linear layers.
-        place: what it is called in the message.
+        linear: one of a core's linear layers.
+        place: its name in the message.
 
     Raises:
         ValueError: for another class than ``nn.Linear``, a 1x1
@@ -70,9 +76,12 @@ def check_plain(linear: nn.Module, place: str) -> None:
 
 
 def _problem(linear: nn.Module) -> str:
+    """The reason to refuse a linear layer, as the end of a sentence; '' if
+    there is none."""
     kind = type(linear)
     if parametrize.is_parametrized(linear):
-        kind = kind.__bases__[0]  # torch makes a subclass for each module
+        # torch gives each parametrized module a subclass of its own.
+        kind = kind.__bases__[0]
     name = f'{kind.__module__}.{kind.__qualname__}'
     if kind is nn.Conv2d or name == f'{WRAPPERS}.Conv2d':
         if not _is_pointwise(linear):
@@ -81,8 +90,8 @@ def _problem(linear: nn.Module) -> str:
         return f'is a {name}, not an nn.Linear or a 1x1 nn.Conv2d'
     if 'forward' in vars(linear):
         return 'has a forward() put in place of its own'
-    # What counts operations or names scopes while it traces leaves results
-    # as they are.
+    # While torch.jit traces, tools put hooks on modules that count operations
+    # or name scopes. These do not change results.
     if torch.jit.is_tracing():
         return ''
     for hooks in HOOKS:

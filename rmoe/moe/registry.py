@@ -1,5 +1,6 @@
-"""The layer's own table of routers and scorers, so that it needs no OpenMMLab.
+"""The layer's own registry of routers and scorers.
 
+It lets the layer work without OpenMMLab. Where mmengine is installed,
 :mod:`rmoe.moe.registered` puts the same classes into mmengine's registries.
 """
 from collections.abc import Callable, Mapping
@@ -8,14 +9,14 @@ from typing import Any
 
 
 class Table:
-    """Classes by name, with the two methods of mmengine's ``Registry`` that
-    the layer uses."""
+    """A registry: classes by name, with the two methods of mmengine's
+    ``Registry`` that the layer uses."""
 
     def __init__(self) -> None:
         self.classes: dict[str, type] = {}
 
     def register_module(self) -> Callable[[type], type]:
-        """A decorator that puts a class in under its own name."""
+        """Return a decorator that registers a class under its own name."""
         def register(kind: type) -> type:
             self.classes[kind.__name__] = kind
             return kind
@@ -24,20 +25,21 @@ class Table:
 
     def build(self, config: Mapping,
               default_args: Mapping | None = None) -> Any:
-        """What a config describes.
+        """Build the object that a config describes.
 
         Args:
-            config: ``type``, a name of this table (with or without
-                ``rmoe.``) or a class; the rest are its arguments. Other names
-                are looked up in mmengine's registries, where it is installed.
-            default_args: for arguments that ``config`` leaves out.
+            config: ``type`` is a name of this table (with or without
+                ``rmoe.``) or a class; all other keys are its arguments. A
+                name that is not in this table is looked up in mmengine's
+                registries, if mmengine is installed.
+            default_args: values of arguments that ``config`` leaves out.
 
         Raises:
-            ValueError: without a type, or for an unknown one.
+            ValueError: if ``type`` is missing or unknown.
         """
         if 'type' not in config:
-            raise ValueError(f'{dict(config)} needs a type, one of '
-                             f'{sorted(self.classes)}')
+            raise ValueError(f'the config {dict(config)} needs a type: a '
+                             f'class, or one of {sorted(self.classes)}')
         args = {**(default_args or {}), **config}
         kind = args.pop('type')
         if isinstance(kind, str):
@@ -45,6 +47,7 @@ class Table:
             if found is None:
                 return self._build_elsewhere(kind, config, default_args)
             kind = found
+        # mmengine's registries read the scope; this table has none.
         args.pop('_scope_', None)
         return kind(**args)
 
@@ -52,13 +55,14 @@ class Table:
                          default_args: Mapping | None) -> Any:
         if find_spec('mmengine') is None:
             raise ValueError(f'type={name!r} is not one of '
-                             f'{sorted(self.classes)}; a class can be given '
-                             'instead of a name')
+                             f'{sorted(self.classes)}. Use one of these '
+                             'names, or give the class itself as type')
         from rmoe.registry import MODELS as OPENMMLAB
         if OPENMMLAB.get(name) is None:
             raise ValueError(f'type={name!r} is neither one of '
                              f'{sorted(self.classes)} nor registered in '
-                             'mmengine; see custom_imports')
+                             'mmengine. If it is a class of yours, name its '
+                             'module in custom_imports of the config')
         return OPENMMLAB.build(dict(config), default_args=(
             None if default_args is None else dict(default_args)))
 

@@ -1,4 +1,7 @@
-"""What a router decided, as data.
+"""The decision of a router as data, and the arithmetic of capacity and groups.
+
+Routers return a :class:`Routing` or a :class:`SoftRouting`. The layer, losses,
+statistics and plots read it.
 
 Axis letters, here and in every file of this package: B images, T tokens,
 G groups, S tokens of one group, E experts, K choices per token, C slots per
@@ -20,17 +23,18 @@ from rmoe.moe.rows import Rows
 class Routing:
     """A sparse assignment: each row is one token at one expert.
 
-    Shapes depend on sizes and options, never on decisions: rows that nobody
-    serves come last, see :class:`rmoe.moe.rows.Rows`. What looks at a routing
-    afterwards takes :meth:`served`.
+    Shapes depend on sizes and options, never on decisions. So there can be
+    unserved rows (padding, or tokens over the capacity), which come last, see
+    :class:`rmoe.moe.rows.Rows`. Analysis and plots call :meth:`served`, which
+    leaves them out.
 
     Attributes:
-        rows: who goes where.
+        rows: the token and the expert of each row.
         weights_N: (N,) float32, the gate of each row, differentiable.
-        logits_TE: (T, E) float32, noise-free router logits.
-        scores_TE: (T, E) float32, what the choice was made by.
-        losses: auxiliary losses by name, already weighted; empty in
-            evaluation.
+        logits_TE: (T, E) float32, router logits without noise.
+        scores_TE: (T, E) float32, the scores by which the choice was made.
+        losses: auxiliary losses by name, multiplied by their weights; empty
+            in evaluation.
     """
     rows: Rows
     weights_N: Tensor
@@ -55,8 +59,8 @@ class Routing:
 
     @property
     def demand_E(self) -> Tensor:
-        """(E,) int32, rows each expert would have got without a capacity
-        limit (equal to ``counts_E`` when dropless)."""
+        """(E,) int32, rows that each expert would serve without a capacity
+        limit; equal to ``counts_E`` if nothing is dropped."""
         return self.rows.demand_E
 
     @property
@@ -69,25 +73,26 @@ class Routing:
 
     @property
     def load_E(self) -> Tensor:
-        """(E,) what each expert served, in tokens."""
+        """(E,), the load of each expert: the tokens that it serves."""
         return self.counts_E
 
     def served(self, count: int | None = None) -> 'Routing':
-        """The same with the rows that somebody serves.
+        """Return the same routing with the served rows alone.
 
         Args:
-            count: how many these are, if it is known; None reads it.
+            count: their number, if it is known; None reads it from a tensor.
         """
         rows = self.rows.without_unserved(count)
         return replace(self, rows=rows,
                        weights_N=self.weights_N[:len(rows.token_ids_N)])
 
     def kept_per_token(self) -> Tensor:
-        """(T,) int32, how many experts kept each token."""
+        """(T,) int64, the number of experts that kept each token."""
         return self.rows.kept_per_token()
 
     def strongest_expert(self) -> Tensor:
-        """(T,) int64, the expert with the largest gate; -1 for none."""
+        """(T,) int64, the expert with the largest gate for each token; -1 for
+        a token that no expert kept."""
         served = self.served()
         gates_TE = self.weights_N.new_full(
             (self.num_tokens, self.num_experts), -1.)
@@ -99,14 +104,14 @@ class Routing:
     def dispatch_tensor(self) -> Tensor:
         """(T, E, C) float32, 1 where a token fills a slot of an expert.
 
-        The dispatch tensor of the unified formulation (2401.15969), with C
-        the largest load. For tests and analysis: it is never built on the
-        fast path.
+        This is the dispatch tensor of the unified formulation (2401.15969),
+        with C the largest load. It is for tests and analysis; the layer never
+        builds it.
         """
         return self.served()._scatter_rows(torch.ones_like(self.weights_N))
 
     def combine_tensor(self) -> Tensor:
-        """(T, E, C) float32, the gate at each filled slot."""
+        """(T, E, C) float32, the gate at each filled slot, zero elsewhere."""
         return self.served()._scatter_rows(self.weights_N)
 
     def _scatter_rows(self, values_N: Tensor) -> Tensor:
@@ -125,13 +130,16 @@ class Routing:
 @dataclass(frozen=True)
 class SoftRouting:
     """A soft assignment: each slot is a mixture of the tokens of its group,
-    each token gets a mixture of the outputs of the slots.
+    and each token gets a mixture of the outputs of the slots.
+
+    Here N = E C is the number of slots.
 
     Attributes:
-        dispatch_GSN: (G, S, E*C) float32, differentiable; sums to one over
-            the valid tokens of a group. Slots are sorted by expert.
-        combine_GSN: (G, S, E*C) float32, differentiable; sums to one over
-            the slots.
+        dispatch_GSN: (G, S, N) float32, differentiable, the weight of each
+            token in each slot; sums to one over the valid tokens of a group.
+            Slots are sorted by expert.
+        combine_GSN: (G, S, N) float32, differentiable, the weight of each
+            slot in each token; sums to one over the slots.
         num_experts: E.
         valid_T: (T,) bool, False for padding; None means all are valid.
     """
@@ -146,13 +154,13 @@ class SoftRouting:
 
     @property
     def losses(self) -> Mapping[str, Tensor]:
-        """There is nothing to balance."""
+        """Empty: a soft router's loads need no balancing."""
         return {}
 
     @property
     def load_E(self) -> Tensor:
-        """(E,) float32, sum of each expert's combine weights over the valid
-        tokens: what it serves, in tokens."""
+        """(E,) float32, the load of each expert in tokens: the sum of its
+        combine weights over the valid tokens."""
         mass_TE = self._weight_of_experts()
         if self.valid_T is not None:
             mass_TE = mass_TE.masked_fill(~self.valid_T[:, None], 0.)
@@ -160,7 +168,7 @@ class SoftRouting:
 
     @property
     def demand_E(self) -> Tensor:
-        """Nothing is dropped."""
+        """(E,) float32, equal to ``load_E``, since nothing is dropped."""
         return self.load_E
 
     @property
@@ -172,25 +180,29 @@ class SoftRouting:
                           device=self.dispatch_GSN.device)
 
     def kept_per_token(self) -> Tensor:
-        """(T,) int64: every expert has a part in every token."""
+        """(T,) int64, E for each token, since every expert contributes to
+        every token."""
         return torch.full((self.num_tokens, ), self.num_experts,
                           device=self.dispatch_GSN.device)
 
     def strongest_expert(self) -> Tensor:
-        """(T,) int64, the expert whose slots weigh most in the token."""
+        """(T,) int64, the expert whose slots have the largest total weight in
+        each token."""
         return self._weight_of_experts().argmax(1)
 
     def dispatch_tensor(self) -> Tensor:
-        """(T, E, C) of the unified formulation (2401.15969), with C the
-        slots of an expert over all groups; zero between groups."""
+        """(T, E, C), the dispatch tensor of the unified formulation
+        (2401.15969). C counts an expert's slots of all groups; weights
+        between a token and the slots of another group are zero."""
         return self._spread(self.dispatch_GSN)
 
     def combine_tensor(self) -> Tensor:
-        """(T, E, C) of the unified formulation."""
+        """(T, E, C), the combine tensor of the unified formulation."""
         return self._spread(self.combine_GSN)
 
     def _weight_of_experts(self) -> Tensor:
-        """(T, E), without gradient."""
+        """(T, E), the total weight of each expert's slots in each token,
+        without gradient."""
         return self.combine_GSN.detach().flatten(0, 1).unflatten(
             1, (self.num_experts, -1)).sum(2)
 
@@ -207,7 +219,7 @@ Count = TypeVar('Count', int, Tensor)
 
 
 def ceil(value: Any) -> Any:
-    """The next whole number, of a number or of a float tensor."""
+    """Round a number or a float tensor up to whole numbers."""
     return value.ceil() if isinstance(value, Tensor) else math.ceil(value)
 
 
@@ -215,13 +227,15 @@ def compute_capacity(num_rows: Count,
                      num_experts: int,
                      capacity_factor: float,
                      multiple_of: int = 4) -> Count:
-    """Slots per expert: ceil(rows * factor / experts), rounded up.
+    """Slots per expert: ceil(rows * factor / experts), rounded up to a
+    multiple.
 
     Args:
         num_rows: tokens times choices per token; a number, or a float64
-            tensor of them.
+            tensor of numbers.
         num_experts: E.
-        capacity_factor: slots over fair share; must be positive.
+        capacity_factor: slots of an expert divided by its fair share of the
+            rows; must be positive.
         multiple_of: the result is a multiple of this (V-MoE uses 4).
 
     Returns:
@@ -237,7 +251,8 @@ def compute_capacity(num_rows: Count,
         raise ValueError(
             f'capacity_factor={capacity_factor} must be positive; leave it '
             'at None to drop nothing')
-    # Less half a billionth: 100 * 1.1 is a little more than 110.
+    # Half a billionth is subtracted because in floating point 100 * 1.1 is a
+    # little more than 110 and would be rounded up to 111.
     capacity = ceil(num_rows * capacity_factor / num_experts - 5e-10)
     capacity = capacity + (capacity == 0)
     return ceil(capacity / multiple_of) * multiple_of
@@ -245,12 +260,13 @@ def compute_capacity(num_rows: Count,
 
 def count_groups(num_images: int, group: str | int,
                  option: str = 'group') -> int:
-    """G, how many groups of whole images a batch is routed in.
+    """Return G, the number of groups of whole images in a batch.
 
     Args:
         num_images: B.
         group: 'image', 'batch', or the number of images of a group.
-        option: name of the router's option it comes from.
+        option: name of the router's option that holds ``group``, for the
+            message.
 
     Raises:
         ValueError: if groups of that size do not divide the batch.
@@ -269,10 +285,14 @@ def count_groups(num_images: int, group: str | int,
 
 
 def check_group(name: str, group: str | int) -> None:
-    """Is it a group at all?
+    """Refuse a ``group`` that is neither 'image', 'batch' nor a count.
+
+    Args:
+        name: name of the router's option, for the message.
+        group: its value.
 
     Raises:
-        ValueError: if not; names the option.
+        ValueError: if the value is not allowed.
     """
     count = isinstance(group, int) and not isinstance(group, bool)
     if group not in ('image', 'batch') and not (count and int(group) >= 1):

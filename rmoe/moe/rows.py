@@ -1,4 +1,7 @@
-"""Who goes where, as data. Axis letters as in routing.py."""
+"""The assignment of tokens to experts as data, and the sorts that build it.
+
+Axis letters as in routing.py.
+"""
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,25 +13,29 @@ from rmoe import compat
 
 @dataclass(frozen=True)
 class Rows:
-    """Routed rows sorted by expert: each is one token at one expert.
+    """Routed rows sorted by expert: each row is one token at one expert.
 
-    How many rows there are depends on sizes and options, never on decisions.
-    Rows that nobody serves (padding, or tokens over the capacity) come last,
-    behind ``ends_E[-1]``, with any token and expert.
+    The number of rows depends on sizes and options, never on the router's
+    decisions, so that tensor shapes are known without reading a tensor. Rows
+    that no expert serves (padding, or tokens over the capacity) are called
+    unserved. They come last, from ``ends_E[-1]`` on; their token and expert
+    are arbitrary valid indices.
 
     Attributes:
-        token_ids_N: (N,) int64.
-        expert_ids_N: (N,) int64.
+        token_ids_N: (N,) int64, the token of each row.
+        expert_ids_N: (N,) int64, the expert of each row.
         counts_E: (E,) int32, rows that each expert serves.
         ends_E: (E,) int32, where each expert's rows end.
-        demand_E: (E,) int32, rows before the capacity limit.
+        demand_E: (E,) int32, rows that each expert would serve without a
+            capacity limit.
         num_tokens: T.
-        max_rows: no expert has more.
-        unserved_N: (N,) bool, True for the rows that nobody serves; None
-            means that all are served.
-        by_token: how to find the rows of a token, see
-            :func:`order_by_token`; None where each token has one row.
-        lonely_T: (T,) bool, tokens without a row; None where each has some.
+        max_rows: an upper bound of ``counts_E``, known without reading it.
+        unserved_N: (N,) bool, True for unserved rows; None if all rows are
+            served.
+        by_token: the order and starts of :func:`order_by_token`, which find
+            the rows of a token; None if each token has exactly one row.
+        lonely_T: (T,) bool, True for tokens without a served row; None if
+            every token has one.
     """
     token_ids_N: Tensor
     expert_ids_N: Tensor
@@ -43,24 +50,25 @@ class Rows:
 
     @property
     def even(self) -> bool:
-        """Do all experts have the same number of rows, known without
-        looking?"""
+        """True if it is known, without reading a tensor, that all experts
+        have the same number of rows."""
         num_rows = len(self.token_ids_N)
         return not num_rows or (
             self.unserved_N is None and
             len(self.counts_E) * self.max_rows == num_rows)
 
     def kept_per_token(self) -> Tensor:
-        """(T,) int64, how many experts kept each token."""
+        """(T,) int64, the number of experts that kept each token."""
         if self.by_token is None:
             return torch.ones_like(self.token_ids_N)
         return kept_per_token(self.by_token[1], self.num_tokens)
 
     def without_unserved(self, count: int | None = None) -> 'Rows':
-        """The rows that somebody serves.
+        """Return the served rows alone.
 
         Args:
-            count: how many these are, if it is known; None reads it.
+            count: their number, if it is known; None reads it from
+                ``ends_E``.
         """
         if self.unserved_N is None:
             return self
@@ -76,14 +84,21 @@ class Rows:
 
 def order_by_token(token_ids_N: Tensor, num_tokens: int,
                    unserved_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the rows of each token are.
+    """Find the rows of each token.
+
+    Args:
+        token_ids_N: (N,) int64, the token of each row.
+        num_tokens: T.
+        unserved_N: (N,) bool, True for unserved rows; None if all are served.
 
     Returns:
-        (N,) int64, the served rows token after token, in the order of their
-        experts, then the others; and (T + 1,) int64, where each token's rows
-        begin in that order, and where the last one's end. Where rows are not
-        served there are N more: of each such row, as if it were a token of
-        its own, and of as many that are empty.
+        The order, (N,) int64: the served rows of the first token, of the
+        second and so on, those of one token by expert; then the unserved
+        rows. And the starts, (T + 1,) int64: where each token's rows begin in
+        that order, and where those of the last token end. With
+        ``unserved_N`` there are N more starts, since each row then also has a
+        group of its own behind the tokens: it holds the row if that is
+        unserved and is empty otherwise.
     """
     num_bags = num_tokens
     if unserved_N is not None:
@@ -96,21 +111,25 @@ def order_by_token(token_ids_N: Tensor, num_tokens: int,
 
 
 def kept_per_token(starts: Tensor, num_tokens: int) -> Tensor:
-    """(T,) how many rows each token has, from where they start."""
+    """(T,), the number of served rows of each token, from the starts that
+    :func:`order_by_token` returns."""
     return starts[1:num_tokens + 1] - starts[:num_tokens]
 
 
 def stable_sort(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Sorted keys and their order, equal keys by position.
+    """Sort keys; equal keys keep their order.
 
     Args:
         keys_N: (N,) int64, from 0 to ``num_keys`` - 1.
-        num_keys: how many there are.
+        num_keys: number of possible keys.
+
+    Returns:
+        The sorted keys, and (N,) int64, the positions they came from.
     """
     if not compat.is_exporting():
         sorted_N, order_N = torch.sort(keys_N, stable=True)
         return sorted_N, order_N
-    # ONNX has no stable sort: positions make the keys different.
+    # ONNX has no stable sort. Adding the position makes every key unique.
     size = len(keys_N)
     place_N = torch.arange(size, device=keys_N.device)
     unique_N = (keys_N * size + place_N).sort().values
@@ -119,18 +138,18 @@ def stable_sort(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
 
 def starts_of(sorted_N: Tensor, num_keys: int,
               dtype: torch.dtype = torch.int32) -> Tensor:
-    """(num_keys,) where each key begins among sorted ones.
+    """(num_keys,), the position at which each key begins.
 
     Args:
-        sorted_N: (N,) int64.
-        num_keys: how many keys.
-        dtype: int32 or int64.
+        sorted_N: (N,) int64, sorted keys.
+        num_keys: number of possible keys.
+        dtype: int32 or int64, the type of the result.
     """
     if not compat.is_exporting():
         keys = torch.arange(num_keys, device=sorted_N.device)
         return torch.searchsorted(sorted_N, keys,
                                   out_int32=dtype == torch.int32)
-    # ONNX has no binary search.
+    # ONNX has no binary search, so the keys are counted instead.
     counts = torch.zeros(num_keys, dtype=torch.int64,
                          device=sorted_N.device).scatter_add(
         0, sorted_N, torch.ones_like(sorted_N))
@@ -138,11 +157,13 @@ def starts_of(sorted_N: Tensor, num_keys: int,
 
 
 def by_falling(values_T: Tensor) -> Tensor:
-    """(T,) int64, positions by falling value, equal ones by position."""
+    """(T,) int64, positions by falling value; equal values keep their
+    order."""
     if not compat.is_exporting():
         return torch.sort(values_T, descending=True, stable=True).indices
-    # ONNX has no stable sort: equal values, neighbours after a first sort,
-    # get one number, and a second sort has no ties.
+    # ONNX has no stable sort. A first sort makes equal values neighbours and
+    # numbers the distinct values. A second one sorts by that number and then
+    # by position, so that it has no ties.
     values_T, order_T = values_T.sort(descending=True)
     step_T = (values_T[1:] != values_T[:-1]).long().cumsum(0)
     step_T = F.pad(step_T, (1, 0))

@@ -1,8 +1,13 @@
 """Transport plans between tokens and experts: pure functions on a score
 matrix.
 
-A plan is non-negative; each token gives a mass of one, each expert takes its
-fair share, S / E. Axis letters as in routing.py; A is the similarity (S, E).
+A plan is a matrix of masses >= 0, one for each pair of token and expert. Each
+token gives a mass of one in all, and each expert takes its fair share, S / E;
+these sums are the plan's marginals. Optimal transport finds the plan that fits
+the scores best under the marginals, and so balances the experts' loads. The
+Sinkhorn routers use :func:`sinkhorn`, the sparse one :func:`k_sparse_plan`.
+Axis letters as in routing.py; A is the (S, E) similarity of tokens and
+experts.
 """
 from dataclasses import dataclass
 
@@ -11,36 +16,42 @@ from torch import Tensor
 
 from rmoe.moe import assignment
 
-# Less than the log of any mass.
+# The log of a mass of zero: smaller than that of any other mass.
 LOG_NOTHING = -1e30
-# The recipe of the reference router (Adam on the semi-dual).
+# Settings of Adam in the published router, which uses it on the semi-dual:
+# learning rate, betas, epsilon, and the gradient norm at which it stops.
 ADAM_RATE, ADAM_BETAS, ADAM_EPS, ADAM_STOP = 1e-2, (0.9, 0.999), 1e-8, 1e-3
 # A plan whose marginals are off by more than this did not converge.
 TOLERANCE = 1e-4
 NEWTON_STEPS = 30
-# Less than any similarity plus its dual variable, and more than a difference
-# of two; small, or adding them would round the difference away.
+# NEVER masks a pair of token and expert: it is less than any similarity plus
+# dual variable. FIRST, added to a pair, puts it before all others: it is more
+# than any difference of two such sums. Both are no larger than needed, because
+# float32 would round the similarities away beside a larger number.
 NEVER = -1e4
 FIRST = 1e2
 
 
 def sinkhorn(logits_GSE: Tensor, iterations: int = 20,
              valid_GS: Tensor | None = None) -> Tensor:
-    """(G, S, E) the entropic plan, argmax <T, L> + H(T), of each group.
+    """(G, S, E), the entropic plan, argmax <T, L> + H(T), of each group.
 
-    Alternately scales experts and then tokens (2401.15969, with epsilon 1), a
-    fixed number of times, in the log domain: logits of any size are safe. So
-    tokens' sums are exact and experts' sums nearly so. Differentiable.
+    It maximises the fit of the plan T to the logits L plus the entropy of T.
+    The method scales experts to their share and tokens to theirs by turns
+    (2401.15969, with epsilon 1), a fixed number of times. It works on
+    logarithms, so that logits of any size are safe. Tokens are scaled last:
+    their sums are exact, those of experts nearly so. Differentiable.
 
     Args:
         logits_GSE: (G, S, E) float32, L.
-        iterations: how often both are scaled.
-        valid_GS: (G, S) bool; padded tokens give nothing and get a row of
-            zeros.
+        iterations: how often experts and tokens are scaled.
+        valid_GS: (G, S) bool, False for padded tokens, which give no mass:
+            their rows in the plan are zero.
     """
     if not logits_GSE.numel():
         return logits_GSE
-    # The long axis last: sums over it run over contiguous memory.
+    # The token axis, which is long, comes last, so that sums over it run over
+    # contiguous memory.
     log_plan = logits_GSE.transpose(1, 2).contiguous()
     padded = None if valid_GS is None else ~valid_GS[:, None]
     token_scale = torch.zeros_like(log_plan[:, :1])
@@ -48,10 +59,11 @@ def sinkhorn(logits_GSE: Tensor, iterations: int = 20,
     for _ in range(iterations):
         given = log_plan + token_scale
         if padded is not None:
-            # Not -inf: the gradient of a sum of nothing is nan.
+            # Not -inf, because in a group of padding alone logsumexp over
+            # nothing but -inf has a gradient of nan.
             given = given.masked_fill(padded, LOG_NOTHING)
-        # To one, not to its share: shares are equal, so that their size
-        # cancels when tokens are scaled.
+        # Experts are scaled to a sum of one instead of their share. All
+        # shares are equal, so the factor cancels when tokens are scaled.
         expert_scale = -torch.logsumexp(given, 2, keepdim=True)
         token_scale = -torch.logsumexp(log_plan + expert_scale, 1,
                                        keepdim=True)
@@ -67,14 +79,15 @@ class SparsePlan:
 
     Attributes:
         plan_GSE: (G, S, E).
-        error_G: (G,) the largest distance of a token's sum from one. Experts'
-            sums are exact to rounding.
+        error_G: (G,) the largest distance of a token's sum from its mass (one,
+            or zero for padding). Experts' sums are exact up to rounding.
     """
     plan_GSE: Tensor
     error_G: Tensor
 
     def converged(self) -> bool:
-        """Does every group have the marginals it should have?"""
+        """Return True if the plan of every group has its marginals, up to
+        ``TOLERANCE``."""
         return bool((self.error_G <= TOLERANCE).all())
 
 
@@ -84,39 +97,42 @@ SOLVERS = ('matching', 'adam')
 def k_sparse_plan(similarity_GSE: Tensor, capacity_G: Tensor,
                   iterations: int = 20, solver: str = 'matching',
                   valid_GS: Tensor | None = None) -> SparsePlan:
-    """An l2-regularised plan with at most C tokens per expert.
+    """Find an l2-regularised plan with at most C tokens per expert.
 
-    argmax <T, A> - ||T||^2 / 2 under the marginals and the cardinality limit
-    (Sparsity-Constrained Optimal Transport, 2209.15466). The limit makes it
-    non-convex: no method finds the best plan in general, and with E * C < S
-    there is none.
+    The plan is argmax <T, A> - ||T||^2 / 2 under the marginals and the limit
+    of C nonzero entries per expert (Sparsity-Constrained Optimal Transport,
+    2209.15466). The limit makes the problem non-convex: no method finds the
+    best plan in general, and with E * C < S there is no plan at all.
 
-    'adam' is the recipe of the reference router: Adam on the convex
-    semi-dual, where each token's dual variable is added to its similarities
-    and each expert projects its C largest on the simplex, so that a token
-    that got too little rises. It ends far from the tokens' marginals.
+    The solver 'adam' is the one of the published router. It runs Adam on the
+    convex semi-dual problem. There each token has a dual variable, which is
+    added to its similarities, and each expert projects its C largest sums on
+    the simplex; the variable of a token that got too little mass rises. The
+    result is far from the tokens' marginals.
 
-    'matching' starts from those dual variables and meets the marginals. The
-    best plan on given places, C tokens of each expert, is a convex problem,
-    solved by Newton's method.
+    The solver 'matching' starts from these dual variables and meets the
+    marginals. Once it is decided which C tokens each expert may use (the
+    support of the plan), the best plan is a convex problem, which Newton's
+    method solves. Two supports are tried:
 
-    1. Try each expert's C largest entries.
-    2. Where they allow no plan: match each token with one expert, by deferred
-       acceptance (a stable matching) on floor(S / E) places per expert; share
-       the fewer than E tokens that remain out evenly, at most two to an
-       expert; fill each expert's places up to C with its largest entries. Now
-       a plan exists if C >= S / E and E divides S, or C >= floor(S / E) + 2.
+    1. The C largest entries of each expert.
+    2. If these allow no plan: each token is matched with one expert by
+       deferred acceptance (a stable matching), with floor(S / E) places per
+       expert. The tokens left over, fewer than E, are shared out evenly, at
+       most two to an expert. Each expert's remaining places, up to C, go to
+       its largest entries. Now a plan exists if C >= S / E and E divides S,
+       or if C >= floor(S / E) + 2.
 
     Args:
         similarity_GSE: (G, S, E) float32, A; the softmax of the logits.
         capacity_G: (G,) int64, C of each group, from 1 to S.
         iterations: Adam steps.
         solver: 'matching' or 'adam'.
-        valid_GS: (G, S) bool; padded tokens give nothing.
+        valid_GS: (G, S) bool, False for padded tokens, which give no mass.
 
     Returns:
-        The plan and how far it is from its marginals; a group that has no
-        plan gets Adam's.
+        The plan and its distance from its marginals. A group for which no
+        plan was found gets the one of 'adam'.
     """
     groups, tokens, num_experts = similarity_GSE.shape
     similarity = similarity_GSE.detach().transpose(1, 2).contiguous()
@@ -145,8 +161,8 @@ def k_sparse_plan(similarity_GSE: Tensor, capacity_G: Tensor,
 def _meet_marginals(plan_GES: Tensor, support_GES: Tensor,
                     similarity_GES: Tensor, mass_GS: Tensor,
                     share_G: Tensor) -> Tensor:
-    """Replace the plan of each group that is off by the best one on its
-    support, where there is one."""
+    """Replace each plan that misses its marginals by the best plan on the
+    support of its group, if there is one that meets them."""
     covered_G = (support_GES.any(1) | (mass_GS == 0)).all(1)
     todo_G = covered_G & (_token_error(plan_GES, mass_GS) > TOLERANCE)
     if not bool(todo_G.any()):
@@ -161,11 +177,13 @@ def _meet_marginals(plan_GES: Tensor, support_GES: Tensor,
 
 
 def _token_error(plan_GES: Tensor, mass_GS: Tensor) -> Tensor:
+    """(G,), the largest distance of a token's sum from its mass."""
     return (plan_GES.sum(1) - mass_GS).abs().amax(1)
 
 
 def _adam(similarity_GES: Tensor, mass_GS: Tensor, share_G: Tensor,
           capacity_G: Tensor, iterations: int) -> Tensor:
+    """(G, S), the dual variable of each token after Adam's steps."""
     dual = torch.zeros_like(mass_GS)
     first, second = torch.zeros_like(dual), torch.zeros_like(dual)
     beta1, beta2 = ADAM_BETAS
@@ -173,7 +191,8 @@ def _adam(similarity_GES: Tensor, mass_GS: Tensor, share_G: Tensor,
         plan = _project_columns(similarity_GES + dual[:, None], share_G,
                                 capacity_G)
         gradient = plan.sum(1) - mass_GS
-        # A group that is done stands still, whatever the others do.
+        # A group that has converged is no longer changed while the others
+        # go on, so that its result does not depend on them.
         going_G1 = (gradient.norm(dim=1) > ADAM_STOP)[:, None]
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient.square()
@@ -185,20 +204,20 @@ def _adam(similarity_GES: Tensor, mass_GS: Tensor, share_G: Tensor,
 
 def _project_columns(raised_GES: Tensor, share_G: Tensor,
                      capacity_G: Tensor) -> Tensor:
-    """(G, E, S), each expert's plan: its C largest entries, projected on the
-    simplex of its share."""
+    """(G, E, S), for each expert its C largest entries, projected on the
+    simplex: the nearest masses >= 0 that sum to its share."""
     held = largest(raised_GES, capacity_G[:, None])
     return project_on_simplex(raised_GES, held, share_G[:, None])
 
 
 def project_on_simplex(values: Tensor, held: Tensor, total: Tensor) -> Tensor:
-    """Nearest point with entries >= 0 that sum to ``total``, and zeros where
-    ``held`` is False (Michelot, 1986).
+    """Project on a simplex (Michelot, 1986): find the nearest point whose
+    entries are >= 0, sum to ``total``, and are zero where ``held`` is False.
 
     Args:
         values: (..., S).
-        held: (..., S) bool, at least one in each row.
-        total: (...), broadcastable.
+        held: (..., S) bool, True at least once in each row.
+        total: broadcastable to (...).
     """
     active = held
     while True:
@@ -214,11 +233,13 @@ def project_on_simplex(values: Tensor, held: Tensor, total: Tensor) -> Tensor:
 
 def _support(raised_GES: Tensor, valid_GS: Tensor, share_G: Tensor,
              capacity_G: Tensor) -> Tensor:
-    """(G, E, S) bool, C tokens of each expert, among which a plan exists."""
+    """(G, E, S) bool, C tokens of each expert, chosen so that a plan exists
+    on them; step 2 of :func:`k_sparse_plan`."""
     num_experts = raised_GES.shape[1]
     places_G = torch.minimum(share_G.floor().long(), capacity_G)
     matched = deferred_acceptance(raised_GES, places_G)
-    # The mass of the tokens that remain, laid end to end, is cut in E pieces.
+    # The masses of the tokens left over are laid end to end and cut in E
+    # equal pieces, one for each expert.
     remaining_GS = valid_GS & ~matched.any(1)
     count_G1 = remaining_GS.sum(1, keepdim=True)
     place_GS = remaining_GS.cumsum(1) - 1
@@ -232,20 +253,29 @@ def _support(raised_GES: Tensor, valid_GS: Tensor, share_G: Tensor,
 
 
 def largest(values: Tensor, count: Tensor) -> Tensor:
-    """(..., S) bool, the ``count`` largest of the last axis; reads ``count``,
-    which is broadcastable to (...)."""
+    """(..., S) bool, as :func:`rmoe.moe.assignment.largest`, with the bound
+    read from ``count``, which is broadcastable to (...)."""
     most = int(count.max())
     return assignment.largest(
         values, most if int(count.min()) == most else count, most)
 
 
 def deferred_acceptance(values_GES: Tensor, places_G: Tensor) -> Tensor:
-    """(G, E, S) bool, at most one expert per token, each with so many tokens
-    as it has places.
+    """Match tokens with experts (Gale and Shapley, 1962).
 
-    Tokens propose to the best expert that has not rejected them, experts keep
-    the best (Gale and Shapley, 1962). Every place is taken if there are
-    tokens enough.
+    Each token proposes to the best expert that has not rejected it yet, and
+    each expert keeps the best proposals and rejects the others, until no
+    expert has more tokens than places. All places are taken if there are
+    enough tokens.
+
+    Args:
+        values_GES: (G, E, S), how much each expert and token suit each other;
+            ``NEVER`` where they must not be matched.
+        places_G: (G,) int64, places of each expert.
+
+    Returns:
+        (G, E, S) bool, at most one expert for each token, and no more tokens
+        for an expert than it has places.
     """
     rejected = values_GES <= NEVER
     while True:
@@ -261,13 +291,14 @@ def deferred_acceptance(values_GES: Tensor, places_G: Tensor) -> Tensor:
 
 def _solve_on_support(similarity_GES: Tensor, support_GES: Tensor,
                       mass_GS: Tensor, share_G: Tensor) -> Tensor:
-    """(G, E, S) the plan that is zero outside ``support``, by Newton's method
-    on the dual, T = max(A + a_token + b_expert, 0).
+    """(G, E, S), the best plan that is zero outside ``support_GES``.
 
-    The Hessian is diagonal but for E rows, so that a step solves E x E
-    systems.
+    Newton's method finds the dual variables a of tokens and b of experts for
+    which T = max(A + a + b, 0) has its marginals. The Hessian is diagonal
+    except for E rows, so each step only has to solve one E x E system per
+    group.
     """
-    # float64: a step is exact, two or three of them are enough.
+    # In float64 a step is accurate enough that two or three of them suffice.
     base = torch.where(support_GES, similarity_GES, -1e9).double()
     mass, share = mass_GS.double(), share_G.double()[:, None]
     token, expert = torch.zeros_like(mass), torch.zeros_like(base[:, :, 0])
@@ -296,7 +327,8 @@ def _solve_on_support(similarity_GES: Tensor, support_GES: Tensor,
                                       )[..., 0]) / held[:, 0]
         slope = (token_error * token_step).sum(1) + (
             expert_error * expert_step).sum(1)
-        # Halve each group's step until its value falls enough.
+        # Line search: halve each group's step until its value falls enough
+        # (Armijo's condition).
         length = torch.ones_like(value)
         for _ in range(20):
             size = length[:, None]

@@ -1,4 +1,5 @@
-"""Weights of all experts: core + residual, w_e = w_core + r_e (2204.09636).
+"""Adds the core to the residuals of all experts: w_e = w_core + r_e
+(2204.09636).
 
 Axis letters as in routing.py; O and I are the output and input width of a
 linear layer, R the rank of a low-rank residual.
@@ -12,12 +13,13 @@ from rmoe import compat
 
 def add_core(core_OI: Tensor, residual: tuple[Tensor, ...], dtype: torch.dtype
              ) -> Tensor:
-    """(E, O, I) core + residual, added up in float32 and rounded once.
+    """(E, O, I), core + residual, added in float32 and rounded once.
 
     Args:
         core_OI: (O, I).
-        residual: (E, O, I), or (E, O, R) and (E, R, I) that are multiplied.
-        dtype: of the result.
+        residual: (E, O, I), or (E, O, R) and (E, R, I), whose product is the
+            residual.
+        dtype: type of the result.
     """
     if len(residual) == 2:
         return torch.baddbmm(core_OI, *residual).to(dtype)
@@ -26,9 +28,10 @@ def add_core(core_OI: Tensor, residual: tuple[Tensor, ...], dtype: torch.dtype
 
 def add_and_round(core: Tensor, residual_E: Tensor, dtype: torch.dtype
                   ) -> Tensor:
-    """(E, ...) core + residual, without gradient, in one pass where adding
-    and rounding are two."""
-    if compat.is_compiling():  # which makes them one
+    """(E, ...), core + residual, without gradient. Adding and rounding are
+    done in one pass over memory instead of two."""
+    if compat.is_compiling():
+        # The compiler fuses the two itself.
         return (core + residual_E).to(dtype)
     return torch.add(core, residual_E,
                      out=torch.empty_like(residual_E, dtype=dtype))

@@ -40,7 +40,8 @@ every_backbone = pytest.mark.parametrize('name', BACKBONES)
 
 
 def backbone_of(name: str):
-    """With experts that differ, and a router with opinions."""
+    """A model whose experts differ, and whose router has clear
+    preferences."""
     backbone = MODELS.build(BACKBONES[name])
     for key, parameter in backbone.named_parameters():
         if 'residual' in key or 'router' in key:

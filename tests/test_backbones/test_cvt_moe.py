@@ -44,7 +44,7 @@ def original(state):
 
 
 def randomise(model):
-    """Large enough that attention is far from uniform."""
+    """Weights large enough that attention is far from uniform."""
     for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and name.endswith('weight')
         nn.init.normal_(parameter, float(is_norm), std=.1)
@@ -65,7 +65,8 @@ def hf_model(cls_token=True, quick=False):
 
 
 def with_weights(state, act_cfg=GELU, **options):
-    """With bare outputs, as the source has no norms there."""
+    """The model without norms on its outputs, which the source does not
+    have."""
     model = CvTMoE(**SMALL, act_cfg=act_cfg, **options).eval()
     model.load_state_dict(state)
     for i in model.out_indices:
@@ -291,7 +292,8 @@ def test_dense_heads_take_the_maps():
 @pytest.mark.parametrize('options, message', [
     (dict(arch='14'), r"arch='14' is not one of \('13', '21', 'w24'\)"),
     (dict(moe=dict(layers=((), (2, ), ()))), 'block 2; stage 1 has blocks 0'),
-    (dict(out_indices=(0, 3)), 'out_indices points at stage 3; there are 3'),
+    (dict(out_indices=(0, 3)),
+     'out_indices points at stage 3, but the 3 stages are numbered from 0'),
     (dict(frozen_stages=4), 'frozen_stages=4 must lie between -1 and the 3'),
     (dict(frozen_stages=-2), 'frozen_stages=-2 must lie between -1'),
     *((dict({name: (1, 2)}), rf'{name}=\(1, 2\) must have one entry for each')

@@ -89,7 +89,7 @@ def test_every_expert_and_router_learns(name):
 @pytest.mark.parametrize('prefix, given', [
     ('', False), ('dinov2.', False), ('dinov2.', True)])
 def test_a_file_of_transformers_loads(tmp_path, moe, prefix, given):
-    """Of a bare model and of a classifier."""
+    """Weights load from a file of the model alone and of a classifier."""
     kind = (transformers.Dinov2ForImageClassification if prefix
             else transformers.Dinov2Model)
     config = {key: value for key, value in DINO.items()
@@ -160,7 +160,8 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
     ('Swin', 'SwinForImageClassification'), ('Swin', 'SwinModel'),
     ('Hiera', 'HieraForImageClassification'), ('BEiT', 'BeitModel')])
 def test_files_of_other_heads_load(tmp_path, name, kind):
-    """transformers' backbones have norms that its other models have not."""
+    """transformers' backbones have norms that its other models do not
+    have."""
     config = {key: value for key, value in CONFIGS[name].items()
               if key not in ('model_type', 'out_indices')}
     kind = getattr(transformers, kind)

@@ -1,5 +1,5 @@
-"""Padding an image changes nothing for its own tokens: not what they are
-routed to, not what is counted, not what balance costs."""
+"""Padding an image changes nothing for its own tokens: neither their experts,
+nor the counts, nor the auxiliary losses."""
 import copy
 import warnings
 
@@ -26,8 +26,9 @@ from rmoe.backbones.padding import (
 from rmoe.moe import collect_losses, moe_layers
 from rmoe.registry import MODELS
 
-# Each sees a token alone, or together with a window that padding does not
-# touch; so whatever padding changes, it changes by routing.
+# In these backbones nothing but routing can make padding change the tokens of
+# the image: apart from it, each token is computed alone, or within a window
+# that contains no padding.
 SWIN = dict(type='rmoe.SwinMoE', embed_dims=8, depths=(1, 1), num_heads=(1, 1),
             strides=(4, 2), out_indices=(0, 1), window_size=4,
             drop_path_rate=0., moe=dict(layers=((0, ), (0, ))))
@@ -46,7 +47,7 @@ BACKBONES = dict(swin=SWIN, vit=VIT, cvt=CVT, foreign=FOREIGN)
 
 
 class Owner(BaseModel):
-    """What a detector does with its backbone."""
+    """A model that calls its backbone like a detector."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -94,7 +95,7 @@ def measure(model, images, data_samples):
 
 
 def padded_pair(seed=0, value=3.):
-    """An image alone, and the same padded."""
+    """An image, and the same image with padding."""
     image = torch.randn(1, 3, 64, 32, generator=torch.Generator().manual_seed(
         seed))
     padded = torch.full((1, 3, 96, 64), value)
@@ -127,7 +128,8 @@ def test_padding_steers_nothing(name, router, training):
         torch.testing.assert_close(
             wide[..., :narrow.shape[2], :narrow.shape[3]], narrow,
             atol=2e-5, rtol=1e-5)
-    # Without the sizes padding does steer; or the test could not fail.
+    # Without the sizes padding does change the counts; otherwise this test
+    # could not fail.
     _, blind, _ = measure(model, padded, None)
     assert not training or not torch.equal(blind, counts)
 
@@ -153,8 +155,8 @@ def test_tokens_with_a_pixel_of_the_image_are_valid():
                               True, True, True, False]]
     mask = area.tokens((4, 8), 2, torch.device('cpu'))
     assert mask[0].view(4, 8).tolist() == [[True] * 8] * 3 + [[False] * 8]
-    # The last token hangs over the edge: 93 pixels are 24 tokens of 4, and
-    # still 86 are 22.
+    # The last token extends beyond the edge: 93 pixels make 24 tokens of 4
+    # pixels, while the image's 86 pixels make 22.
     area = ValidArea(torch.tensor([[40, 86]]), (40, 93))
     assert area.tokens((10, 24), 4, torch.device('cpu')).sum() == 10 * 22
 
@@ -242,7 +244,7 @@ def small_detector() -> Config:
 
 
 def test_a_detector_and_a_segmentor_tell_the_sizes_themselves():
-    """Through their own preprocessors, which pad."""
+    """Both are called through their own preprocessors, which pad."""
     counted = {}
     image = torch.randint(256, (3, 64, 36), dtype=torch.uint8)
     detector = small_detector()
@@ -323,7 +325,7 @@ def test_a_backbone_elsewhere_is_told(name, around):
         assert not torch.equal(counts, blind)
         classes = 1 if name == 'foreign' else 0
         assert counts[0, -2] == 64 * 32 / (8 if classes else 4)**2 + classes
-        # and it is forgotten
+        # After the forward pass the sizes are forgotten.
         _, counts, _ = measure(each, padded, None)
         assert torch.equal(counts, blind)
     assert backbone.known_batches == ()
@@ -365,8 +367,8 @@ def test_padding_that_gets_lost_is_told():
 
 
 def test_branches_of_a_semi_supervised_detector():
-    """``loss`` of the detectors inside is no forward pass of theirs; and
-    branches of one shape are told apart."""
+    """The detectors inside are called by ``loss``, so their own forward hooks
+    do not run. Branches of the same shape are distinguished."""
     detector = dict(small_detector(), data_preprocessor=dict(
         type='mmdet.DetDataPreprocessor', pad_size_divisor=32))
     config = Config(dict(

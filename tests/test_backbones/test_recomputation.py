@@ -1,4 +1,4 @@
-"""Blocks of foreign backbones that recompute their activations."""
+"""Blocks of other libraries' backbones that recompute their activations."""
 import copy
 import pickle
 

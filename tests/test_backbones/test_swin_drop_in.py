@@ -29,7 +29,7 @@ libraries = pytest.mark.parametrize('library', HOSTS,
 
 
 def swin_configs(folder: Path) -> Iterator[Path]:
-    """Those that name a Swin, or inherit from one that does."""
+    """Configs that name a Swin, or inherit from one that does."""
     files = {path: path.read_text() for path in folder.rglob('*.py')}
     found = {path for path, text in files.items()
              if re.search('swin', text, re.IGNORECASE)}
@@ -46,7 +46,7 @@ def swin_configs(folder: Path) -> Iterator[Path]:
 
 @cache
 def shipped(library) -> tuple[int, list[dict]]:
-    """How many configs have a Swin, and its different settings."""
+    """The number of configs that have a Swin, and its different settings."""
     count, settings = 0, {}
     for path in swin_configs(Path(library.__file__).parent / '.mim/configs'):
         model = Config.fromfile(path).get('model')
@@ -64,7 +64,7 @@ def test_the_walk_finds_them(library):
 
 
 def described(model):
-    """What can be told of a model without running it."""
+    """The properties of a model that can be read without running it."""
     model.train()
     shifts = [getattr(module, 'shift_size', getattr(module, 'shift', None))
               for module in model.modules() if hasattr(module, 'w_msa')]
@@ -112,7 +112,7 @@ def test_every_shipped_config_builds_with_experts(library):
 def test_it_takes_every_setting_of_the_host_with_its_default(library):
     ours, theirs = (inspect.signature(kind).parameters
                     for kind in (SwinMoE, HOSTS[library]))
-    # None means the same layer.
+    # Here None stands for the same layer as the host's default.
     same = dict(act_cfg=None, norm_cfg=None)
     for name, parameter in theirs.items():
         assert ours[name].default == same.get(name, parameter.default), name
@@ -134,7 +134,8 @@ def test_pretrain_img_size_is_one_side_or_two(size, grid):
 @pytest.mark.parametrize('convert', [False, True])
 @pytest.mark.parametrize('old', [False, True])
 def test_pretrained_and_convert_weights(tmp_path, convert, old):
-    """The file is known by its keys, whatever the two say."""
+    """A file is recognised by its keys, whatever ``pretrained`` and
+    ``convert_weights`` are."""
     torch.manual_seed(1)
     file, x = tmp_path / 'swin.pth', torch.randn(1, 3, 32, 32)
     theirs = MMDetSwin(**SMALL)

@@ -76,7 +76,8 @@ every_host = pytest.mark.parametrize('name, core', [
 
 @MODELS.register_module(force=True)
 class UpcycledToy(BaseModule):
-    """With batch norm, a table that files need not have, and both FFNs."""
+    """A backbone with a batch norm, a table that files may lack, and two kinds
+    of FFNs."""
 
     def __init__(self, num_fcs=2, grad_checkpointing=False, init_cfg=None,
                  **mlp):
@@ -266,7 +267,8 @@ def test_a_failing_router_names_its_layer():
 
 def test_loads_from_init_cfg(tmp_path):
     state = randomise(MODELS.build(TOY)).state_dict()
-    state['norm.weight'] = state.pop('table')  # one lacks, one is too much
+    # One weight is missing and one is superfluous.
+    state['norm.weight'] = state.pop('table')
     torch.save({f'a.{key}': state[key] for key in state}, tmp_path / 'a.pth')
     moe = MODELS.build(dict(
         type='rmoe.UpcycledBackbone', backbone=TOY, moe=dict(layers=(1, )),
@@ -356,7 +358,7 @@ def test_experts_are_recomputed_if_asked():
 
 @pytest.mark.parametrize('name', ['timm ViT', 'timm Swin', 'timm DINOv2-g'])
 def test_files_of_timm_load_into_timm_hosts(name):
-    """timm's own names, which the host puts inside of others."""
+    """A file has timm's own names, which TIMMBackbone puts under a prefix."""
     import timm
     options = {key: value for key, value in HOSTS[name][0].items() if key not
                in ('type', 'features_only', 'out_indices', 'pretrained')}

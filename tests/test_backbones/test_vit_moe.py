@@ -16,8 +16,8 @@ SMALL = dict(embed_dims=24, num_layers=4, num_heads=2, mlp_dims=48,
              img_size=32, patch_size=8, out_indices=(1, 3))
 MOE = dict(layers=dict(every=2), num_experts=4,
            router=dict(type='TokenChoiceRouter', noise_std=0.))
-# Of how much the published MoE models are larger than their dense twins, in
-# millions (2106.05974; experts 32).
+# Parameters by which the published MoE models, with 32 experts, are larger than
+# their dense models, in millions (2106.05974).
 PUBLISHED = {'vmoe-s32-every2': 296.9 - 36.5, 'vmoe-b16-every2': 979 - 100.5,
              'vmoe-l16-every2': 3446 - 323, 'vmoe-h14-last5': 2688.6 - 655.8}
 
@@ -209,7 +209,7 @@ def test_layer_depth():
 @pytest.mark.parametrize('options, message', [
     (dict(arch='giant'), "arch='giant'"),
     (dict(num_heads=5), 'num_heads=5 must divide embed_dims=24'),
-    (dict(out_indices=(4, )), 'points at block 4; there are 4'),
+    (dict(out_indices=(4, )), 'points at block 4, but the 4 blocks are'),
     (dict(frozen_stages=5), 'frozen_stages=5 is more than the 4'),
     (dict(with_cls_token=False, output_cls_token=True), 'with_cls_token'),
     (dict(moe=dict(layers=dict(every=5))), "'every': 5.*up to 4 blocks"),

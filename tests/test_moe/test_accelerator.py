@@ -1,5 +1,5 @@
-"""What an accelerator runs computes what the CPU runs, whatever the load, and
-waits for nothing."""
+"""The accelerator's path gives the CPU's results for any load, and never waits
+for the device."""
 import itertools
 from contextlib import AbstractContextManager, nullcontext
 
@@ -36,19 +36,19 @@ FIXED['expert choice, batch'] = dict(
     FIXED['expert choice c=2'], group='batch', eval_group='batch')
 
 
-# The CPU's autocast took bfloat16 alone.
+# Older versions of torch have no float16 autocast on the CPU.
 FLOAT16 = pytest.mark.torch('2.4')
 KINDS = ['float32', 'bfloat16', pytest.param('float16', marks=FLOAT16)]
 
 
 def under(dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to that type; float32 is none."""
+    """Autocast to a type; for float32 no autocast."""
     return (nullcontext() if dtype == torch.float32
             else torch.autocast('cpu', dtype))
 
 
 def options_of(router: dict):
-    """Every align and unrouted that goes with a router."""
+    """All combinations of align, unrouted and core that a router allows."""
     if router['type'] == 'SoftRouter':
         return [dict(align='difference'), dict(align='none', core=False)]
     return [dict(align=align, unrouted=unrouted, core=core)
@@ -74,7 +74,8 @@ def test_equals_the_cpu(name, padding):
     for options in options_of(FIXED[name]):
         layer = build_layer(FIXED[name], **options)
         x = images()
-        # With 'core' or a difference to it, padding goes through the core.
+        # In all other cases padding goes through the core, which would return
+        # nan.
         if valid is not None and layer.unrouted == 'zero' and (
                 layer.align != 'difference'):
             x[~valid] = float('nan')
@@ -109,8 +110,8 @@ def test_a_router_that_cannot_be_traced_says_so(monkeypatch):
 
 @pytest.mark.parametrize('name', FIXED)
 def test_bfloat16_is_routed_in_float32(name):
-    """In pure bfloat16 and under autocast, routers decide as a float32
-    router of the same weights does on the same tokens."""
+    """In pure bfloat16 and under autocast, routers decide like a float32
+    router with the same weights on the same tokens."""
     layer = build_layer(FIXED[name]).bfloat16().eval()
     x = images().bfloat16()
     found = route(layer, x)
@@ -134,7 +135,8 @@ def test_bfloat16_is_routed_in_float32(name):
     'grouped product', 'blocks'])
 @pytest.mark.parametrize('name', FIXED)
 def test_half_precision_equals_the_cpu(name, widths, kind):
-    """Widths of a multiple of eight fit the grouped product."""
+    """The grouped product takes widths that are multiples of eight; others
+    are computed in blocks."""
     layer = build_layer(FIXED[name], widths=widths)
     x = images(dim=widths[0])
     autocast = 'autocast' in kind
@@ -170,7 +172,7 @@ def test_half_precision_equals_the_cpu(name, widths, kind):
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('name', FIXED)
 def test_nothing_waits(name, training, padding, kind):
-    """Forward and backward, with losses and counters."""
+    """Forward and backward, with losses and counters, never wait."""
     layer = build_layer(FIXED[name], widths=(16, 24)).train(training)
     layer.losses = []
     x = images(dim=16).requires_grad_()
@@ -211,8 +213,9 @@ def test_the_same_input_gives_the_same_bits(name, kind):
     'token choice', 'token choice, capacity', 'expert choice c=2'])
 def test_what_a_gpu_leaves_unwritten_reaches_nothing(monkeypatch, name,
                                                      padding):
-    """Behind the last offset a GPU's kernel writes nothing, so that anything
-    stands there; the CPU's writes zeros, which would hide it."""
+    """A GPU's kernel does not write the rows behind the last offset, so they
+    hold arbitrary values. The CPU's kernel writes zeros there, which would
+    hide an error."""
     product = compat.grouped_mm
 
     def unwritten(*args, offs):
@@ -233,14 +236,15 @@ def test_what_a_gpu_leaves_unwritten_reaches_nothing(monkeypatch, name,
         assert torch.equal(found[1][key], value), key
 
 
-# What may add rows up, if its result is half precision.
+# Operators that may sum rows in half precision, if their result has it.
 SUMS = ('sum', 'mean', 'index_add', 'index_add_', 'index_put', 'index_put_',
         'scatter_add', 'scatter_add_', 'repeat_interleave', 'segment_reduce')
 
 
 class NoHalfSums(TorchDispatchMode):
-    """Fails where rows are summed in half precision. A CPU's kernels round
-    once, a GPU's atomic additions round each: values would not tell."""
+    """Fails if rows are summed in half precision. The values on a CPU would
+    not show it: its kernels round once, while a GPU's atomic additions round
+    each time."""
 
     def __init__(self, num_rows: int) -> None:
         super().__init__()
@@ -259,7 +263,8 @@ class NoHalfSums(TorchDispatchMode):
 @pytest.mark.parametrize('kind', KINDS[1:])
 @pytest.mark.parametrize('name', FIXED)
 def test_bias_gradients_are_summed_in_float32(name, kind):
-    """So are the core's weights over experts, which follow from the same."""
+    """The gradients of the core's weights, which are sums over experts, are
+    summed in float32 too."""
     layer = build_layer(FIXED[name], widths=(16, 24), **(
         dict(align='none', core=False) if name == 'soft' else
         dict(unrouted='zero')))
@@ -275,7 +280,8 @@ def test_bias_gradients_are_summed_in_float32(name, kind):
 @pytest.mark.parametrize('name', ['token choice', 'token choice, capacity',
                                   'expert choice'])
 def test_the_grouped_product_in_a_graph(monkeypatch, name):
-    """On the CPU a trace takes blocks; on a GPU it takes this."""
+    """A graph traced on the CPU computes in blocks; here it is made to use
+    the grouped product, as on a GPU."""
     torch._dynamo.reset()
     monkeypatch.setattr(grouped_mm, 'fits', lambda rows_ND, widths:
                         rows_ND.dtype == torch.bfloat16)
@@ -300,7 +306,7 @@ OPERATORS = {
     'token choice': (dict(type='TokenChoiceRouter'), 45, 70),
     'token choice k=2': (dict(type='TokenChoiceRouter', top_k=2), 55, 70),
     'capacity': (BPR, 80, 90),
-    # the core on all tokens is a dense FFN, nine more
+    # The core runs on all tokens: nine operators more, those of a dense FFN.
     'capacity, core': (BPR, 84, 90),
     'expert choice': (dict(type='ExpertChoiceRouter'), 80, 90),
     'soft': (dict(type='SoftRouter', slots_per_expert=8), 80, 90),
@@ -308,7 +314,7 @@ OPERATORS = {
 
 
 def count_operators(router: dict, **options) -> tuple[int, int]:
-    """Of forward and backward."""
+    """Count the operators of forward and of backward."""
     layer = MoEFFN(16, 32, 8, router=router, add_identity=False, **options)
     layer.losses = []
     x = torch.randn(2, 32, 16, requires_grad=True)

@@ -12,7 +12,7 @@ G2 = torch.tensor([[.4, 0., .2], [.5, .1, .4], [.3, .2, .6]])
 
 
 def choose_experts(scores, k, *args, **options):
-    """The rows that somebody serves."""
+    """The served rows of a token-choice assignment."""
     rows, pairs_N = assignment.choose_experts(
         scores, assignment.top_k(scores, k), *args, **options)
     assert torch.equal(pairs_N // k, rows.token_ids_N)
@@ -129,7 +129,7 @@ def test_largest_with_a_count_of_its_own_for_each_row():
 
 
 def test_rows_of_a_token_are_found():
-    # five rows: tokens 2 0 2 1, and one that nobody serves
+    # five rows: those of tokens 2, 0, 2 and 1, and an unserved one
     tokens = torch.tensor([2, 0, 2, 1, 0])
     unserved = torch.tensor([False, False, False, False, True])
     order, starts = rows_module.order_by_token(tokens, 4, unserved)
@@ -141,7 +141,7 @@ def test_rows_of_a_token_are_found():
 
 @pytest.mark.parametrize('function', ['stable_sort', 'by_falling'])
 def test_sorting_for_an_export_is_sorting(monkeypatch, function):
-    """ONNX has no stable sort: two of them stand in."""
+    """For ONNX, which has no stable sort, other operators replace it."""
     values = torch.randint(3, (40, ))
     found = []
     for exporting in (False, True):
@@ -158,7 +158,7 @@ def test_sorting_for_an_export_is_sorting(monkeypatch, function):
 @pytest.mark.parametrize('groups', [1, 3])
 @pytest.mark.parametrize('k', [1, 3])
 def test_rows_of_token_choice(priority, groups, k):
-    """Shapes do not depend on scores; rows that nobody serves come last."""
+    """Shapes do not depend on scores, and unserved rows come last."""
     sizes = set()
     for _ in range(5):
         # few values: many ties, in choices and in priorities

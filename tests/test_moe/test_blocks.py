@@ -20,7 +20,8 @@ LOADS = {
 @pytest.mark.parametrize('load', LOADS)
 @pytest.mark.parametrize('rank', [None, 2])
 def test_every_load(monkeypatch, load, rank, smallest):
-    """Experts are read off the tokens: the router is an identity."""
+    """The router is an identity, so the first E channels of a token choose its
+    expert."""
     monkeypatch.setattr(blocks, 'SMALLEST_BLOCK', smallest)
     layer = build_layer(ROUTERS['token choice'], rank=rank)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""From tokens to rows and back, against a loop over rows."""
+"""Dispatch and combine, compared with a loop over rows."""
 import pytest
 import torch
 
@@ -25,14 +25,14 @@ def some_rows(kind: str) -> Rows:
 
 
 def served(rows: Rows) -> list[tuple[int, int]]:
-    """(row, token) of the rows that count."""
+    """(row, token) of the served rows."""
     return [(row, token) for row, token in enumerate(rows.token_ids_N.tolist())
             if rows.unserved_N is None or not rows.unserved_N[row]]
 
 
 @pytest.fixture(params=['bags', 'adding'])
 def way(request, monkeypatch):
-    """Bags are not everywhere."""
+    """Run a test with embedding_bag, and as on devices that lack it."""
     if request.param == 'adding':
         monkeypatch.setattr(dispatch, 'BAGS', ())
 
@@ -46,7 +46,7 @@ def test_sums_are_a_loops(kind, mean):
     size = len(rows.token_ids_N)
     x, gates = torch.randn(size, D), torch.rand(size)
     if rows.unserved_N is not None:
-        x[rows.unserved_N] = float('nan')  # it holds anything
+        x[rows.unserved_N] = float('nan')  # unserved rows may hold anything
         gates[rows.unserved_N] = 0.
     x.requires_grad_()
     gates.requires_grad_()

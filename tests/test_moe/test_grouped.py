@@ -7,14 +7,14 @@ from torch.nn import functional as F
 from rmoe.moe.grouped import GroupedFFN, GroupedLinear
 
 D, H = 12, 20
-# 70 and 45 rows are padded where rows are padded.
+# 70 and 45 rows are numbers that pad_rows rounds up.
 COUNTS = {'even': [6, 6, 6], 'holes': [0, 45, 0, 70, 1], 'none': [0, 0]}
 KINDS = {'plain': dict(core=False), 'full': {}, 'rank': dict(rank=3),
          'no bias': dict(bias=False)}
 
 
 def parameters(num_experts, out_dim, in_dim, core=True, rank=None, bias=True):
-    """Core weight and bias, residual bias, residual."""
+    """A layer's core weight and bias, residual bias and residual weights."""
     def random(*shape):
         return torch.randn(shape, dtype=torch.float64).mul_(
             .3).float().requires_grad_()
@@ -28,7 +28,8 @@ def parameters(num_experts, out_dim, in_dim, core=True, rank=None, bias=True):
 
 
 def loop(rows, counts, layer):
-    """The same by plain operations, folded for each expert."""
+    """The same layer by plain operations, with core + residual of each
+    expert."""
     core, core_bias, bias, *residual = layer
     weight = residual[0] if len(residual) == 1 else residual[0] @ residual[1]
     if core is not None:
@@ -41,7 +42,7 @@ def loop(rows, counts, layer):
 
 
 def check(function, expected, inputs):
-    """Outputs, and the gradients of all inputs."""
+    """Compare outputs, and the gradients of all inputs."""
     grad = torch.randn_like(expected())
     for compute in (expected, function):
         for tensor in inputs:
@@ -120,7 +121,8 @@ def test_bfloat16_rows_meet_float32_parameters(rank):
 
 
 def test_activations_are_not_kept_twice():
-    """Kept: the rows and what goes into the activation."""
+    """Only the rows and the inputs of the activation are kept for
+    backward."""
     counts = [8, 8]
     layers = [parameters(2, *shape) for shape in ((H, D), (D, H))]
     rows = torch.randn(16, D, requires_grad=True)

@@ -134,7 +134,8 @@ def test_align_is_gated_backward_and_dense_scale_forward():
 
 
 def test_straight_through_passes_the_gradient_of_what_was_computed():
-    """Of equal experts: that of the dense FFN, whatever the gates are."""
+    """With equal experts, gradients are those of the dense FFN, whatever the
+    gates are."""
     dense = dense_ffn()
     x = torch.randn(T, D, requires_grad=True)
     wanted = gradients(dense, x, dense(x))
@@ -142,7 +143,7 @@ def test_straight_through_passes_the_gradient_of_what_was_computed():
         layer = build(randomise=False, align=align, router=dict(
             top_k=2, loss_weights={}))
         layer.load_state_dict(dense.state_dict(), strict=False)
-        # Whatever it takes, for the router adds its own part to x.
+        # A router of zeros adds nothing to the gradient of x.
         torch.nn.init.zeros_(layer.router.scorer.weight)
         found = gradients(layer, x, layer(x))
         for name, grad in wanted.items():

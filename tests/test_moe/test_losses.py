@@ -55,7 +55,8 @@ def test_gradient_pushes_towards_balance():
 
 
 def random_logits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Float64 for numerical gradients, with noise of deviation .3."""
+    """Logits without noise, and with noise of standard deviation .3, in
+    float64 for numerical gradients."""
     logits = torch.randn(6, 4, dtype=torch.float64)
     noisy = logits + .3 * torch.randn_like(logits)
     return logits.requires_grad_(), noisy.requires_grad_()
@@ -74,7 +75,8 @@ def test_gradient_of_the_variation():
 @VALID
 @pytest.mark.parametrize('k', [1, 2, 4])
 def test_gradients_of_the_load(k, valid):
-    """Of the logits, and of the threshold, which is a noisy one."""
+    """The loss has gradients with respect to the logits, and to the noisy
+    logit that is the threshold."""
     assert torch.autograd.gradcheck(
         lambda *inputs: losses.load_loss(*inputs, k, .3, valid),
         random_logits())

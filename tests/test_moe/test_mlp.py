@@ -16,7 +16,7 @@ D, H = 8, 20
 
 
 class OneDropout(nn.Module):
-    """Of ViTDet in transformers: one dropout for both places."""
+    """The MLP of transformers' ViTDet, with one dropout for both places."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class OneDropout(nn.Module):
 
 
 class GateProjection(nn.Module):
-    """Of DINOv3 H+ in transformers, which has it from 4.56 on."""
+    """The MLP of DINOv3 H+, which transformers has from 4.56 on."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,8 @@ class GateProjection(nn.Module):
 
 
 class Functional(nn.Module):
-    """Of DINOv2-g in transformers: packed, SiLU called as a function."""
+    """The MLP of transformers' DINOv2-g: both halves of the gate in one linear
+    layer, and SiLU called as a function."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +144,7 @@ def test_it_drops_as_before(name):
         outs.append(model(x))
     assert torch.equal(*outs)
     layer.core_only = False
-    # Half a layer without dropout would give the bias of the second linear.
+    # If experts left a dropout out, the bias of the second layer would remain.
     assert layer(x).any() == mlp(x).any()
 
 
@@ -160,7 +161,8 @@ class GatedToy(nn.Module):
 @pytest.mark.parametrize('core', [True, False])
 @torch.no_grad()
 def test_a_gate_in_two_layers_comes_and_goes(core):
-    """From a dense file, between core=True and False, and back."""
+    """Weights load from a dense file, between core=True and core=False, and
+    back."""
     def moe_of(core):
         return MODELS.build(dict(
             type='rmoe.UpcycledBackbone', backbone=dict(type='GatedToy'),
@@ -213,7 +215,7 @@ class OwnRouter(Mlp):
     ids=lambda mlp: type(mlp).__name__)
 def test_another_form_is_refused(mlp):
     for parameter in mlp.parameters():
-        nn.init.zeros_(parameter)  # with which all of them agree
+        nn.init.zeros_(parameter)  # with zeros, any form gives their output
     before = torch.random.get_rng_state(), mlp.state_dict()
     with pytest.raises(ValueError, match='cannot become a MoE layer'):
         MoEMlp(mlp)
@@ -284,7 +286,8 @@ def with_act(act):
     Turned(D, H), Clipped(D, H), Scaled(D, H)], ids=lambda mlp: (
         f'{type(mlp).__name__} {type(mlp.act).__name__}'))
 def test_what_mixes_tokens_or_looks_at_more_is_refused(mlp):
-    """Each agrees with a MLP on some tokens."""
+    """Each of these modules gives the output of a MLP on some tokens, but not
+    on all."""
     assert form_of(mlp) is None
 
 

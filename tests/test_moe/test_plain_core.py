@@ -1,4 +1,4 @@
-"""Cores that something else has wrapped are refused, or right."""
+"""Cores whose linear layers are wrapped: refused, or computed correctly."""
 import copy
 import warnings
 
@@ -18,7 +18,7 @@ ROUTER = dict(type='TokenChoiceRouter', top_k=2, noise_std=0.,
 
 
 class Adapter(nn.Module):
-    """As peft wraps a layer: it has the weight of the layer inside."""
+    """A wrapper as in peft, which shows the weight of the layer inside."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class Adapter(nn.Module):
 
 
 class Float8Linear(nn.Linear):
-    """As low-precision libraries do it: a subclass with a product of its
-    own."""
+    """A subclass that computes its own product, as in low-precision
+    libraries."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.half().to(x.dtype))
@@ -160,7 +160,8 @@ def test_another_convolution_is_refused(kind, options):
 
 
 def test_hooks_may_watch_a_trace():
-    """Counters of operations name scopes by hooks while they trace."""
+    """While a model is traced, operation counters use hooks to name
+    scopes."""
     linear = hooked(nn.Linear(D, H))
 
     def function(x: torch.Tensor) -> torch.Tensor:

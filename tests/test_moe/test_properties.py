@@ -1,4 +1,4 @@
-"""What holds for every router on any input, drawn at random."""
+"""Properties that every router has on any input, tested on random ones."""
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +13,8 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def draw_tokens(seed, images, tokens, coarse):
-    """Coarse tokens are few and equal to each other: ties everywhere."""
+    """Random tokens. Coarse ones have few different values, so that there are
+    many ties."""
     generator = torch.Generator().manual_seed(seed)
     if coarse:
         return torch.randint(-1, 2, (images, tokens, D), generator=generator
@@ -81,8 +82,9 @@ def test_soft(size, seed, coarse):
 
 
 @pytest.mark.filterwarnings('ignore:the k-sparse plan')
-# Not those whose slots go to who comes first. Of one expert all scores are
-# equal, and equal tokens are told apart by their place.
+# The router left out gives its slots in the order of the tokens. There are two
+# experts or more: with one, all scores are equal, and ties are broken by the
+# position of the tokens.
 @pytest.mark.parametrize('name', [
     name for name in ROUTERS if name != 'sinkhorn token choice, plan'])
 @quick

@@ -18,14 +18,15 @@ every_router = pytest.mark.parametrize('name', TABLE)
 
 def step(layer: MoELayer, reentrant: bool | None, x: torch.Tensor,
          task: float = 1.) -> dict[str, torch.Tensor]:
-    """Gradients of one training step; None is without a checkpoint."""
+    """Gradients of one training step with activation checkpointing;
+    ``reentrant=None`` is without."""
     torch.manual_seed(1)
     layer.zero_grad()
     collect_losses(layer, start=True)
     y = layer(x) if reentrant is None else checkpoint(
         layer, x, use_reentrant=reentrant)
     losses = collect_losses(layer, start=False)
-    # Nobody collects in backward, and nobody is to be warned of that.
+    # Losses are not collected during backward, which must not cause a warning.
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         (task * y.square().sum() + sum(losses.values())).backward()
@@ -92,7 +93,8 @@ def test_a_loss_without_gradient_is_refused():
                        r'layer of stage 1, block 2 .* with_cp=True .* '
                        r'use_reentrant=False'):
         step(layer, True, x)
-    # Collecting ended, and the next step starts afresh.
+    # After the error, losses are no longer collected; the next step starts
+    # anew.
     assert layer.losses is None
     step(layer, None, x)
 

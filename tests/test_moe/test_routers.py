@@ -163,7 +163,8 @@ def test_router_learns_from_the_task_alone(name):
 
 
 def test_a_soft_router_learns_after_the_first_step_of_the_residuals():
-    # With 'difference' and zero residuals its gradient is zero at first.
+    # With align='difference' and zero residuals, the gradient of the router
+    # is zero in the first step.
     layer = build_layer(ROUTERS['soft'], randomise=False)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     x = images()
@@ -308,14 +309,15 @@ def test_numbers_that_are_not_finite_name_the_layer(name, bad, both_paths):
     layer.name = 'MoE layer of stage 2, block 1'
     x = images()
     x[1, 4, 0] = bad
-    # an accelerator counts, for Soft MoE in two places, and is asked later
+    # An accelerator counts the tokens, for Soft MoE in two places, and the
+    # count is read later.
     with pytest.raises(NotFiniteError, match=(
             r'stage 2, block 1: .* nan or inf for ' + (
                 '[12] tokens' if both_paths else '1 of 30'))):
         layer(x)
         raise_not_finite(layer, take_not_finite(layer))
     assert not take_not_finite(layer).any()
-    # what is padding may be anything
+    # Padding may hold any value.
     valid = torch.ones(B, S, dtype=torch.bool)
     valid[1, 4] = False
     y = layer(x, valid=valid)
@@ -328,7 +330,7 @@ def test_numbers_that_are_not_finite_name_the_layer(name, bad, both_paths):
 @every_router
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_where_other_ranks_would_wait_they_are_counted(name, bad):
-    """The layer then finishes its passes, on the CPU too."""
+    """The layer then finishes forward and backward, on the CPU too."""
     layer = build_layer(ROUTERS[name])
     layer.router.raises_at_once = False
     x = images()
@@ -342,7 +344,7 @@ def test_where_other_ranks_would_wait_they_are_counted(name, bad):
                                              counts]))
 
 
-# A bias-balanced router drops nothing and couples nothing.
+# Bias-balanced routers are left out: tokens do not compete in them.
 @pytest.mark.parametrize('name', [name for name in ROUTERS
                                   if 'bias' not in name])
 @pytest.mark.parametrize('group', ['batch', 2, 'image'])

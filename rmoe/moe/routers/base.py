@@ -1,4 +1,7 @@
-"""What routers share. Axis letters as in routing.py."""
+"""Base classes and checks that all routers share.
+
+Axis letters as in routing.py.
+"""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -13,23 +16,24 @@ from rmoe.moe.host import host_may_read
 from rmoe.moe.registry import MODELS
 from rmoe.moe.routing import Routing, SoftRouting, check_group, count_groups
 
-# Of a token's logits; anything near it is no logit.
+# A token whose logits have a sum of absolute values from here on counts as
+# not finite; no sensible logit is near it.
 MAX_SUM = 1e30
 
 
 class NotFiniteError(ValueError):
-    """A router met nan or inf."""
+    """Raised when a router gets nan or inf."""
 
 
 def not_finite(count: int, of: int | None = None, where: str = '',
                ranks: str = '') -> NotFiniteError:
-    """What to say of tokens with nan or inf.
+    """Build the error for tokens with nan or inf.
 
     Args:
-        count: how many they are.
-        of: how many tokens there are; None if that is unknown.
-        where: the layer.
-        ranks: those that met them, if there are several.
+        count: number of such tokens.
+        of: number of all tokens; None if that is unknown.
+        where: name of the layer; '' leaves it out.
+        ranks: the ranks that had such tokens; '' leaves them out.
     """
     return NotFiniteError(
         f'{where and where + ": "}router logits are nan or inf for {count} '
@@ -40,28 +44,31 @@ def not_finite(count: int, of: int | None = None, where: str = '',
 
 
 class Router(ExactBuffers, ABC):
-    """Maps tokens to a routing, in float32 whatever autocast says.
+    """Maps tokens to a routing, in float32 even under autocast.
 
     Args:
         num_experts: E.
-        noise_std: logits get Gaussian noise of deviation noise_std / E in
-            training.
+        noise_std: in training, logits get Gaussian noise with the standard
+            deviation noise_std / E.
         group: the tokens that compete with each other in training: those of
             an 'image', of the whole 'batch' of one GPU, or of a number of
             images.
         eval_group: the same in evaluation.
 
     Attributes:
-        soft: whether slots are mixtures of tokens, instead of tokens.
-        experts_per_token: expert FFNs a token goes through, on average.
-        keeps_every_token: whether no token is ever left without an expert,
-            in the present mode.
-        balance_advice: what to try when an expert is dead.
-        raises_at_once: whether nan or inf raise where they are met, as can
-            be on the CPU. To be switched off where other ranks would wait
-            for the one that raises; they are then counted.
-        not_finite: () int64, tokens with nan or inf since they were last
-            looked at, on an accelerator or if that is switched off.
+        soft: True if slots hold mixtures of tokens instead of tokens.
+        experts_per_token: number of expert FFNs that a token goes through, on
+            average.
+        keeps_every_token: True if every token always gets an expert. This may
+            differ between training and evaluation.
+        balance_advice: what a user can try when an expert is dead (gets no
+            tokens), for messages.
+        raises_at_once: whether the CPU raises as soon as it finds nan or inf.
+            To be set to False where other ranks would wait for the one that
+            raises. The tokens are then counted in ``not_finite``, as on an
+            accelerator.
+        not_finite: () int64, the number of tokens with nan or inf since it
+            was last zeroed (:mod:`rmoe.moe.finite`).
     """
     not_finite: Tensor
     exact_buffers: ClassVar[tuple[str, ...]] = ('not_finite', )
@@ -93,14 +100,14 @@ class Router(ExactBuffers, ABC):
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None,
                 num_images: int = 1) -> Routing | SoftRouting:
-        """Decide who goes where.
+        """Decide which token goes to which expert.
 
         Args:
             x_TD: (T, D) tokens, image after image.
-            valid_T: (T,) bool, False for padding, which then steers nothing:
-                it is routed to nobody and counts in no loss, load or
-                capacity.
-            num_images: B; T / B tokens belong to each.
+            valid_T: (T,) bool, False for padding. Padded tokens go to no
+                expert and count in no loss, load or capacity. None means all
+                are valid.
+            num_images: B; each image has T / B tokens.
 
         Raises:
             NotFiniteError: for nan or inf in a valid token.
@@ -109,10 +116,11 @@ class Router(ExactBuffers, ABC):
         option = 'group' if self.training else 'eval_group'
         num_groups = count_groups(num_images, getattr(self, option), option)
         if valid_T is not None:
-            # Whatever padding is, nan included, it must not reach a gradient.
+            # Padding may hold nan, which would reach gradients even through
+            # a factor of zero.
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0.)
-        # Rounding to bfloat16 flips choices between near-equal experts, so
-        # autocast stays outside.
+        # Autocast is switched off, because rounding to bfloat16 would flip
+        # choices between nearly equal experts.
         with torch.autocast(x_TD.device.type, enabled=False):
             return self._route(x_TD.float(), valid_T, num_groups)
 
@@ -122,26 +130,32 @@ class Router(ExactBuffers, ABC):
         ...
 
     def _finite(self, values_TN: Tensor) -> Tensor:
-        """The values, if they are finite.
+        """Return the values after a check that they are finite.
 
-        On an accelerator they are counted, not looked at; MoELossHook reads
-        the counts now and then. The CPU counts them if it must not raise.
+        The CPU raises, unless ``raises_at_once`` is off. It then counts the
+        tokens with nan or inf in ``not_finite`` and sets their values to
+        zero. An accelerator counts them (except in a graph that is compiled
+        for evaluation) without waiting for the device; MoELossHook reads the
+        count from time to time.
 
         Raises:
-            NotFiniteError: for nan or inf, or values as large as that.
+            NotFiniteError: for nan or inf, or for values so large that they
+                count as infinite (``MAX_SUM``).
         """
         if host_may_read(values_TN):
-            # One number tells: a sum of finite values overflows only for
-            # values that are as good as infinite.
+            # The sum alone has to be checked: for finite values it overflows
+            # only if some are so large that they count as infinite.
             if not bool(values_TN.detach().sum().isfinite()):
                 bad_T = ~(values_TN.abs().sum(1) < MAX_SUM)
                 if self.raises_at_once:
                     raise not_finite(int(bad_T.sum()), len(bad_T))
                 self.not_finite += bad_T.sum()
-                # The CPU reads decisions, and some it must find.
+                # The CPU reads the router's decisions, and with nan there
+                # would be none. Zeros let this step run to its end.
                 return values_TN.masked_fill(bad_T[:, None], 0.)
         elif self.training or not compat.is_compiling():
-            # Zero times a number is zero, zero times nan or inf is nan.
+            # A sum times zero is zero if it is finite and nan otherwise, so
+            # the nonzero products are the tokens to count.
             self.not_finite += torch.count_nonzero(
                 values_TN.detach().sum(1).mul_(0))
         return values_TN
@@ -153,6 +167,7 @@ class Router(ExactBuffers, ABC):
 
     @property
     def noise_sd(self) -> float:
+        """Standard deviation of the noise on the logits."""
         return self.noise_std / self.num_experts
 
 
@@ -170,7 +185,8 @@ class ScoredRouter(Router):
         super().__init__(num_experts, noise_std, group, eval_group)
         self.scorer = MODELS.build(
             dict(scorer or dict(type='LinearScorer')),
-            # The scope, or a host library's default scope would hide ours.
+            # Without the scope, a registry would look the name up in the
+            # default scope, which is the host library's, and not find it.
             default_args=dict(
                 _scope_='rmoe', dim=dim, num_experts=num_experts))
 
@@ -179,8 +195,10 @@ class ScoredRouter(Router):
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:
-    """Raises:
-        ValueError: if a token cannot have so many experts.
+    """Refuse a number of experts per token that is out of range.
+
+    Raises:
+        ValueError: if ``top_k`` is below 1 or above ``num_experts``.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f'top_k={top_k} must lie between 1 and '
@@ -190,18 +208,19 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 def group_capacity(rule: Callable[[Any], Any], num_tokens: int,
                    valid_T: Tensor | None, num_groups: int
                    ) -> tuple[Capacity, int]:
-    """Slots per expert in each group.
+    """Compute the slots per expert in each group.
 
     Args:
-        rule: from the valid tokens of a group, a number or a float64 tensor
-            of numbers, to the slots.
+        rule: computes the slots from the number of valid tokens in a group;
+            takes a number, or a float64 tensor of numbers.
         num_tokens: T.
-        valid_T: (T,) bool.
+        valid_T: (T,) bool, False for padding; None means all are valid.
         num_groups: G.
 
     Returns:
-        The number of all groups, or (G,) int64 where their valid tokens
-        differ; and a bound of it that is known without looking.
+        The slots: without ``valid_T`` one number for all groups, otherwise
+        (G,) int64. And an upper bound of them that is known without reading a
+        tensor: the slots of a group without padding.
     """
     most = rule(num_tokens // num_groups)
     if valid_T is None:

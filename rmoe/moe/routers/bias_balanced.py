@@ -1,4 +1,7 @@
-"""Balance without an auxiliary loss. Axis letters as in routing.py."""
+"""A router that balances the load by a bias instead of an auxiliary loss.
+
+Axis letters as in routing.py.
+"""
 import warnings
 from collections.abc import Mapping
 
@@ -11,7 +14,8 @@ from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import ScoredRouter, check_top_k
 from rmoe.moe.routing import Routing
 
-# More forward passes than any gradient accumulation.
+# Forward passes without an update of the bias, after which a warning follows.
+# It is more than any gradient accumulation has between two updates.
 PATIENCE = 1000
 
 
@@ -20,17 +24,18 @@ class BiasBalancedRouter(ScoredRouter):
     """Each token chooses its k best experts by sigmoid score plus a bias that
     balances the load (2408.15664, DeepSeek-V3).
 
-    The bias decides who goes where, the gate is the score alone. After each
-    optimizer step the bias of an expert with more than its share of tokens
-    falls by ``update_rate``, that of one with less rises. It is no parameter:
-    ``rmoe.BalanceBiasHook`` updates it from the loads of all ranks.
+    The bias takes part in the choice of experts but not in the gate, which is
+    the score alone. After each optimizer step, the bias of an expert with
+    more than the mean number of tokens falls by ``update_rate``, and that of
+    an expert with fewer rises by it. The bias is not a parameter and gets no
+    gradient: ``rmoe.BalanceBiasHook`` updates it from the loads of all ranks.
 
     Args:
         dim: D, width of the tokens.
         num_experts: E.
         top_k: K.
         update_rate: step of the bias, gamma in the paper.
-        scorer: where logits come from; None means
+        scorer: config of the scorer, which computes the logits; None means
             ``dict(type='LinearScorer')``.
 
     Attributes:
@@ -77,7 +82,8 @@ class BiasBalancedRouter(ScoredRouter):
         scores_TE = gates_TE.detach() + self.balance_bias
         ids_TK, gates_TK = assignment.choose(scores_TE, gates_TE, self.top_k)
         rows, pairs_N = assignment.choose_experts(scores_TE, ids_TK, valid_T)
-        # A checkpoint around the layer repeats its forward in backward.
+        # Activation checkpointing around the layer repeats its forward during
+        # backward, which must not count the loads a second time.
         if self.training and not compat.in_backward():
             self._count(rows.demand_E)
         return Routing(rows, gates_TK.flatten().index_select(0, pairs_N),
@@ -85,30 +91,32 @@ class BiasBalancedRouter(ScoredRouter):
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
-        """Step towards balance, in place.
+        """Move the bias one step towards balanced loads, in place.
 
         Args:
-            load_E: (E,) tokens that chose each expert, over all ranks.
+            load_E: (E,) tokens that chose each expert, summed over all ranks.
         """
         load_E = load_E.float()
         self.balance_bias += self.update_rate * torch.sign(
             load_E.mean() - load_E)
 
     def count_anew(self) -> None:
-        """Forget the loads so far."""
+        """Set the loads counted so far to zero."""
         self.recent_load_E.zero_()
         self._waiting = 0
 
     def _count(self, load_E: Tensor) -> None:
         self.recent_load_E += load_E
         if compat.is_compiling():
-            return  # a number that changes would be compiled anew each time
+            # torch.compile would recompile for every value of the counter.
+            return
         self._waiting += 1
         if self._waiting == PATIENCE:
             warnings.warn(
-                f'a BiasBalancedRouter has routed {PATIENCE} times and nobody '
-                "updated its bias: add dict(type='rmoe.BalanceBiasHook') to "
-                'custom_hooks', stacklevel=2)
+                f'a BiasBalancedRouter has routed {PATIENCE} times without an '
+                'update of its bias, so that loads stay unbalanced: add '
+                "dict(type='rmoe.BalanceBiasHook') to custom_hooks",
+                stacklevel=2)
 
     def extra_repr(self) -> str:
         return (f'num_experts={self.num_experts}, top_k={self.top_k}, '

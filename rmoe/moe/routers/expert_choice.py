@@ -1,4 +1,7 @@
-"""Routers whose experts choose tokens. Axis letters as in routing.py."""
+"""Routers whose experts choose tokens (expert choice).
+
+Axis letters as in routing.py.
+"""
 import warnings
 from collections.abc import Mapping
 
@@ -21,27 +24,27 @@ from rmoe.moe.routing import Count, Routing, compute_capacity
 class ExpertChoiceRouter(ScoredRouter):
     """Each expert takes its C best tokens of each group (2202.09368).
 
-    The score is each token's softmax over experts, which is the gate too.
-    Loads are equal by construction, so there is no auxiliary loss. A token
-    may be taken by none, or by several experts.
+    Experts rank tokens by each token's softmax over experts, which is also
+    the gate. Loads are equal by construction, so there is no auxiliary loss.
+    A token may be taken by several experts or by none.
 
     Args:
         dim: D, width of the tokens.
         num_experts: E.
         capacity_factor: experts per token, on average; C is
-            ceil(tokens of the group * capacity_factor / E), never more than
-            its tokens.
+            ceil(tokens of the group * capacity_factor / E), but not more than
+            the tokens of the group.
         eval_capacity_factor: the same in evaluation; None means as in
             training.
         capacity_multiple: C is rounded up to a multiple of it.
-        scorer: where logits come from; None means
+        scorer: config of the scorer, which computes the logits; None means
             ``dict(type='LinearScorer')``.
-        noise_std: logits get Gaussian noise of deviation noise_std / E in
-            training; 0 switches it off.
-        group: among whose tokens an expert chooses in training: 'image',
-            'batch', or a number of images.
-        eval_group: the same in evaluation; 'image' keeps images independent
-            of their batch-mates.
+        noise_std: in training, logits get Gaussian noise with the standard
+            deviation noise_std / E; 0 switches it off.
+        group: the tokens among which an expert chooses in training: those of
+            an 'image', of the 'batch', or of a number of images.
+        eval_group: the same in evaluation; 'image' makes results independent
+            of the other images in the batch.
 
     Raises:
         ValueError: for options that make no sense.
@@ -73,6 +76,7 @@ class ExpertChoiceRouter(ScoredRouter):
         return min(self._factor(), self.num_experts)
 
     def _factor(self) -> float:
+        """The capacity factor of the present mode."""
         if self.training or self.eval_capacity_factor is None:
             return self.capacity_factor
         return self.eval_capacity_factor
@@ -94,6 +98,7 @@ class ExpertChoiceRouter(ScoredRouter):
                        logits_TE, scores_TE)
 
     def _slots(self, num_tokens: Count) -> Count:
+        """Slots per expert in a group of so many tokens."""
         slots = compute_capacity(num_tokens, self.num_experts,
                                  self._factor(), self.capacity_multiple)
         if isinstance(slots, Tensor):
@@ -103,13 +108,15 @@ class ExpertChoiceRouter(ScoredRouter):
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 num_groups: int, capacity: assignment.Capacity
                 ) -> tuple[Tensor, Tensor]:
-        """What tokens are chosen by, and the gates."""
+        """Return the scores by which experts choose tokens, and the gates,
+        both (T, E)."""
         probs_TE = noisy_TE.softmax(1)
         return probs_TE, probs_TE
 
     def _allowed(self, scores_TE: Tensor,
                  valid_T: Tensor | None) -> Tensor | None:
-        """(T, E) or (T, 1) bool, who may be chosen; None means everybody."""
+        """(T, E) or (T, 1) bool, True where an expert may choose a token;
+        None allows all pairs."""
         return None if valid_T is None else valid_T[:, None]
 
     def extra_repr(self) -> str:
@@ -122,9 +129,9 @@ class ExpertChoiceRouter(ScoredRouter):
 class SinkhornExpertChoiceRouter(ExpertChoiceRouter):
     """Each expert takes its C best tokens by a balanced transport plan.
 
-    As each token gives the same mass to the plan (2401.15969,
-    :func:`rmoe.moe.transport.sinkhorn`), fewer tokens are left out than with
-    the softmax.
+    In the plan (2401.15969, :func:`rmoe.moe.transport.sinkhorn`) each token
+    has the same total mass, so fewer tokens are left without an expert than
+    with the softmax.
 
     Args:
         dim: D.
@@ -135,10 +142,10 @@ class SinkhornExpertChoiceRouter(ExpertChoiceRouter):
         iterations: Sinkhorn iterations.
         combine: what the gates are: 'softmax' of the logits, or the 'plan',
             through which the router then gets its gradient.
-        scorer: where logits come from.
-        noise_std: on the logits that make the plan and the gates.
-        group: whose tokens share a plan in training.
-        eval_group: whose tokens share a plan in evaluation.
+        scorer: config of the scorer.
+        noise_std: noise on the logits from which plan and gates are computed.
+        group: the tokens that share a plan in training.
+        eval_group: the tokens that share a plan in evaluation.
 
     Raises:
         ValueError: for options that make no sense.
@@ -176,31 +183,33 @@ class SinkhornExpertChoiceRouter(ExpertChoiceRouter):
 
 @MODELS.register_module()
 class SparseExpertChoiceRouter(ExpertChoiceRouter):
-    """Each expert takes the tokens of a plan that is sparse by itself.
+    """Each expert takes its tokens of a transport plan that is sparse.
 
-    Sparsity-constrained transport (2209.15466, as a router in 2401.15969) on
-    the softmax of the logits, with at most C tokens per expert. A token is
-    taken where the plan gives it mass; the gate is the softmax. No gradient
-    flows through the plan, and logits get no noise.
+    The plan comes from sparsity-constrained transport (2209.15466, as a
+    router in 2401.15969) on the softmax of the logits, with at most C tokens
+    per expert. An expert takes the tokens to which the plan gives mass; the
+    gate is the softmax. No gradient flows through the plan, and logits get no
+    noise.
 
     Args:
         dim: D.
         num_experts: E.
         capacity_factor: see :class:`ExpertChoiceRouter`. A plan needs at
-            least 1; more leaves it room.
+            least 1; more gives the solver room to find one.
         eval_capacity_factor: the same in evaluation.
         capacity_multiple: C is rounded up to a multiple of it.
         iterations: Adam steps of the solver.
-        solver: 'matching', which meets the marginals, or 'adam', the
-            reference router's recipe, which does not; see
+        solver: 'matching', which meets the marginals of the plan (a mass of
+            one for each token, equal shares for experts), or 'adam', the
+            method of the published router, which does not; see
             :func:`rmoe.moe.transport.k_sparse_plan`.
-        scorer: where logits come from.
-        group: whose tokens share a plan in training.
-        eval_group: whose tokens share a plan in evaluation.
+        scorer: config of the scorer.
+        group: the tokens that share a plan in training.
+        eval_group: the tokens that share a plan in evaluation.
 
     Attributes:
-        plan_error: how far the last plan was from its marginals. With
-            'matching', a plan that did not converge is warned of, once.
+        plan_error: the distance of the last plan from its marginals. With
+            'matching', the first plan that did not converge causes a warning.
 
     Raises:
         ValueError: for options that make no sense.
@@ -234,10 +243,11 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
                 ) -> tuple[Tensor, Tensor]:
         if compat.is_compiling():
             raise ValueError(
-                'a SparseExpertChoiceRouter cannot be compiled or exported: '
-                'how long its solver runs depends on the tokens. Use '
+                'a SparseExpertChoiceRouter cannot be compiled or exported, '
+                'because the number of steps of its solver depends on the '
+                'tokens. Use '
                 "dict(type='SinkhornExpertChoiceRouter', combine='softmax') "
-                'or an ExpertChoiceRouter, whose weights are the same')
+                'or an ExpertChoiceRouter, which take the same weights')
         probs_TE = noisy_TE.softmax(1)
         if not len(probs_TE):
             return probs_TE, probs_TE
@@ -256,17 +266,18 @@ class SparseExpertChoiceRouter(ExpertChoiceRouter):
 
     def _allowed(self, scores_TE: Tensor,
                  valid_T: Tensor | None) -> Tensor | None:
-        return scores_TE > 0  # padding has no mass
+        # The plan gives no mass to padding, so ``valid_T`` is not needed.
+        return scores_TE > 0
 
     def _warn(self, capacity_G: Tensor) -> None:
         if self._warned:
             return
         self._warned = True
         warnings.warn(
-            'the k-sparse plan of a router did not converge: a token is off '
-            f'its mass by {self.plan_error:.2g}, for {self.num_experts} '
-            f'experts with {int(capacity_G.min())} or more tokens each. A '
-            'plan exists where each may hold two more than its fair share: '
-            f'raise capacity_factor (now {self._factor()}). Until then tokens '
-            "are chosen by Adam's plan",
+            'the k-sparse plan of a router did not converge: the mass of a '
+            f'token is off by {self.plan_error:.2g}, for {self.num_experts} '
+            f'experts that may take {int(capacity_G.min())} or more tokens '
+            'each. A plan surely exists if each may take two more than its '
+            f'fair share: raise capacity_factor (now {self._factor()}). Until '
+            "then tokens are chosen by the plan of solver='adam'",
             stacklevel=2)

@@ -1,4 +1,4 @@
-"""From tokens to logits: how well each expert suits each token.
+"""Scorers compute the router's logits: how well each expert suits each token.
 
 Axis letters as in routing.py; P is the width of a projection.
 """
@@ -18,8 +18,9 @@ class LinearScorer(nn.Module):
     Args:
         dim: D.
         num_experts: E.
-        init_std: deviation of the initial weights. Small and random: with
-            zeros every token would tie.
+        init_std: standard deviation of the initial weights. They are small
+            and random, because with zeros all experts would tie for every
+            token.
     """
 
     def __init__(self, dim: int, num_experts: int,
@@ -39,17 +40,18 @@ class LinearScorer(nn.Module):
 
 @MODELS.register_module()
 class CosineScorer(nn.Module):
-    """Cosine of the projected token and each expert's embedding, over a
+    """Cosine of the projected token and each expert's embedding, divided by a
     learned temperature (Swin-MoE; Tutel's cosine gate).
 
-    logits = exp(min(temperature, log 100)) * cos(P x, embedding_e). No logit
-    is larger than 100.
+    logits = exp(min(temperature, log 100)) * cos(W x, embedding_e), where W
+    is the projection. No logit is larger than 100.
 
     Args:
         dim: D.
         num_experts: E.
         proj_dim: P.
-        init_temperature: t; ``temperature`` starts at log(1 / t).
+        init_temperature: t, the initial divisor of the cosine; the parameter
+            ``temperature`` starts at log(1 / t).
 
     Raises:
         ValueError: if ``init_temperature`` is not positive.

@@ -1,4 +1,7 @@
-"""Soft MoE. Axis letters as in routing.py."""
+"""The router of Soft MoE, which mixes tokens instead of choosing among them.
+
+Axis letters as in routing.py.
+"""
 import math
 
 import torch
@@ -9,30 +12,32 @@ from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import Router
 from rmoe.moe.routing import SoftRouting
 
-# Under the root, as in the reference.
+# Added under the square root of the norm, as in the published code.
 EPS = 1e-6
 
 
 @MODELS.register_module()
 class SoftRouter(Router):
-    """Each slot is a mixture of all tokens of a group, each token gets a
-    mixture of all slots (Soft MoE, 2308.00951).
+    """Each slot is a mixture of all tokens of a group, and each token gets a
+    mixture of the outputs of all slots (Soft MoE, 2308.00951).
 
-    Logits are scale * cos(x, mu) for the embedding mu of each slot. Nothing
-    is dropped, nothing competes, there is no auxiliary loss. The cost follows
-    the number of slots, not of tokens.
+    Logits are scale * cos(x, mu), where mu is a learned embedding of each
+    slot. No token is dropped, tokens do not compete for slots, and there is no
+    auxiliary loss. The cost grows with the number of slots and not with that
+    of tokens.
 
     Args:
         dim: D, width of the tokens.
         num_experts: E.
-        slots_per_expert: C. It is fixed, whatever the image size: E * C equal
-            to the tokens of an image costs what the dense FFN costs.
-        noise_std: logits get Gaussian noise of deviation noise_std / E in
-            training.
-        group: whose tokens are mixed in training: 'image', 'batch', or a
-            number of images.
-        eval_group: the same in evaluation; 'image' keeps images independent
-            of their batch-mates.
+        slots_per_expert: C, the same for every image size. If E * C equals
+            the number of tokens of an image, the experts cost as much as the
+            dense FFN.
+        noise_std: in training, logits get Gaussian noise with the standard
+            deviation noise_std / E.
+        group: the tokens that are mixed with each other in training: those of
+            an 'image', of the 'batch', or of a number of images.
+        eval_group: the same in evaluation; 'image' makes results independent
+            of the other images in the batch.
 
     Raises:
         ValueError: for options that make no sense.
@@ -57,7 +62,8 @@ class SoftRouter(Router):
         self.init_weights()
 
     def init_weights(self) -> None:
-        # The scale of a linear layer; only the direction matters.
+        # The standard deviation is that of a linear layer. Any other would
+        # do, since embeddings are normalised.
         nn.init.trunc_normal_(self.embeddings,
                               std=math.sqrt(1 / self.embeddings.shape[-1]))
         nn.init.ones_(self.scale)
@@ -69,7 +75,8 @@ class SoftRouter(Router):
     def _route(self, x_TD: Tensor, valid_T: Tensor | None,
                num_groups: int) -> SoftRouting:
         slots_ND = self._normalise(self.embeddings.float()).flatten(0, 1)
-        # Scaled where it is smaller.
+        # The scale is applied to the slots, of which there are usually fewer
+        # than tokens.
         logits_TN = F.linear(self._normalise(x_TD),
                              self.scale.float() * slots_ND)
         logits_TN = self._add_noise(self._finite(logits_TN))
@@ -77,7 +84,8 @@ class SoftRouter(Router):
             0, (num_groups, len(x_TD) // num_groups))
         dispatch_logits = logits_GSN
         if valid_T is not None:
-            # Not -inf: a group of padding alone must not become nan.
+            # Not -inf, with which the softmax over a group of padding alone
+            # would be nan.
             dispatch_logits = logits_GSN.masked_fill(
                 ~valid_T.view(num_groups, -1, 1),
                 torch.finfo(logits_GSN.dtype).min)
@@ -87,7 +95,8 @@ class SoftRouter(Router):
             num_experts=self.num_experts, valid_T=valid_T)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        # Checked here: vectors of any size but infinite give finite logits.
+        # The squared norms are checked, because after the normalisation even
+        # a vector whose square overflows would give finite logits.
         squared = self._finite(
             x.square().sum(-1, keepdim=True).flatten(0, -2))
         return x * torch.rsqrt(squared.view(*x.shape[:-1], 1) + EPS)

@@ -1,4 +1,7 @@
-"""Routers whose tokens choose experts. Axis letters as in routing.py."""
+"""Routers whose tokens choose experts (token choice).
+
+Axis letters as in routing.py.
+"""
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +12,7 @@ from rmoe.moe.registry import MODELS
 from rmoe.moe.routers.base import ScoredRouter, check_top_k, group_capacity
 from rmoe.moe.routing import Count, Routing, compute_capacity
 
-# V-MoE's weights (papers: 0.01 for the mean of the two losses).
+# V-MoE's weights: the paper gives 0.01 to the mean of the two losses.
 DEFAULT_LOSS_WEIGHTS = {'importance': 0.005, 'load': 0.005}
 LOSS_NAMES = ('importance', 'load', 'gshard', 'z')
 COMBINE_WEIGHTS = ('softmax', 'plan')
@@ -19,40 +22,44 @@ COMBINE_WEIGHTS = ('softmax', 'plan')
 class TokenChoiceRouter(ScoredRouter):
     """Each token chooses its k best experts: softmax, then top-k.
 
-    The router of V-MoE (2106.05974) and RMoE (2204.09636). Gates are the
-    softmax over all experts, not renormalised over the chosen ones: a router
-    with renormalised top-1 gates gets no gradient from the task. ``top_k``,
-    ``priority`` and ``eval_capacity_factor`` hold no weights and can be
+    This is the router of V-MoE (2106.05974) and RMoE (2204.09636). Gates are
+    the softmax over all experts. They are not renormalised over the chosen
+    experts, because a renormalised gate is always 1 for k = 1, and the router
+    would get no gradient from the task. ``top_k``, ``priority`` and
+    ``eval_capacity_factor`` do not belong to any weights, so they can be
     changed after training.
 
     Args:
         dim: D, width of the tokens.
         num_experts: E.
         top_k: K, experts per token.
-        scorer: where logits come from; None means
+        scorer: config of the scorer, which computes the logits; None means
             ``dict(type='LinearScorer')``.
-        noise_std: logits get Gaussian noise of deviation noise_std / E in
-            training; 0 switches it off.
-        capacity_factor: slots of an expert over its fair share, in training.
-            None drops nothing.
+        noise_std: in training, logits get Gaussian noise with the standard
+            deviation noise_std / E; 0 switches it off.
+        capacity_factor: in training, the slots of an expert divided by its
+            fair share of the tokens. None drops nothing.
         eval_capacity_factor: the same in evaluation. None drops nothing.
         capacity_multiple: slots per expert are rounded up to a multiple of
             it. None means V-MoE's 4, or Tutel's 1 with ``tutel_compat``.
-        priority: who gets a slot where experts are full: 'first_come', or by
-            Batch Prioritized Routing the token with the highest gate ('bpr')
-            or the highest sum of chosen gates ('bpr_sum').
+        priority: which tokens get the slots of an expert that is full:
+            'first_come', or, by Batch Prioritized Routing, those with the
+            highest gate ('bpr') or the highest sum of chosen gates
+            ('bpr_sum').
         loss_weights: weights of the auxiliary losses 'importance', 'load'
             (needs noise), 'gshard' and 'z'; those not named are off. None
-            means importance and load at 0.005 each. They are taken over all
-            tokens of the batch, whatever the group.
-        group: whose tokens compete for slots in training: 'image', 'batch',
-            or a number of images. Without a capacity nothing competes.
-        eval_group: the same in evaluation; 'image' keeps images independent
-            of their batch-mates.
-        tutel_compat: Tutel's capacity rule, where a factor of 0 drops nothing
-            and a negative one is as good as its absolute value, and Tutel's
-            importance and load losses, in place of V-MoE's; see
-            :mod:`rmoe.moe.tutel`.
+            means importance and load at 0.005 each, or importance alone at
+            0.01 without noise. The losses are computed over all tokens of
+            the batch, for any ``group``.
+        group: the tokens that compete with each other for slots in training:
+            those of an 'image', of the 'batch', or of a number of images.
+            Without a capacity tokens do not compete.
+        eval_group: the same in evaluation; 'image' makes results independent
+            of the other images in the batch.
+        tutel_compat: True uses Tutel's capacity rule and its importance and
+            load losses in place of V-MoE's, see :mod:`rmoe.moe.tutel`. A
+            capacity factor of 0 then drops nothing, and a negative one counts
+            as its absolute value.
 
     Raises:
         ValueError: for a count, factor, priority or loss that makes no sense.
@@ -119,12 +126,15 @@ class TokenChoiceRouter(ScoredRouter):
 
     def _scores(self, noisy_TE: Tensor, valid_T: Tensor | None,
                 num_groups: int) -> tuple[Tensor, Tensor]:
-        """What experts are chosen by, and the gates."""
+        """Return the scores by which experts are chosen, and the gates, both
+        (T, E)."""
         probs_TE = noisy_TE.softmax(1)
         return probs_TE, probs_TE
 
     def _capacity(self, num_tokens: int, valid_T: Tensor | None,
                   num_groups: int) -> tuple[assignment.Capacity | None, int]:
+        """Return the capacity and its upper bound, as
+        :func:`group_capacity`; (None, 0) if nothing is dropped."""
         factor = self._factor()
         if factor is None:
             return None, 0
@@ -132,11 +142,13 @@ class TokenChoiceRouter(ScoredRouter):
                               num_tokens, valid_T, num_groups)
 
     def _factor(self) -> float | None:
+        """The capacity factor of the present mode; None drops nothing."""
         factor = (self.capacity_factor
                   if self.training else self.eval_capacity_factor)
         return None if self.tutel_compat and factor == 0 else factor
 
     def _slots(self, num_tokens: Count, factor: float) -> Count:
+        """Slots per expert for so many tokens."""
         if self.tutel_compat:
             return tutel.compute_capacity(
                 num_tokens, self.top_k, self.num_experts, factor,
@@ -148,7 +160,8 @@ class TokenChoiceRouter(ScoredRouter):
                 valid_T: Tensor | None) -> dict[str, Tensor]:
         if not self.training:
             return {}
-        # A loss of weight 0 is skipped, not multiplied: 0 * inf is nan.
+        # A loss of weight 0 is skipped instead of multiplied by it, because
+        # 0 * inf is nan.
         weights = {name: weight for name, weight in self.loss_weights.items()
                    if weight}
         computed: dict[str, Tensor] = {}
@@ -170,8 +183,10 @@ class TokenChoiceRouter(ScoredRouter):
 
     def _check(self) -> None:
         check_top_k(self.top_k, self.num_experts)
-        factors = [1.]  # for the multiple's sake
-        if not self.tutel_compat:  # whose factor may have any sign
+        # compute_capacity refuses bad factors and multiples. The factor 1
+        # checks the multiple if there is no other.
+        factors = [1.]
+        if not self.tutel_compat:  # Tutel allows a factor of any sign.
             factors += [factor for factor in (
                 self.capacity_factor, self.eval_capacity_factor)
                 if factor is not None]
@@ -206,8 +221,9 @@ class SinkhornTokenChoiceRouter(TokenChoiceRouter):
     """Each token chooses its k best experts by a balanced transport plan.
 
     The plan (2401.15969, :func:`rmoe.moe.transport.sinkhorn`) gives each
-    expert its fair share of each group, so that no auxiliary loss is needed;
-    in evaluation too. Choosing by it stays balanced only nearly.
+    expert its fair share of each group, in training and in evaluation. So no
+    auxiliary loss is needed. Since each token goes only to its k largest
+    entries of the plan, the loads are balanced only approximately.
 
     Args:
         dim: D.
@@ -217,14 +233,14 @@ class SinkhornTokenChoiceRouter(TokenChoiceRouter):
         combine: what the gates are: 'softmax' of the logits, or the 'plan',
             through which the router then gets its gradient.
         scorer: see :class:`TokenChoiceRouter`, like all that follow.
-        noise_std: on the logits that make the plan and the gates.
+        noise_std: noise on the logits from which plan and gates are computed.
         capacity_factor: in training.
         eval_capacity_factor: in evaluation.
         capacity_multiple: slots are rounded up to a multiple of it.
-        priority: who gets the slots, by values of the plan.
+        priority: which tokens get the slots, by values of the plan.
         loss_weights: None means no auxiliary loss.
-        group: whose tokens share a plan in training.
-        eval_group: whose tokens share a plan in evaluation.
+        group: the tokens that share a plan in training.
+        eval_group: the tokens that share a plan in evaluation.
 
     Raises:
         ValueError: for options that make no sense.
@@ -269,7 +285,15 @@ class SinkhornTokenChoiceRouter(TokenChoiceRouter):
 
 def sinkhorn_plan(logits_TE: Tensor, valid_T: Tensor | None, num_groups: int,
                   iterations: int, differentiable: bool) -> Tensor:
-    """(T, E) the plan of each group, group after group."""
+    """(T, E), the Sinkhorn plans of all groups, one after the other.
+
+    Args:
+        logits_TE: (T, E).
+        valid_T: (T,) bool, False for padding; None means all are valid.
+        num_groups: G.
+        iterations: Sinkhorn iterations.
+        differentiable: whether the plan passes gradients on to the logits.
+    """
     valid_GS = None if valid_T is None else valid_T.view(num_groups, -1)
     logits_GSE = logits_TE.unflatten(0, (num_groups, -1))
     if not len(logits_TE):
@@ -280,16 +304,20 @@ def sinkhorn_plan(logits_TE: Tensor, valid_T: Tensor | None, num_groups: int,
 
 
 def check_iterations(iterations: int) -> None:
-    """Raises:
-        ValueError: for less than one.
+    """Refuse a number of iterations below 1.
+
+    Raises:
+        ValueError: if it is.
     """
     if iterations < 1:
         raise ValueError(f'iterations={iterations} must be at least 1')
 
 
 def check_combine(combine: str) -> None:
-    """Raises:
-        ValueError: for an unknown kind of gate.
+    """Refuse an unknown kind of gate.
+
+    Raises:
+        ValueError: if ``combine`` is not one of ``COMBINE_WEIGHTS``.
     """
     if combine not in COMBINE_WEIGHTS:
         raise ValueError(f'combine={combine!r} is not one of '
