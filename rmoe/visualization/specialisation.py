@@ -23,7 +23,8 @@ NO_CLASS = -1
 # Rows and columns of the grid of places, and of the maps that are drawn.
 PLACES_HW = (4, 4)
 DRAWN_HW = (12, 16)
-# A measure that is larger than that of all 19 rearrangements has about p = 0.05.
+# A measure that is larger than that of all 19 rearrangements has a p-value of
+# about 0.05.
 REARRANGEMENTS = 19
 
 
