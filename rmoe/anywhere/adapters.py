@@ -65,7 +65,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> UpcycleReport:
     Args:
         model: the dense model, with the weights that the adapter was trained
             on, and with modules of the shapes that ``also`` named.
-        path: what :func:`save_adapter` wrote; no code in it is run.
+        path: a file that :func:`save_adapter` wrote; no code in it is
+            executed.
 
     Returns:
         The report of :func:`rmoe.upcycle`.

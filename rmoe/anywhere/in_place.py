@@ -25,7 +25,7 @@ class Record:
 
 @dataclass
 class UpcycleReport:
-    """What :func:`upcycle` did.
+    """A report on a call of :func:`upcycle`.
 
     Attributes:
         layers: the classes of the dense modules that got experts, by name.
@@ -66,9 +66,10 @@ def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
 
     Args:
         model: any module; timm's, Hugging Face's, torchvision's, your own.
-        layers: which FFNs, in the order of the model's modules: indices,
-            module names (the report lists all FFNs), ``dict(every=n)`` or
-            ``dict(last=n)``, the last n of every second one.
+        layers: the FFNs that get experts, which are numbered in the order of
+            the model's modules: indices, module names (the report lists all
+            FFNs), ``dict(every=n)`` for each n-th one, or ``dict(last=n)``,
+            the last n of every second one.
         num_experts: E.
         router: its type and options (docs/routers.md); None means
             ``dict(type='TokenChoiceRouter')``.

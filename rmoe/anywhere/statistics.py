@@ -42,8 +42,8 @@ class LayerStats:
 
 
 def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
-    """What the experts received in training since the last call, summed over
-    all ranks.
+    """The load of the experts in training since the last call, summed over all
+    ranks.
 
     Args:
         model: a model with MoE layers, wrapped or not. Where several processes

@@ -69,7 +69,7 @@ def shard(model: nn.Module, meshes: Meshes, param_dtype: str | None,
     the model itself with everything else.
 
     Args:
-        model: with MoE layers; changed in place.
+        model: a model with MoE layers; changed in place.
         meshes: the processes over which the model is sharded.
         param_dtype: the type in which blocks are gathered; None for the type
             that they have.

@@ -18,7 +18,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     Swin, also those of stages without experts.
 
     Args:
-        model: with MoE layers inside.
+        model: a model with MoE layers inside.
     """
     modules = dict(model.named_modules())
     kinds = {type(_block_around(name, modules))

@@ -40,7 +40,8 @@ def draw_specialisation(tallies: Mapping[str, Tally],
 
     Args:
         tallies: the tally of each layer, by name.
-        measures: what each tally measures, by the same names.
+        measures: the result of :meth:`Tally.measure` for each tally, by the
+            same names.
         classes: names of the L classes.
         path: file to write, a PNG whatever its name; missing folders are
             made.
