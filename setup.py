@@ -19,7 +19,7 @@ def version() -> str:
 
 
 class BuildWithConfigs(build_py):
-    """Puts configs/ inside the wheel, as rmoe/configs."""
+    """Copies configs/ into the wheel, as rmoe/configs."""
 
     def run(self) -> None:
         super().run()
@@ -39,8 +39,9 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['rmoe', 'rmoe.*']),
     cmdclass={'build_py': BuildWithConfigs},
-    # Neither torch nor OpenMMLab: pip would replace what an environment has.
-    # Importing rmoe, and tools/doctor.py, say what is missing.
+    # torch and OpenMMLab are not listed, because pip would replace the versions
+    # that an environment has. ``import rmoe`` and tools/doctor.py say what is
+    # missing.
     install_requires=['numpy', 'safetensors', 'matplotlib', 'msgpack'],
     extras_require={
         'openmmlab': [*requirements('mmcv'), *requirements('openmmlab')],

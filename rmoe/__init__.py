@@ -1,11 +1,12 @@
-"""Mixture-of-experts for vision transformers (docs: README.md).
+"""Mixture-of-experts layers for vision transformers (docs: README.md).
 
-Backbones for OpenMMLab 2.x, and functions for any model of PyTorch
-(:mod:`rmoe.anywhere`, docs/anywhere.md), which are attributes of this module
-and imported when they are first used.
+The package has backbones for OpenMMLab 2.x, and functions that work on any
+PyTorch model (:mod:`rmoe.anywhere`, docs/anywhere.md). These functions are
+attributes of this module and are imported when they are first used.
 
-Importing this imports neither torch nor OpenMMLab. It adds a place where
-Python finds operators for an mmcv that has none (:mod:`rmoe.mmcv_ops`).
+``import rmoe`` imports neither torch nor OpenMMLab. It installs an import
+finder that supplies operators to an mmcv that was installed without compiled
+ones (:mod:`rmoe.mmcv_ops`).
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,13 +1,14 @@
-"""What must be installed, said in one error that names the command."""
+"""A check for missing packages, whose one error names what to install."""
 import sys
 from importlib.util import find_spec
 
 
 def need(*names: str) -> None:
-    """Refuse to go on without these packages.
+    """Raise unless all these packages can be imported.
 
     Raises:
-        ImportError: that names what is missing, this Python and the remedy.
+        ImportError: names the missing packages, the Python interpreter and the
+            command that installs them.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:

@@ -2,8 +2,9 @@
 scope can name ``type='rmoe.SwinMoE'`` without ``custom_imports``.
 
 Only mmengine is imported here: an error while mmengine imports this file
-would surface as "not in the registry" and hide its cause. What registers
-itself is imported from ``locations`` when a type is first looked up.
+would surface as "not in the registry" and hide its cause. The modules whose
+classes register themselves are named in ``locations``; mmengine imports them
+when a type is first looked up.
 """
 from collections.abc import Mapping
 
@@ -46,7 +47,10 @@ METRICS = Registry(
 
 
 def type_name(config: Mapping) -> str:
-    """Of a config's type, a string or (in new-style configs) a class, without
-    its scope; empty if it has none."""
+    """Class name in ``config['type']``, without the registry scope.
+
+    The type is a string or, in new-style configs, a class. The name is empty
+    if the config has no type.
+    """
     kind = config.get('type') or ''
     return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__

@@ -1,9 +1,9 @@
-"""mmengine's loaders of checkpoints, reading files instead of running them.
+"""Replacements for mmengine's checkpoint loaders that execute no code in files.
 
-Nothing changes on import. ``rmoe.CheckpointHook`` and the tools install the
-loaders for their process, MoE backbones use them for their own ``init_cfg``.
-A program of its own that loads files by mmengine's functions, such as mmseg's
-``init_model``, calls :func:`install` first.
+Importing this module changes nothing. ``rmoe.CheckpointHook`` and the tools
+install these loaders for their whole process, and MoE backbones use them to
+load their own ``init_cfg``. Any other program that loads files by mmengine's
+functions, such as mmseg's ``init_model``, should call :func:`install` first.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,17 +25,18 @@ Loader = Callable[[str, Any], dict[str, Any]]
 
 
 def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
-    """mmengine's loader of local files, by way of our safe reader.
+    """Load a local file by rmoe's safe reader instead of mmengine's loader.
 
-    torch >= 2.6 refuses what mmengine 0.10 pickles into a checkpoint beside
-    its tensors. The reader takes the tensors and plain values and leaves the
-    rest out; it also reads .safetensors and says what is wrong with a broken
-    file.
+    torch >= 2.6 refuses the objects that mmengine 0.10 pickles into a
+    checkpoint beside its tensors. The safe reader keeps the tensors and plain
+    values and leaves those objects out. It also reads .safetensors files and
+    says what is wrong with a broken file.
     """
-    # A resumed optimizer keeps these tensors, and training may write to the
-    # file: they must not be views of it.
+    # A resumed optimizer keeps these tensors, and training may overwrite the
+    # file, so they must not be memory-mapped views of it.
     content = read_checkpoint(filename, map_location, mapped=False)
-    # mmengine knows DDP's 'module.' alone, not torch.compile's '_orig_mod.'.
+    # mmengine removes DDP's 'module.' from keys, but not torch.compile's
+    # '_orig_mod.'.
     if isinstance(state := content.get('state_dict'), dict) and any(
             WRAPPERS.search(str(key)) for key in state):
         content['state_dict'] = without_wrappers(state)
@@ -44,22 +45,23 @@ def load_from_local(filename: str, map_location: Any) -> dict[str, Any]:
 
 def load_from_http(filename: str, map_location: Any = None,
                    local: Loader = load_from_local) -> dict[str, Any]:
-    """mmengine's loader of URLs, which would execute what it downloads.
+    """Load a URL instead of mmengine's loader, which can execute code in the
+    file that it downloads.
 
-    Files are kept where torch.hub keeps them, so what was downloaded before
-    is found again.
+    Downloads are kept where torch.hub keeps them, so that a file which was
+    downloaded before is found again.
 
     Args:
         filename: the URL.
         map_location: as for torch.load.
-        local: loads the file that was downloaded.
+        local: the function that loads the downloaded file.
     """
     path = Path(torch.hub.get_dir(), 'checkpoints',
                 Path(urlparse(filename).path).name)
     if is_main_process():
         _download(filename, path)
     barrier()
-    # On another machine than the first rank's.
+    # A rank on another machine does not see the download of rank 0.
     _download(filename, path)
     return local(str(path), map_location)
 
@@ -71,26 +73,26 @@ def _download(url: str, path: Path) -> None:
 
 
 def install(local: Loader = load_from_local) -> None:
-    """Make mmengine's load_from, resume and init_cfg read safely, in this
-    process, from now on.
+    """Make mmengine's load_from, resume and init_cfg use the safe loaders, in
+    this process, from now on.
 
     Args:
-        local: loads local files, and those that were downloaded.
+        local: the function that loads local files and downloaded ones.
     """
-    # mmengine logs a loader's name.
+    # mmengine logs the name of a loader, which a partial does not have.
     http = update_wrapper(partial(load_from_http, local=local),
                           load_from_http)
     CheckpointLoader.register_scheme(
         '', update_wrapper(partial(local), load_from_local), force=True)
     CheckpointLoader.register_scheme(('http://', 'https://'), http,
                                      force=True)
-    # What the loaders of torchvision:// and open-mmlab:// call.
+    # mmengine's loaders of torchvision:// and open-mmlab:// call this one.
     mmengine_checkpoint.load_from_http = http
 
 
 @contextmanager
 def installed(local: Loader = load_from_local) -> Iterator[None]:
-    """The loaders for as long as the context lasts; see :func:`install`."""
+    """Install the loaders while the context lasts; see :func:`install`."""
     schemes = dict(CheckpointLoader._schemes)
     http = mmengine_checkpoint.load_from_http
     install(local)

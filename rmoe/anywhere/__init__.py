@@ -1,4 +1,4 @@
-"""Experts in any model of PyTorch, without OpenMMLab (docs/anywhere.md)."""
+"""Upcycling of any PyTorch model, without OpenMMLab (docs/anywhere.md)."""
 from rmoe.anywhere.adapters import load_adapter, save_adapter
 from rmoe.anywhere.in_place import UpcycleReport, to_dense, upcycle
 from rmoe.anywhere.losses import auxiliary_loss

@@ -1,4 +1,4 @@
-"""Experts on a frozen core, as a small file of their own."""
+"""Adapters: small files that hold the experts trained on a frozen core."""
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,30 +19,32 @@ from rmoe.anywhere.stages import (
 from rmoe.moe import moe_layers
 from rmoe.upcycling import read_checkpoint, write_checkpoint
 
-# Of each weight: enough to tell a model from another, too few to weigh.
+# Number of values of each dense weight that an adapter file keeps: enough to
+# tell one model from another, and too few to make the file large.
 SAMPLES = 8
-# Half precision keeps a weight to a part in 256.
+# Relative difference up to which two values count as equal: a model in half
+# precision keeps a weight to one part in 256.
 TOLERANCE = 1e-2
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike,
                  also: Sequence[str] = ()) -> int:
-    """Write what the experts add to their dense model.
+    """Write what the experts add to their dense model to a file.
 
-    The file has the residuals, the routers, what ``also`` names, and what
-    :func:`load_adapter` needs to make the layers again.
+    The file holds the residuals, the routers, the modules that ``also`` names,
+    and the settings from which :func:`load_adapter` makes the layers again.
 
     Args:
-        model: that :func:`rmoe.upcycle` changed, not wrapped.
+        model: a model that :func:`rmoe.upcycle` changed, without a wrapper.
         path: a .safetensors or .pth file.
         also: names of modules to save whole, such as a new head.
 
     Returns:
-        The number of values in it.
+        The number of values in the file.
 
     Raises:
-        ValueError: if the model was not made by :func:`rmoe.upcycle`, if
-            something trains that would be left out of the file, or if the
+        ValueError: if :func:`rmoe.upcycle` did not change this model, if
+            parameters train that would be left out of the file, or if the
             experts are folded.
     """
     settings = record_of(model).settings
@@ -58,26 +60,27 @@ def save_adapter(model: nn.Module, path: str | os.PathLike,
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> UpcycleReport:
-    """Put an adapter on its dense model, in place.
+    """Give a dense model the experts of an adapter file, in place.
 
     Args:
         model: the dense model, with the weights that the adapter was trained
             on, and with modules of the shapes that ``also`` named.
-        path: what :func:`save_adapter` wrote; no code in it is run.
+        path: a file that :func:`save_adapter` wrote; no code in it is
+            executed.
 
     Returns:
         The report of :func:`rmoe.upcycle`.
 
     Raises:
-        ValueError: if the file is no adapter, or is that of another model, of
-            other weights or of another head. Where files do not fit, the
-            model is dense as before.
+        ValueError: if the file is no adapter, or was trained on another
+            model, other weights or another head. The model then stays dense.
     """
     content = read_checkpoint(path)
     meta = content.get('meta') or {}
     adapter = meta.get('rmoe_adapter') if isinstance(meta, Mapping) else None
     if adapter is None:
-        raise ValueError(f'{path} is no adapter of rmoe.save_adapter')
+        raise ValueError(f'{path} is no adapter: give a file that '
+                         'rmoe.save_adapter wrote')
     state: dict[str, Tensor] = content['state_dict']
     _check_shapes(model, state, adapter['also'], path)
     report = upcycle(model, **adapter['settings'])
@@ -92,13 +95,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> UpcycleReport:
 
 
 def _places(model: nn.Module) -> tuple[str, ...]:
-    """What the names of residuals and routers begin with."""
+    """Prefixes of the names of all residuals and routers."""
     return tuple(f'{name}.{part}.' for name in moe_layers(model)
                  for part in ('experts', 'router'))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a state dict has; what has several names once, by its first."""
+    """The entries of a state dict. A tensor that has several names comes once,
+    under its first name."""
     kept = model.state_dict().keys()
     for key, value in (*model.named_parameters(), *model.named_buffers()):
         if key in kept:
@@ -106,7 +110,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_whole(model: nn.Module, also: Sequence[str]) -> None:
-    """Is everything that changes in training in the file?"""
+    """Check that the file will hold everything that changes in training."""
     for name, layer in moe_layers(model).items():
         if layer.experts.folded is not None:
             raise ValueError(
@@ -118,16 +122,18 @@ def _check_whole(model: nn.Module, also: Sequence[str]) -> None:
             and not is_inside(name, also)]
     if lost:
         raise ValueError(
-            f'{len(lost)} parameters train and would not be in the adapter, '
-            f'{lost[0]} first: name their modules in also=(...), or freeze '
-            "them before training by rmoe.set_stage(model, 'residual')")
+            f'{len(lost)} parameters train and would not be in the adapter; '
+            f'the first is {lost[0]}. Name their modules in also=(...), or '
+            'freeze them before training by '
+            "rmoe.set_stage(model, 'residual')")
     moving = [name for name in moving_statistics(model)
               if not is_inside(name, also)]
     if moving:
         raise ValueError(
             f'the statistics of {moving[0]} change in training and would not '
-            "be in the adapter: call rmoe.set_stage(model, 'residual') before "
-            'training, which holds them, or name the module in also=(...)')
+            "be in the adapter. Call rmoe.set_stage(model, 'residual') before "
+            'training, which keeps them as they are, or name the module in '
+            'also=(...)')
 
 
 def _samples(model: nn.Module, also: Sequence[str]) -> dict[str, list[float]]:
@@ -149,19 +155,22 @@ def _check_core(ours: Mapping[str, list[float]],
     for name, values in theirs.items():
         if name not in ours:
             raise ValueError(f'{path} was trained on a model with {name}, '
-                             'which this one has not')
+                             'which this model does not have. Give the model '
+                             'that it was trained on')
         here = torch.tensor(ours[name])
         there = torch.tensor(values)
         if not torch.allclose(here, there, rtol=TOLERANCE, atol=1e-6):
             raise ValueError(
                 f'{path} was trained on other weights than the model has: '
-                f'{name} has {here[0]:.6g}, it was {there[0]:.6g}. Load the '
-                'dense checkpoint first, then the adapter')
+                f'the first value of {name} is {here[0]:.6g} in the model and '
+                f'was {there[0]:.6g} in training. Load the dense checkpoint '
+                'first, then the adapter')
 
 
 def _check_shapes(model: nn.Module, state: Mapping[str, Tensor],
                   also: Sequence[str], path: str | os.PathLike) -> None:
-    """Whole modules that the file has must have their place."""
+    """Check that the modules that the file holds whole have the names and
+    shapes of the model's."""
     target = dict(_tensors(model))
     ours = {key for key in target if is_inside(key, also)}
     theirs = {key for key in state if is_inside(key, also)}
@@ -185,6 +194,6 @@ def _check_experts(model: nn.Module, state: Mapping[str, Tensor],
         if ours.get(key) != theirs.get(key):
             raise ValueError(
                 f'{key}: {path} has {theirs.get(key, "nothing")}, the model '
-                f'has {ours.get(key, "nothing")}: the file is not whole, or '
-                'the model is another')
+                f'has {ours.get(key, "nothing")}: the file is incomplete, or '
+                'was made from another model')
 

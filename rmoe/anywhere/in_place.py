@@ -1,4 +1,4 @@
-"""Experts in the FFNs of any model, in place, and the way back."""
+"""Upcycling of any model in place: its FFNs get experts, or lose them again."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,14 @@ from rmoe.anywhere.stages import release
 from rmoe.moe import moe_layers
 from rmoe.moe.found import choose_ffns, find_ffns, put_layers, take_out
 
-# Where a model keeps it, out of reach of parameters and state dicts.
+# The attribute of a model that holds its Record. It is written to the model's
+# __dict__, so that neither parameters nor state dicts include its modules.
 RECORD = '_rmoe'
 
 
 @dataclass
 class Record:
-    """What :func:`upcycle` was asked for, and the dense modules that it
+    """The settings of a call of :func:`upcycle`, and the dense modules that it
     replaced, by name."""
     settings: dict[str, Any]
     dense: dict[str, nn.Module]
@@ -24,13 +25,14 @@ class Record:
 
 @dataclass
 class UpcycleReport:
-    """What :func:`upcycle` did.
+    """A report on a call of :func:`upcycle`.
 
     Attributes:
-        layers: by module name, the dense class that got experts.
-        left_dense: the same of FFNs that could have, and were not named.
+        layers: the classes of the dense modules that got experts, by name.
+        left_dense: the same for FFNs that could have got experts, but were
+            not chosen.
         num_experts: E.
-        parameters: before and after.
+        parameters: numbers of parameters before and after.
     """
     layers: dict[str, str]
     left_dense: dict[str, str]
@@ -55,36 +57,39 @@ def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
     """Give FFNs of a model experts, in place.
 
     Each expert is the dense FFN (the core) plus a residual that starts at
-    zero (2204.09636), so the model computes what it did before. Names of the
-    dense weights stay: its checkpoints load with ``strict=False``, before or
-    after. FFNs are linear - activation - linear under any name, with or
-    without a gate, the halves of Hugging Face's ViT, Swin and others, the
-    MixFFNs of SegFormer and PVT, and mmcv's.
+    zero (2204.09636), so the model computes what it did before. The dense
+    weights keep their names, so that dense checkpoints load with
+    ``strict=False``, before or after this call. These count as FFNs: modules
+    of the form linear - activation - linear under any name, with or without a
+    gate; the two halves that an FFN has in Hugging Face's ViT, Swin and
+    others; the MixFFNs of SegFormer and PVT; and mmcv's FFN.
 
     Args:
         model: any module; timm's, Hugging Face's, torchvision's, your own.
-        layers: which FFNs, in the order of the model's modules: indices,
-            module names (the report names all), ``dict(every=n)`` or
-            ``dict(last=n)``, the last n of every second one.
+        layers: the FFNs that get experts, which are numbered in the order of
+            the model's modules: indices, module names (the report lists all
+            FFNs), ``dict(every=n)`` for each n-th one, or ``dict(last=n)``,
+            the last n of every second one.
         num_experts: E.
         router: its type and options (docs/routers.md); None means
             ``dict(type='TokenChoiceRouter')``.
-        rank: of the residuals; None for full rank.
-        align: how gates meet outputs, see :class:`rmoe.moe.MoEFFN`.
+        rank: rank of the residuals; None for full rank.
+        align: how the outputs of experts are weighted by their gates, see
+            :class:`rmoe.moe.MoEFFN`.
 
     Returns:
-        What became of which FFN.
+        A report of the FFNs that got experts and of those that stay dense.
 
     Raises:
-        ValueError: if there is no FFN, one is named that is not there, an
-            option is wrong, or the model has experts; the model is then
-            unchanged.
+        ValueError: if the model has no FFN or not one that is named, an
+            option is wrong, or the model has experts already; the model is
+            then unchanged.
     """
     name = type(model).__name__
     _check_options(num_experts, router, layers)
     if moe_layers(model):
-        raise ValueError(f'{name} has MoE layers: upcycle it once, with all '
-                         'the layers that you want')
+        raise ValueError(f'{name} has MoE layers already: upcycle it once, '
+                         'with all the layers that you want')
     found = find_ffns(model)
     if not found:
         raise ValueError(
@@ -110,10 +115,11 @@ def upcycle(model: nn.Module, layers: Any, num_experts: int = 8,
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Take the experts out again, in place: each FFN is its core.
+    """Take the experts out again, in place: each FFN becomes its core.
 
-    Of a model whose core was frozen that is the model before
-    :func:`upcycle`. What :func:`rmoe.set_stage` froze trains again.
+    If the core was frozen in training, this is the model as it was before
+    :func:`upcycle`. Parameters that :func:`rmoe.set_stage` froze are
+    trainable again.
 
     Returns:
         The model.
@@ -131,20 +137,23 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def record_of(model: nn.Module) -> Record:
-    """Raises:
+    """The record that :func:`upcycle` left on a model.
+
+    Raises:
         ValueError: if :func:`upcycle` was not called with this model.
     """
     record = vars(model).get(RECORD)
     if record is None:
         raise ValueError(
             f'{type(model).__name__} is not what rmoe.upcycle changed: give '
-            'the model that it was called with, not wrapped. Of an OpenMMLab '
-            'model rmoe.upcycling.to_dense(model) gives the dense weights')
+            'the model that it was called with, without a wrapper. For an '
+            'OpenMMLab model, rmoe.upcycling.to_dense(model) gives the dense '
+            'weights')
     return record
 
 
 def _check_options(num_experts: Any, router: Any, layers: Any) -> None:
-    """What is wrong for any model, before it is looked at."""
+    """Check the options, as far as that does not depend on the model."""
     if not isinstance(num_experts, int) or isinstance(num_experts, bool):
         raise ValueError(f'num_experts={num_experts!r} must be a whole number')
     if router is not None and (not isinstance(router, Mapping)

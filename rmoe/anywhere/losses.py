@@ -1,4 +1,4 @@
-"""Auxiliary losses in a training loop of one's own."""
+"""The auxiliary losses of routers, for a training loop without OpenMMLab."""
 import warnings
 from typing import Any
 
@@ -9,36 +9,39 @@ from rmoe.moe import collect_losses, moe_layers
 
 
 def start_collecting(model: nn.Module) -> None:
-    """Keep what the MoE layers of a model produce for
-    :func:`auxiliary_loss`: of its last forward pass, and not of all."""
+    """Make the MoE layers of a model keep their auxiliary losses for
+    :func:`auxiliary_loss`. A hook drops those of earlier forward passes."""
     model.register_forward_pre_hook(_begin)
-    # A model may be entered by other methods than its forward.
+    # The first call of a model may be another method than its forward, for
+    # which the hook does not run.
     collect_losses(model, start=True)
 
 
 def stop_collecting(model: nn.Module) -> None:
-    """The opposite of :func:`start_collecting`."""
+    """Remove the hook of :func:`start_collecting`."""
     for key in [key for key, hook in model._forward_pre_hooks.items()
                 if hook is _begin]:
         del model._forward_pre_hooks[key]
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
-    """What the routers ask for, of the last forward pass in training mode.
+    """The sum of the routers' auxiliary losses, such as load balancing, in the
+    last forward pass in training mode.
 
-    Add it to the loss after each forward pass, before ``backward``. It is
-    weighted already (``loss_weights`` of the router).
+    Add it to the loss after each forward pass, before ``backward``. The losses
+    are weighted already, by the ``loss_weights`` of the router.
 
     Args:
-        model: that :func:`rmoe.upcycle` changed, or what contains it.
+        model: a model that :func:`rmoe.upcycle` changed, or a module that
+            contains it.
 
     Returns:
         A float32 scalar with a gradient; zero in evaluation, in the core
-        stage, and with routers that ask for nothing.
+        stage, and with routers that have no auxiliary loss.
 
     Raises:
-        ValueError: without MoE layers, or if a loss has no gradient although
-            its router trains.
+        ValueError: if the model has no MoE layer, or if a loss has no gradient
+            although its router trains.
     """
     layers = moe_layers(model)
     if not layers:

@@ -1,4 +1,5 @@
-"""Which parameters of a MoE model train (2204.09636)."""
+"""Training in stages: which parameters of a MoE model train, by their role
+(2204.09636)."""
 from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
@@ -7,21 +8,21 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmoe.moe import moe_layers
 
-# Roles that train in each stage of :func:`set_stage`.
+# The roles whose parameters train in each stage of set_stage.
 STAGES = {
     'core': ('core', 'head'),
     'residual': ('residual', 'router', 'head'),
     'all': ('core', 'residual', 'router', 'head'),
 }
-# Where a model keeps its stage.
+# The attribute of a model that holds the name of its stage.
 STAGE = '_rmoe_stage'
 
 
 def expert_role(name: str) -> str | None:
-    """'router', 'residual' or, for everything else, None.
+    """Role that a name tells: 'router', 'residual' or, for all else, None.
 
     Args:
-        name: of a parameter or module.
+        name: name of a parameter or module.
     """
     parts = name.split('.')
     if 'router' in parts:
@@ -32,39 +33,43 @@ def expert_role(name: str) -> str | None:
 
 
 def roles_in(model: nn.Module) -> Callable[[str], str | None]:
-    """:func:`expert_role` of the names of a model: what is called a router
-    outside of its MoE layers is none."""
+    """A function like :func:`expert_role` for the names of one model. Modules
+    outside of its MoE layers that happen to be called 'router' have no role."""
     layers = tuple(f'{name}.' for name in moe_layers(model))
     return lambda name: expert_role(name) if name.startswith(layers) else None
 
 
 def is_inside(name: str, modules: Collection[str]) -> bool:
-    """Is a parameter, by its name, in one of these modules, or one itself?"""
+    """Whether a name is one of these names, or lies inside of such a module."""
     return any(name == module or name.startswith(f'{module}.')
                for module in modules)
 
 
 def set_stage(model: nn.Module, stage: str, head: Sequence[str] = ()) -> None:
-    """Say what trains from now on; call it before DDP wraps the model.
+    """Choose which parameters train from now on. Call it before DDP wraps the
+    model.
 
-    - 'core': everything but the experts. MoE layers run their core alone, at
-      dense cost, and route nothing. For a new head on a pre-trained model.
-    - 'residual': residuals, routers and ``head``; all else is frozen, norm
-      statistics included. What is trained is then an adapter.
-    - 'all': everything.
+    - 'core': everything trains but the experts. MoE layers run their core
+      alone, at dense cost, and route nothing. This is for a new head on a
+      pre-trained model.
+    - 'residual': residuals, routers and ``head`` train. All else is frozen,
+      norm statistics included, so that the trained part is an adapter.
+    - 'all': everything trains.
 
-    It decides for every parameter of the model: freeze others after it. An
-    optimizer that has them all skips the frozen ones, which have no gradient.
+    It sets ``requires_grad`` of every parameter of the model, so freeze others
+    after this call. An optimizer may have all parameters: it skips the frozen
+    ones, because they have no gradient.
 
     Args:
-        model: with MoE layers.
+        model: a model with MoE layers.
         stage: 'core', 'residual' or 'all'.
         head: names of modules that train in every stage, such as ``('head',
             )`` in timm, ``('classifier', )`` or ``('decode_head', )`` in
             Hugging Face's models.
 
     Raises:
-        ValueError: for an unknown stage or module, or without MoE layers.
+        ValueError: for an unknown stage or module, or if the model has no MoE
+            layer.
     """
     if stage not in STAGES:
         raise ValueError(f'stage={stage!r} is not one of {tuple(STAGES)}')
@@ -85,18 +90,18 @@ def set_stage(model: nn.Module, stage: str, head: Sequence[str] = ()) -> None:
 def train_roles(model: nn.Module, roles: Collection[str],
                 role_of: Callable[[str], str],
                 leave: Collection[str] = ()) -> None:
-    """Let parameters of these roles train and freeze the others. Without
-    residuals and routers, MoE layers run their core alone.
+    """Let parameters of these roles train and freeze the others. If neither
+    residuals nor routers are to train, MoE layers run their core alone.
 
     Args:
-        model: with MoE layers, not wrapped.
-        roles: of 'core', 'residual', 'router' and 'head'.
-        role_of: the role of a parameter by its name.
+        model: a model with MoE layers, without a wrapper.
+        roles: some of 'core', 'residual', 'router' and 'head'.
+        role_of: maps the name of a parameter to its role.
         leave: names of parameters that stay as they are.
 
     Raises:
-        ValueError: without MoE layers, if experts would bypass a wrapped
-            core, or if one that is to run alone is not there.
+        ValueError: if the model has no MoE layer, if experts would bypass a
+            wrapped core, or if a layer should run its core alone and has none.
     """
     layers = moe_layers(model)
     if not layers:
@@ -108,8 +113,9 @@ def train_roles(model: nn.Module, roles: Collection[str],
     for name, layer in layers.items():
         if core_only and layer.core is None:
             raise ValueError(
-                f'no expert is to train, but {name} has core=False; add '
-                'residual and router to the roles of the stage')
+                'the roles of the stage include no expert, but '
+                f'{name} has core=False and cannot run without experts: add '
+                'residual and router to the roles')
         layer.check_core(name)
     for layer in layers.values():
         layer.core_only = core_only
@@ -123,8 +129,10 @@ def train_roles(model: nn.Module, roles: Collection[str],
 
 def checked_modules(model: nn.Module, names: Sequence[str], option: str
                     ) -> tuple[str, ...]:
-    """Raises:
-        ValueError: if one is no module or parameter of the model.
+    """The names as a tuple, if the model has them all.
+
+    Raises:
+        ValueError: if a name is no module or parameter of the model.
     """
     names = (names, ) if isinstance(names, str) else tuple(names)
     known = {name for name, _ in model.named_modules() if name}
@@ -147,7 +155,7 @@ def moving_statistics(model: nn.Module) -> list[str]:
 
 
 def release(model: nn.Module) -> None:
-    """Undo :func:`set_stage`, if it was called: everything trains."""
+    """Undo :func:`set_stage`, if it was called: all parameters train again."""
     held = [module for module in model.modules()
             if _stand_still in module._forward_pre_hooks.values()]
     for module in held:
@@ -158,7 +166,8 @@ def release(model: nn.Module) -> None:
 
 
 def _hold(norm: nn.Module, held: bool) -> None:
-    """Keep a norm's statistics as they are, whatever ``train()`` says."""
+    """Freeze the running statistics of a norm, whatever ``train()`` says, or
+    release them if ``held`` is False."""
     hooks = norm._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _stand_still]:
         del hooks[key]

@@ -1,4 +1,4 @@
-"""What the experts receive."""
+"""Statistics of the load of experts: how many tokens each of them gets."""
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,20 @@ from rmoe.moe import MoELayer, moe_layers
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Of one MoE layer, in training passes.
+    """Routing statistics of one MoE layer, over training passes.
+
+    An assignment is one token that the router sends to one expert.
 
     Attributes:
-        load: share of the assignments that asked for each expert.
-        entropy: of the load over its maximum; 1 is balanced, 0 one expert.
+        load: share of all assignments that each expert has, before the
+            capacity limit.
+        entropy: entropy of the load, divided by its maximum: 1 if the load is
+            balanced, 0 if one expert has it all.
         dropped: share of assignments dropped for lack of capacity.
         unrouted: share of tokens that no expert kept.
-        demand: assignments that were asked for; 0 if nothing was routed.
-        kept: those that experts kept.
+        demand: number of assignments before the capacity limit; 0 if nothing
+            was routed.
+        kept: number of assignments that experts kept.
     """
     load: tuple[float, ...]
     entropy: float
@@ -29,22 +34,26 @@ class LayerStats:
     kept: float
 
     def dead(self, below: float = 0.01) -> list[int]:
-        """Experts that got less than this part of their fair share."""
+        """Indices of the experts whose load is at most ``below`` times their
+        fair share."""
         limit = below / len(self.load)
         return [expert for expert, share in enumerate(self.load)
                 if share <= limit]
 
 
 def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
-    """What the experts received in training since the last call, over all
+    """The load of the experts in training since the last call, summed over all
     ranks.
 
     Args:
-        model: with MoE layers, wrapped or not. Where several processes train,
-            all must call.
+        model: a model with MoE layers, wrapped or not. Where several processes
+            train, all must call this.
+
+    Returns:
+        The statistics of each MoE layer, by its name.
 
     Raises:
-        ValueError: without MoE layers.
+        ValueError: if the model has no MoE layer.
     """
     layers = moe_layers(model)
     if not layers:
@@ -55,7 +64,7 @@ def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
 
 
 def normalised_entropy(share_E: Tensor) -> float:
-    """Entropy of a distribution over its maximum, in [0, 1]."""
+    """Entropy of a distribution, divided by its maximum, in [0, 1]."""
     if len(share_E) == 1:
         return 1.0
     return float(torch.special.entr(share_E).sum()) / math.log(len(share_E))
@@ -72,9 +81,10 @@ def _stats(demand_E: Tensor, kept_E: Tensor, tokens_2: Tensor) -> LayerStats:
 
 
 def _take_counts(layers: Mapping[str, MoELayer]) -> dict[str, list[Tensor]]:
-    """Demand, kept and token counts of all ranks, on the CPU; zeroes them.
+    """Sum the demand, kept and token counters over all ranks, and set them to
+    zero. The sums are on the CPU.
 
-    One reduction of one flat tensor serves all layers.
+    One reduction of one flat tensor is enough for all layers.
     """
     buffers = {name: [layer.demand_E, layer.kept_E, layer.token_counts]
                for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""Upstream training: any backbone as an image classifier."""
+"""Upstream training (pre-training): any backbone as an image classifier."""
 from rmoe.classification.accuracy import Accuracy
 from rmoe.classification.class_check_hook import ClassCheckHook
 from rmoe.classification.classifier import ImageClassifier

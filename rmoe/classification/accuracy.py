@@ -14,13 +14,14 @@ class Accuracy(BaseMetric):
     scores, as ``accuracy/top1`` and so on.
 
     Args:
-        topk: the k.
+        topk: the values of k.
         collect_device: where results of ranks are gathered: 'cpu' or 'gpu'.
-        prefix: of the names of the results; None means 'accuracy'.
+        prefix: first part of the names of the results; None means
+            'accuracy'.
 
     Raises:
-        ValueError: for a k below 1 or, when scores are seen, above the number
-            of classes.
+        ValueError: if a k is below 1 or, from the first image on, above the
+            number of classes.
     """
     default_prefix = 'accuracy'
 
@@ -34,25 +35,26 @@ class Accuracy(BaseMetric):
 
     def process(self, data_batch: Any,
                 data_samples: Sequence[dict[str, Any]]) -> None:
-        """Keep for each image the place its class has among the scores.
+        """Keep for each image the rank that its class has among the scores.
 
         Args:
             data_batch: not used.
-            data_samples: what the classifier predicts: ``pred_score`` (C) and
-                ``gt_label`` of each image.
+            data_samples: predictions of the classifier: ``pred_score`` (C)
+                and ``gt_label`` of each image.
         """
         for sample in data_samples:
             scores_C = sample['pred_score']
             if max(self.topk) > len(scores_C):
-                raise ValueError(f'topk={self.topk} of {len(scores_C)} '
-                                 'classes: set topk of the metric')
+                raise ValueError(f'topk={self.topk} asks for more than the '
+                                 f'{len(scores_C)} classes: set topk of the '
+                                 'metric to smaller numbers')
             best = torch.topk(scores_C, max(self.topk)).indices.tolist()
             label = int(sample['gt_label'])
             self.results.append(
                 best.index(label) if label in best else len(scores_C))
 
     def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        """Percentages from the places of all images."""
+        """Percentages from the ranks that the classes of all images have."""
         return {
             f'top{k}': 100 * sum(place < k for place in results) /
             len(results) for k in self.topk

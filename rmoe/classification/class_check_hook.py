@@ -1,4 +1,4 @@
-"""A head that does not fit its data, found before training."""
+"""A check before training that the head of a classifier fits its data."""
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -16,8 +16,8 @@ class ClassCheckHook(Hook):
     no classes in their ``metainfo`` are left out.
 
     Raises:
-        ValueError: (before training, validation or testing) for another
-            number of classes, of which it names both, or other classes.
+        ValueError: before training, validation or testing, if the numbers of
+            classes differ, both of which it names, or the classes differ.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -29,7 +29,8 @@ class ClassCheckHook(Hook):
             if one != other:
                 raise ValueError(
                     f'label {i} is the class {one!r} in training and '
-                    f'{other!r} in validation')
+                    f'{other!r} in validation: both data sets must have the '
+                    'same classes in the same order')
 
     def before_val(self, runner: Runner) -> None:
         _check(runner, 'validation', runner.val_dataloader)
@@ -39,7 +40,7 @@ class ClassCheckHook(Hook):
 
 
 def _check(runner: Runner, split: str, dataloader: Any) -> tuple[str, ...]:
-    """The classes of a split; empty if none are named."""
+    """The classes of a split; empty if its data sets name none."""
     model = unwrapped(runner.model)
     classes: tuple[str, ...] = ()
     for dataset in leaf_datasets(dataloader.dataset):

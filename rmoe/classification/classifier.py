@@ -1,4 +1,4 @@
-"""Any backbone as an image classifier, to make a dense or a MoE core."""
+"""Any backbone as an image classifier, to pre-train a dense or MoE core."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,29 +16,31 @@ class ImageClassifier(BaseModel):
     """Backbone, global average pooling, linear head.
 
     The features are the mean over the backbone's last map. If its outputs are
-    pairs of map and class token (``output_cls_token=True`` of ViTMoE), they
-    are the last class token instead.
+    pairs of map and class token (``output_cls_token=True`` of ViTMoE), the
+    features are the last class token instead.
 
-    Mixup (1710.09412) and CutMix (1905.04899) are torchvision's. They draw
-    from torch's random state, which ``randomness.seed`` sets and a resumed
-    run restores; timm's draw from NumPy's, which no checkpoint holds. If both
-    are on, each batch gets one of them, both equally often.
+    Mixup (1710.09412) and CutMix (1905.04899) are those of torchvision,
+    because they draw from torch's random state, which ``randomness.seed`` sets
+    and a resumed run restores. Those of timm draw from NumPy's random state,
+    which no checkpoint holds. If both are on, each batch gets one of them,
+    both equally often.
 
-    The weights are called ``backbone.*`` and ``head.*``: a segmentor or
-    detector takes the backbone from the checkpoint with ``load_from`` or
+    The weights are called ``backbone.*`` and ``head.*``, so that a segmentor
+    or detector takes the backbone from the checkpoint with ``load_from`` or
     ``init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
 
     Args:
         backbone: config of any backbone.
         num_classes: C.
         in_channels: D, channels of the features.
-        norm_cfg: norm of the features, for a backbone that does not norm its
-            last map itself as SwinMoE, CvTMoE and ViTMoE do.
-        dropout: rate before the head, in training.
-        label_smoothing: part of a target that is spread over all classes.
+        norm_cfg: config of a norm of the features, for a backbone that does
+            not norm its last map itself, as SwinMoE, CvTMoE and ViTMoE do.
+        dropout: dropout rate before the head, in training.
+        label_smoothing: share of a target that is spread over all classes.
         mixup: alpha of mixup's Beta distribution; 0 switches it off.
         cutmix: alpha of CutMix's Beta distribution; 0 switches it off.
-        data_preprocessor: config of what normalises images; None leaves them.
+        data_preprocessor: config of the module that normalises images; None
+            leaves images as they are.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -112,7 +114,8 @@ class ImageClassifier(BaseModel):
         if features_BD.shape[1] != self.head.in_features:
             raise ValueError(
                 f'in_channels={self.head.in_features}, but the last output '
-                f'of the backbone has {features_BD.shape[1]} channels')
+                f'of the backbone has {features_BD.shape[1]} channels: set '
+                'in_channels to that number')
         return self.head(self.dropout(self.norm(features_BD)))
 
     def _loss(self, inputs: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
@@ -142,8 +145,9 @@ class ImageClassifier(BaseModel):
 
 def _build_mix(mixup: float, cutmix: float, num_classes: int
                ) -> nn.Module | None:
-    """From (images, labels (B)) to (images, targets (B, C))."""
-    # Imported here: segmentors and detectors need no torchvision.
+    """A module that maps images and labels (B) to mixed images and targets
+    (B, C); None if neither mixup nor CutMix is on."""
+    # Imported here, because segmentors and detectors need no torchvision.
     from torchvision.transforms import v2
     mixes = []
     for name, alpha, kind in (('mixup', mixup, v2.MixUp),

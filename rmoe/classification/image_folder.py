@@ -1,4 +1,4 @@
-"""Images in one folder per class, as ImageNet is unpacked."""
+"""A data set of images in one folder per class, as ImageNet is unpacked."""
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from rmoe.registry import DATASETS
 class ImageFolder(Dataset):
     """Labelled images as ``data_root/<img_path>/<class>/*.JPEG``.
 
-    The folders of classes in alphabetical order are the labels 0, 1, ...
+    The labels 0, 1, ... number the folders of classes in alphabetical order.
 
     Args:
         data_root: folder of the data.
@@ -26,25 +26,27 @@ class ImageFolder(Dataset):
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if it has no folders of classes, or a class has no image;
-            and, from an access, if an image does not decode.
+            and, when an image is read, if it cannot be decoded.
     """
 
     def __init__(self, data_root: str, data_prefix: Mapping[str, str],
                  transforms: Sequence[Mapping[str, Any]] = ()) -> None:
-        # Imported here: segmentors and detectors need no torchvision.
+        # Imported here, because segmentors and detectors need no torchvision.
         from torchvision import datasets
         self.root = Path(data_root, data_prefix.get('img_path', ''))
         self.transform = build_transforms(transforms)
         if not self.root.is_dir():
-            raise FileNotFoundError(f'{self.root} is no folder')
+            raise FileNotFoundError(f'{self.root} is no folder: set data_root '
+                                    'and data_prefix.img_path')
         try:
             folder = datasets.ImageFolder(self.root)
         except FileNotFoundError as error:
             raise ValueError(
                 f'{self.root} must hold one folder of images per class: '
                 f'{error}') from None
-        # Arrays: a list of paths would be copied into every worker, one
-        # reference count after the other.
+        # These are arrays, because workers would in time get a copy of a list
+        # of paths: reading an element changes its reference count, and with it
+        # the memory that processes share.
         self.paths = np.array([os.fsencode(path)
                                for path, _ in folder.samples])
         self.labels = np.array(folder.targets)
@@ -54,8 +56,8 @@ class ImageFolder(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``inputs``, an RGB image (3, H, W), and ``data_samples``, its
-        label."""
+        """A dict with ``inputs``, an RGB image (3, H, W), and
+        ``data_samples``, its label."""
         path = os.fsdecode(self.paths[index])
         return dict(inputs=self.transform(decode(Path(path), path)),
                     data_samples=int(self.labels[index]))

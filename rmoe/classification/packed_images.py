@@ -1,4 +1,4 @@
-"""Image files of a whole data set in one .npz file."""
+"""A data set whose image files are all packed into one .npz file."""
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ class PackedImages(Dataset):
     files end to end), ``offsets`` (N + 1), ``labels`` (N) and ``wnids``
     (names of the classes; a label is an index into them).
 
-    The files stay encoded in memory, in one array that worker processes
-    share when they are forked; an image is decoded when it is asked for.
+    The files stay encoded in memory, in one array that forked worker
+    processes share. An image is decoded when it is read.
 
     Args:
         ann_file: the .npz file, relative to ``data_root``.
@@ -31,8 +31,8 @@ class PackedImages(Dataset):
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, lacks an array, or its arrays do
-            not fit each other; and, from an access, if an image does not
-            decode.
+            not fit each other; and, when an image is read, if it cannot be
+            decoded.
     """
 
     def __init__(self, ann_file: str, data_root: str = '',
@@ -51,8 +51,8 @@ class PackedImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``inputs``, an RGB image (3, H, W), and ``data_samples``, its
-        label."""
+        """A dict with ``inputs``, an RGB image (3, H, W), and
+        ``data_samples``, its label."""
         start, end = self.offsets[index:index + 2]
         image = decode(io.BytesIO(self.bytes[start:end].tobytes()),
                        f'image {index} of {self.path}')
@@ -62,11 +62,12 @@ class PackedImages(Dataset):
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist')
+        raise FileNotFoundError(f'{path} does not exist: set data_root and '
+                                'ann_file')
     try:
         with zipfile.ZipFile(path), np.load(path) as file:
             arrays = {key: file[key] for key in KEYS if key in file}
-    # NumPy has a ValueError for what is pickled, which it does not read.
+    # NumPy raises a ValueError for pickled objects, which it does not read.
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise ValueError(f'{path} is damaged or no .npz file: {error}'
                          ) from None
@@ -88,8 +89,8 @@ def _check(path: Path, bytes: np.ndarray, offsets: np.ndarray,
     if (np.diff(offsets) < 0).any() or offsets[0] < 0 or (
             offsets[-1] > len(bytes)):
         raise ValueError(f'offsets of {path} run from {offsets[0]} to '
-                         f'{offsets[-1]} and must rise within its '
-                         f'{len(bytes)} bytes')
+                         f'{offsets[-1]}: they must not decrease, and must lie '
+                         f'within its {len(bytes)} bytes')
     wrong = np.flatnonzero((labels < 0) | (labels >= len(wnids)))
     if len(wrong):
         raise ValueError(f'image {wrong[0]} of {path} has the label '

@@ -1,4 +1,4 @@
-"""From an image file to a tensor, with transforms of torchvision."""
+"""Decoding of image files, and transforms of torchvision that make tensors."""
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -8,22 +8,26 @@ from torch import Tensor, nn
 
 
 def decode(file: Path | IO[bytes], name: str) -> Image.Image:
-    """An RGB image from a file.
+    """Read an RGB image from a file.
+
+    Args:
+        file: path or open file.
+        name: the name of the image in an error.
 
     Raises:
-        ValueError: if it does not decode; calls it by ``name``.
+        ValueError: if the image cannot be decoded.
     """
     try:
         with Image.open(file) as image:
             return image.convert('RGB')
-    # A broken PNG is a SyntaxError to Pillow.
+    # Pillow raises a SyntaxError for a broken PNG.
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{name} does not decode: {error}') from None
+        raise ValueError(f'{name} cannot be decoded: {error}') from None
 
 
 def build_transforms(transforms: Sequence[Mapping[str, Any]]
                      ) -> Callable[[Image.Image], Tensor]:
-    """Transforms in their order, and at the end a tensor.
+    """Chain transforms in their order, and end with a tensor.
 
     Args:
         transforms: dicts with ``type``, the name of a class of
@@ -39,7 +43,7 @@ def build_transforms(transforms: Sequence[Mapping[str, Any]]
         ValueError: for a name that torchvision does not have, or arguments
             that it does not take.
     """
-    # Imported here: segmentors and detectors need no torchvision.
+    # Imported here, because segmentors and detectors need no torchvision.
     from torchvision.transforms import v2
     built = [_build(transform) for transform in transforms]
     return v2.Compose([*built, v2.PILToTensor()])

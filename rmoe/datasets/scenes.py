@@ -23,7 +23,8 @@ SPLITS = ('training', 'validation')
 DRAWING = 3
 MIN_SIZE = 32
 
-# From coordinates (u, v), in which a shape has about radius 1, to a mask.
+# A function from coordinates (u, v), in which a shape has a radius of about 1,
+# to a mask.
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -83,15 +84,15 @@ CLASSES = ('background', *KINDS)
 
 def write_scenes(root: Path, num_train: int, num_val: int, size: int = 128,
                  seed: int = 0) -> None:
-    """Write images and label maps, unless just these are there already.
+    """Write images and label maps, unless the same ones were written before.
 
     The files are ``images/{training,validation}/00000.png`` (RGB) and
     ``annotations/{training,validation}/00000.png`` (class ids as uint8).
     ``scenes.json`` is completed last, so an interrupted write is redone.
 
     Args:
-        root: Folder of the dataset. Scenes with other parameters in it are
-            replaced.
+        root: Folder of the dataset. Scenes in it that were written with other
+            parameters are replaced.
         num_train: Number of training scenes.
         num_val: Number of validation scenes.
         size: Height and width of a scene in pixels.
@@ -100,8 +101,8 @@ def write_scenes(root: Path, num_train: int, num_val: int, size: int = 128,
 
     Raises:
         ValueError: An argument is out of range.
-        FileExistsError: ``root`` holds images or annotations of another
-            origin.
+        FileExistsError: ``root`` holds images or annotations that this
+            function did not write.
     """
     for name, value, least in (('num_train', num_train, 1),
                                ('num_val', num_val, 1),
@@ -125,7 +126,7 @@ def draw_scene(size: int, rng: np.random.Generator
 
     Args:
         size: Height and width in pixels, S below.
-        rng: Source of everything random in it.
+        rng: Source of all random numbers.
 
     Returns:
         The RGB image (S, S, 3) and its class ids (S, S), both uint8.
@@ -138,13 +139,14 @@ def draw_scene(size: int, rng: np.random.Generator
 
 
 def _clear(root: Path, stamp: Path) -> None:
-    """Empty the folder of scenes, and mark it as ours and incomplete."""
+    """Empty the folder of scenes. The stamp file marks it as written by
+    :func:`write_scenes` and as incomplete."""
     folders = [root / 'images', root / 'annotations']
     for folder in folders:
         if folder.exists() and not stamp.exists():
             raise FileExistsError(
-                f'{folder} was not written by write_scenes; give it a '
-                'folder of its own')
+                f'{folder} was not written by write_scenes and is not '
+                'overwritten; write the scenes to a folder of their own')
     root.mkdir(parents=True, exist_ok=True)
     stamp.write_text('{}')
     for folder in folders:
@@ -160,13 +162,14 @@ def _write_split(root: Path, split: int, count: int, size: int,
         rng = np.random.default_rng((seed, split, index))
         image, label = draw_scene(size, rng)
         file = Path(SPLITS[split], f'{index:05d}.png')
-        # Noise does not compress: more effort would only take longer.
+        # Noise does not compress, so a higher level would only take longer.
         Image.fromarray(image).save(root / 'images' / file, compress_level=1)
         Image.fromarray(label).save(root / 'annotations' / file)
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A faint texture all over, and patches of others with soft edges.
+    """Paint a faint texture over the whole image, and patches of other textures
+    with soft edges.
 
     Returns:
         Colours (S, S, 3), float32.
@@ -183,7 +186,7 @@ def _background(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def _add_shape(image: np.ndarray, label: np.ndarray,
                rng: np.random.Generator) -> None:
-    """Draw a shape over what is there, in place.
+    """Draw a shape over image and label map, in place.
 
     Args:
         image: Colours (S, S, 3).
@@ -201,11 +204,11 @@ def _add_shape(image: np.ndarray, label: np.ndarray,
 
 
 def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Uneven light, blur and noise.
+    """Add uneven light, blur and noise to an image.
 
     Args:
         image: Colours (S, S, 3), float32.
-        rng: Source of their strengths.
+        rng: Source of their strengths and of the noise.
 
     Returns:
         The image (S, S, 3), uint8.
@@ -223,13 +226,15 @@ def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _coordinates(size: int, rng: np.random.Generator
                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Every pixel (S, S) as seen from a random place, turned and scaled."""
-    # Python floats: a NumPy scalar would turn the pixels into float64.
+    """Coordinates u and v (S, S) of every pixel in a frame with random origin,
+    angle and scale."""
+    # These are Python floats, because NumPy scalars would turn the coordinates
+    # into float64.
     row, column = (rng.uniform(0.08, 0.92, 2) * size).tolist()
     radius = rng.uniform(0.16, 0.3) * size
     pixels = np.arange(size, dtype=np.float32)
     x, y = (pixels - column) / radius, (pixels[:, None] - row) / radius
-    # Upright enough to tell stripes from bars.
+    # The angles stay small enough to tell stripes from bars.
     angle = rng.uniform(-0.5, 0.5)
     cos, sin = math.cos(angle), math.sin(angle)
     return x * cos + y * sin, y * cos - x * sin
@@ -251,7 +256,8 @@ def _any_texture(rng: np.random.Generator) -> Texture:
 def _colours(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
     """A light and a dark colour (2, 3) in any order, ``low`` to ``high`` apart.
 
-    They differ in lightness most: a small network soon finds such textures.
+    They differ most in lightness, because a small network soon learns to see
+    such textures.
     """
     difference = rng.choice((-1, 1)) + rng.standard_normal(3) / 2
     difference *= rng.uniform(low, high) / np.linalg.norm(difference)

@@ -1,7 +1,7 @@
 """Put the stand-in for mmcv's operators beside mmcv, or take it away.
 
-For programs that import mmseg or mmdet before rmoe, such as those libraries'
-own tools/train.py. Everything that imports rmoe first needs none of it.
+This is for programs that import mmseg or mmdet before rmoe, such as those
+libraries' own tools/train.py. Programs that import rmoe first do not need it.
 
     python -m rmoe.mmcv_ops add       # writes one line: mmcv/_ext.py
     python -m rmoe.mmcv_ops remove    # deletes that file
@@ -32,13 +32,13 @@ def main() -> None:
 
 
 def mmcv_folder() -> Path:
-    """Where mmcv is installed.
+    """The folder in which mmcv is installed.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if mmcv is not installed.
     """
     spec = find_spec('mmcv')
-    # A folder that an uninstall left behind has no origin.
+    # An empty folder that uninstalling mmcv left behind has no origin.
     if spec is None or spec.origin is None:
         raise ValueError(
             f'{sys.executable} has no mmcv: python -m pip install mmcv-lite')
@@ -46,11 +46,11 @@ def mmcv_folder() -> Path:
 
 
 def add(folder: Path) -> str:
-    """Write the file; what was done, in a sentence.
+    """Write the file, and return a sentence that says what was done.
 
     Raises:
-        ValueError: if mmcv has operators, or another library's file, or if
-            the folder cannot be written.
+        ValueError: if mmcv has operators, if the file of another library is
+            in this place, or if the folder cannot be written.
     """
     if compiled := compiled_extension(folder):
         raise ValueError(f'mmcv has its own operators ({compiled}): nothing '
@@ -73,10 +73,11 @@ def add(folder: Path) -> str:
 
 
 def remove(folder: Path) -> str:
-    """Delete the file; what was done, in a sentence.
+    """Delete the file, and return a sentence that says what was done.
 
     Raises:
-        ValueError: if it is another library's, or cannot be deleted.
+        ValueError: if the file is that of another library, or cannot be
+            deleted.
     """
     path = folder / '_ext.py'
     if not path.exists():
@@ -93,7 +94,7 @@ def remove(folder: Path) -> str:
 
 
 def status(folder: Path) -> str:
-    """Which operators mmcv has, in a sentence."""
+    """A sentence that says which operators mmcv has."""
     if compiled := compiled_extension(folder):
         return f'mmcv has its own operators: {compiled}'
     path = folder / '_ext.py'
@@ -105,16 +106,16 @@ def status(folder: Path) -> str:
 
 
 def compiled_extension(folder: Path) -> Path | None:
-    """The file with mmcv's compiled operators."""
+    """The file with mmcv's compiled operators; None if there is none."""
     return next((folder / f'_ext{suffix}' for suffix in EXTENSION_SUFFIXES
                  if (folder / f'_ext{suffix}').exists()), None)
 
 
 def _check_ours(path: Path) -> None:
     if 'rmoe.mmcv_ops' not in path.read_text(errors='replace'):
-        raise ValueError(f'{path} is not of rmoe: another library stands in '
-                         "for mmcv's operators. Delete the file if it is not "
-                         'needed, and run this again')
+        raise ValueError(f'{path} was not written by rmoe: another library '
+                         "stands in for mmcv's operators. Delete the file if "
+                         'it is not needed, and run this again')
 
 
 if __name__ == '__main__':

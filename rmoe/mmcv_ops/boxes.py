@@ -1,7 +1,8 @@
 """Non-maximum suppression and overlaps of (x1, y1, x2, y2) boxes.
 
-``offset`` is 1 where a box ends behind its last pixel, as in mmdet before
-2.0: it is then one wider and higher than the difference of its corners.
+``offset`` is added to the width and height of a box. It is 1 where x2 and y2
+are the last pixels of a box, as in mmdet before 2.0, so that the box is one
+wider and higher than the difference of its corners; otherwise it is 0.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rmoe.mmcv_ops.torchvision_ops import exact, load
 
-# mmcv's codes of methods and modes.
+# mmcv's numbers for the methods of Soft-NMS and the modes of overlaps.
 NAIVE, LINEAR, GAUSSIAN = range(3)
 IOU, IOF = range(2)
 
@@ -24,17 +25,19 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor,
             iou_threshold: float, sigma: float, min_score: float,
             method: int, offset: int) -> Tensor:
-    """Soft-NMS (1704.04503): overlapping boxes lose score, not their place.
+    """Soft-NMS (1704.04503): boxes that overlap a better one are not removed,
+    but get a lower score.
 
     Args:
         boxes: (N, 4).
         scores: (N,).
-        dets: (N, 5), written: box and final score, best first.
-        iou_threshold: from where naive and linear suppression act.
-        sigma: of Gaussian suppression.
-        min_score: boxes with less are dropped.
+        dets: (N, 5), to which boxes with their final scores are written, best
+            first.
+        iou_threshold: overlap from which naive and linear suppression act.
+        sigma: width of Gaussian suppression.
+        min_score: boxes with a lower score are dropped.
         method: 0 naive, 1 linear, 2 Gaussian.
-        offset: see the module.
+        offset: see the docstring of this module.
 
     Returns:
         Indices of the boxes that are left, in the order of ``dets``.
@@ -43,7 +46,8 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor,
     scores = scores.clone()
     kept: list[int] = []
     while len(left):
-        # Each turn serves the best that is left and weakens the others.
+        # Each iteration takes the best box that is left, and lowers the scores
+        # of the others.
         at = int(scores[left].argmax())
         best = int(left[at])
         dets[len(kept)] = torch.cat([boxes[best], scores[best, None]])
@@ -63,8 +67,8 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor,
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """For each of the (N, 5) boxes with scores that is kept, its index and
-    those of the boxes that it suppressed, by score."""
+    """For each kept box of ``dets``, (N, 5) boxes with scores: its index and
+    the indices of the boxes that it suppressed, in the order of scores."""
     boxes = dets[:, :4]
     overlaps = boxes.new_empty(len(boxes), len(boxes))
     bbox_overlaps(boxes, boxes, overlaps, mode=IOU, aligned=False, offset=0)
@@ -80,9 +84,11 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int,
                   aligned: bool, offset: int) -> None:
-    """Write overlaps to ``ious``: (M, N), or (N,) of pairs if ``aligned``.
+    """Write the overlaps of M and N boxes to ``ious``: (M, N), or, if
+    ``aligned``, (N,) overlaps of the boxes with the same index.
 
-    ``mode`` 0 divides the intersection by the union, 1 by the first box.
+    An overlap is the area of the intersection, divided by that of the union
+    (``mode`` 0) or by that of the first box (``mode`` 1).
     """
     first, second = (_with_offset(exact(boxes), offset)
                      for boxes in (bboxes1, bboxes2))
@@ -93,7 +99,7 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int,
     bottom_right = torch.minimum(first[..., 2:], second[..., 2:])
     inside = (bottom_right - top_left).clamp_min(0).prod(-1)
     of = area1 if mode == IOF else area1 + area2 - inside
-    # Nothing in nothing is 0 / 0 with mmcv too, where the offset is 0.
+    # As with mmcv, two empty boxes give 0 / 0 where the offset is 0.
     ious.copy_(inside / of.clamp_min(offset))
 
 

@@ -1,7 +1,8 @@
-"""Deformable convolution (1703.06211, 1811.11168) by torchvision, and
-multi-scale deformable attention (2010.04159) by mmcv's own PyTorch form.
+"""Deformable convolution (1703.06211, 1811.11168), computed by torchvision, and
+multi-scale deformable attention (2010.04159), by mmcv's own PyTorch function.
 
-mmcv's buffers for columns stay untouched: torchvision has its own.
+The ``columns`` and ``ones`` that mmcv passes as buffers are not used, because
+torchvision has its own.
 """
 from typing import Any
 
@@ -17,7 +18,7 @@ def deform_conv_forward(input: Tensor, weight: Tensor, offset: Tensor,
                         padH: int, dilationW: int, dilationH: int,
                         group: int, deformable_group: int, im2col_step: int
                         ) -> None:
-    """Write (B, O, h, w) to ``output``."""
+    """Write the convolution (B, O, h, w) to ``output``."""
     output.copy_(_forward(
         input, weight, offset, None, None, dH, dW, padH, padW, dilationH,
         dilationW, group, deformable_group).view_as(output))
@@ -29,7 +30,8 @@ def deform_conv_backward_input(
         dW: int, dH: int, padW: int, padH: int, dilationW: int,
         dilationH: int, group: int, deformable_group: int, im2col_step: int
 ) -> None:
-    """Write the gradients of input and offset."""
+    """Write the gradients of input and offset to ``gradInput`` and
+    ``gradOffset``."""
     grad_input, _, grad_offset, _, _ = _backward(
         gradOutput, input, weight, offset, None, None, dH, dW, padH, padW,
         dilationH, dilationW, group, deformable_group)
@@ -56,7 +58,8 @@ def modulated_deform_conv_forward(
         kernel_h: int, kernel_w: int, stride_h: int, stride_w: int,
         pad_h: int, pad_w: int, dilation_h: int, dilation_w: int, group: int,
         deformable_group: int, with_bias: bool) -> None:
-    """Write (B, O, h, w) to ``output``; ``mask`` weighs every sample."""
+    """Write the convolution (B, O, h, w) to ``output``. ``mask`` has a weight
+    for each sampled value."""
     output.copy_(_forward(
         input, weight, offset, mask, bias if with_bias else None, stride_h,
         stride_w, pad_h, pad_w, dilation_h, dilation_w, group,
@@ -71,7 +74,8 @@ def modulated_deform_conv_backward(
         stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int,
         dilation_w: int, group: int, deformable_group: int, with_bias: bool
 ) -> None:
-    """Write all five gradients."""
+    """Write the gradients of input, weight, bias, offset and mask to the
+    ``grad_*`` arguments that are named after them."""
     found = _backward(
         grad_output, input, weight, offset, mask,
         bias if with_bias else None, stride_h, stride_w, pad_h, pad_w,
@@ -94,7 +98,8 @@ def _backward(grad_output: Tensor, *rest: Any
 def _arguments(input: Tensor, weight: Tensor, offset: Tensor,
                mask: Tensor | None, bias: Tensor | None, *numbers: int
                ) -> tuple[Tensor | int | bool, ...]:
-    """torchvision takes empty tensors, and is told whether a mask counts."""
+    """Arguments as torchvision takes them: zeros in the place of a missing mask
+    or bias, and at the end whether the mask is to be used."""
     zeros = input.new_zeros
     tensors = (input, weight, offset,
                zeros(len(input), 1) if mask is None else mask,
@@ -106,9 +111,9 @@ def ms_deform_attn_forward(value: Tensor, spatial_shapes: Tensor,
                            level_start_index: Tensor,
                            sampling_loc: Tensor, attn_weight: Tensor,
                            im2col_step: int) -> Tensor:
-    """(B, Q, M * D) of (B, keys, M, D) values; see mmcv's
+    """Attention (B, Q, M * D) over values (B, keys, M, D); see mmcv's
     ``multi_scale_deformable_attn_pytorch``."""
-    # mmcv.ops is what imports this module.
+    # Imported here, because mmcv.ops itself imports this module.
     from mmcv.ops.multi_scale_deform_attn import (
         multi_scale_deformable_attn_pytorch,
     )
@@ -122,8 +127,11 @@ def ms_deform_attn_backward(value: Tensor, spatial_shapes: Tensor,
                             grad_value: Tensor, grad_sampling_loc: Tensor,
                             grad_attn_weight: Tensor, im2col_step: int
                             ) -> None:
-    """Write the three gradients; computes the forward pass again, whose
-    samples would need more memory than the rest of the layer."""
+    """Write the gradients to the last three ``grad_*`` arguments.
+
+    The forward pass is computed again, because keeping its sampled values
+    would need more memory than the rest of the layer.
+    """
     inputs = [part.detach().requires_grad_()
               for part in (value, sampling_loc, attn_weight)]
     value, sampling_loc, attn_weight = inputs

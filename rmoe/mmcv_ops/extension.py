@@ -1,7 +1,7 @@
-"""What stands in for ``mmcv._ext``: its functions under its names.
+"""The stand-in for the module ``mmcv._ext``: functions with its names.
 
-mmcv asks for every name it knows as it is imported. Names without a
-stand-in are functions that raise when they are called.
+When mmcv is imported, it looks up every name that it knows in this module. A
+name without a stand-in gives a function that raises when it is called.
 """
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -33,7 +33,8 @@ from rmoe.mmcv_ops.roi import (
     roi_pool_forward,
 )
 
-# With __getattr__, so that ``from ... import *`` makes a whole stand-in.
+# __getattr__ is listed, so that a module with ``from ... import *`` answers to
+# all names too.
 __all__ = [
     '__getattr__', 'bbox_overlaps', 'deform_conv_backward_input',
     'deform_conv_backward_parameters', 'deform_conv_forward',
@@ -48,12 +49,13 @@ __all__ = [
 
 
 def get_compiler_version() -> str:
-    """For mmcv's report of its environment."""
+    """The compiler, for mmcv's report of its environment."""
     return "none: rmoe stands in for mmcv's operators"
 
 
 def get_compiling_cuda_version() -> str:
-    """For mmcv's report of its environment: torch's, whose operators serve."""
+    """The CUDA version, for mmcv's report of its environment. It is torch's,
+    because operators of PyTorch and torchvision are used."""
     return torch.version.cuda or 'not available'
 
 
@@ -65,7 +67,8 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise NotImplementedError(
             f"mmcv's operator {name} is compiled, this mmcv has no compiled "
             'operators, and rmoe has no stand-in for it. Install mmcv with '
-            'its operators in the place of mmcv-lite: docs/environment.md')
+            'its operators in the place of mmcv-lite; docs/environment.md '
+            'says how')
 
     missing.__name__ = name
     return missing

@@ -1,4 +1,4 @@
-"""Where Python finds ``mmcv._ext`` if mmcv itself has none."""
+"""An import finder that finds ``mmcv._ext`` if mmcv itself has none."""
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -12,10 +12,10 @@ STAND_IN = Path(__file__).with_name('extension.py')
 
 
 class ExtensionFinder(MetaPathFinder):
-    """Finds the stand-in when nothing else found ``mmcv._ext``.
+    """Finds the stand-in if no other finder has found ``mmcv._ext``.
 
-    Python asks its finders in order. This one comes last, so compiled
-    operators, or another library's stand-in, are always found before it.
+    Python asks its finders in order. This one is the last, so that compiled
+    operators or the stand-in of another library are always found first.
     """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None,
@@ -26,7 +26,8 @@ class ExtensionFinder(MetaPathFinder):
 
 
 def install() -> None:
-    """Let ``import mmcv._ext`` fall back on the stand-in; once is enough."""
+    """Let ``import mmcv._ext`` fall back on the stand-in. More than one call
+    has no further effect."""
     if not any(isinstance(finder, ExtensionFinder)
                for finder in sys.meta_path):
         sys.meta_path.append(ExtensionFinder())

@@ -1,5 +1,5 @@
-"""Sigmoid focal loss (1708.02002) of (N, C) logits, N classes as targets; the
-target C is background."""
+"""Sigmoid focal loss (1708.02002) of (N, C) logits. The N targets are class
+indices, of which C means background."""
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,7 +10,8 @@ from rmoe.mmcv_ops.torchvision_ops import exact
 def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor,
                                output: Tensor, gamma: float, alpha: float
                                ) -> None:
-    """Write the (N, C) losses to ``output``. ``weight``: (C,), or empty."""
+    """Write the (N, C) losses to ``output``. ``weight`` has a factor for each
+    of the C classes, or is empty."""
     positive, p, log_p, log_not_p = _parts(input, target)
     losses = torch.where(positive, -alpha * (1 - p)**gamma * log_p,
                          -(1 - alpha) * p**gamma * log_not_p)
@@ -20,7 +21,7 @@ def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor,
 def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor,
                                 grad_input: Tensor, gamma: float, alpha: float
                                 ) -> None:
-    """Write d loss / d logit to ``grad_input``."""
+    """Write the derivatives of the losses by the logits to ``grad_input``."""
     positive, p, log_p, log_not_p = _parts(input, target)
     gradients = torch.where(
         positive,
@@ -31,7 +32,8 @@ def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor,
 
 def _parts(input: Tensor, target: Tensor
            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whether each logit's class is the target's, p, log p, log (1 - p)."""
+    """For each logit: whether its class is the target, its probability p,
+    log p and log (1 - p)."""
     classes = torch.arange(input.shape[1], device=input.device)
     logits = exact(input)
     return (target[:, None] == classes, logits.sigmoid(),

@@ -1,10 +1,11 @@
-"""Maps of (n, 5) regions (image, x1, y1, x2, y2) cut out of feature maps."""
+"""Pooling of regions of feature maps. The (n, 5) regions are rows of image
+index, x1, y1, x2, y2."""
 import torch
 from torch import Tensor
 
 from rmoe.mmcv_ops.torchvision_ops import exact, load
 
-AVERAGE = 1  # mmcv's code of a pool mode
+AVERAGE = 1  # mmcv's number for the pool mode 'avg'
 
 
 def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor,
@@ -12,7 +13,8 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor,
                       aligned_height: int, aligned_width: int,
                       spatial_scale: float, sampling_ratio: int,
                       pool_mode: int, aligned: bool) -> None:
-    """RoIAlign (1703.06870) of (B, C, H, W) maps into (n, C, h, w).
+    """Write RoIAlign (1703.06870) of (B, C, H, W) maps to ``output``, of shape
+    (n, C, h, w).
 
     Raises:
         NotImplementedError: for ``pool_mode='max'``, which torchvision lacks.
@@ -46,11 +48,13 @@ def _check(pool_mode: int) -> None:
 def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor,
                      argmax: Tensor, pooled_height: int, pooled_width: int,
                      spatial_scale: float) -> None:
-    """RoIPool (1504.08083) of (B, C, H, W) maps into (n, C, h, w).
+    """Write RoIPool (1504.08083) of (B, C, H, W) maps to ``output``, of shape
+    (n, C, h, w).
 
-    ``argmax`` gets where in its map each value stood, -1 for an empty bin.
-    mmcv rounds the edges of bins, torchvision those of regions: a loop over
-    regions, for what few models use.
+    The index in its map at which each value stood is written to ``argmax``,
+    or -1 for an empty bin. torchvision's operator cannot be used: it rounds
+    the edges of regions, mmcv those of bins. A slow loop over regions is
+    enough, because few models use this operator.
     """
     height, width = input.shape[2:]
     for n, (image, *corners) in enumerate(rois.tolist()):
@@ -73,9 +77,10 @@ def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor,
 
 def _bins(start: float, end: float, scale: float, count: int, size: int
           ) -> list[tuple[int, int]]:
-    """First and behind the last pixel of each bin along one axis; bins
-    overlap where edges fall inside a pixel."""
-    # In float32, as mmcv's kernel: another rounding moves an edge.
+    """For each bin, its first pixel along one axis and the one after its last.
+    Bins overlap where an edge lies inside a pixel."""
+    # Computed in float32 as in mmcv's kernel, because another rounding can
+    # move an edge by a pixel.
     begin, finish = (torch.tensor(value, dtype=torch.float32) * scale
                      for value in (start, end + 1))
     if finish <= begin:
@@ -89,7 +94,8 @@ def _bins(start: float, end: float, scale: float, count: int, size: int
 def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor,
                       grad_input: Tensor, pooled_height: int,
                       pooled_width: int, spatial_scale: float) -> None:
-    """Add the gradients to where the maxima stood, in ``grad_input``."""
+    """Add each gradient to the place in ``grad_input`` where its maximum
+    stood."""
     images = rois[:, 0].long()
     flat = grad_input.flatten(2)
     empty = argmax < 0
@@ -97,7 +103,7 @@ def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor,
     values = grad_output.masked_fill(empty, 0).flatten(2)
     for image in images.unique().tolist():
         of_image = images == image
-        # (C, bins of all regions of the image)
+        # Both have the shape (C, bins of all regions of the image).
         flat[image].scatter_add_(
             1, index[of_image].transpose(0, 1).flatten(1),
             values[of_image].transpose(0, 1).flatten(1).to(flat.dtype))

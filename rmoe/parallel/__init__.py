@@ -1,7 +1,8 @@
-"""Training by many processes: whole models, parts of them, or experts each.
+"""Training in many processes: data parallel, sharded and expert parallel.
 
-What is in here knows the layer (rmoe.moe), which does not know it. Importing
-it registers the model wrappers.
+Each process has a whole model, a part of every parameter, or some of the
+experts. This package uses the MoE layer (rmoe.moe), which does not import it.
+Importing the package registers its model wrappers.
 """
 from rmoe.parallel.data_parallel import DistributedDataParallel
 from rmoe.parallel.fully_sharded import FullySharded

@@ -1,4 +1,4 @@
-"""One gradient norm over parameters of several layouts."""
+"""Gradient clipping for parameters with different layouts over processes."""
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,15 +13,17 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float,
                     norm_type: float = 2.0, error_if_nonfinite: bool = False
                     ) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ for parameters that are DTensors.
+    """Clip gradients as torch.nn.utils.clip_grad_norm_ does, also where the
+    parameters are DTensors of several meshes.
 
-    torch's own takes DTensors of one mesh; experts that are divided lie on
-    another mesh than the rest.
+    torch's function takes only DTensors of one mesh, but experts that are
+    divided among processes lie on another mesh than the other parameters.
 
     Args:
-        parameters: DTensors, of whose gradients each process has its part, or
-            tensors whose gradients are the same in all.
-        max_norm: of all gradients together.
+        parameters: DTensors, for which each process has a part of the
+            gradient, or plain tensors, whose gradients are the same in all
+            processes.
+        max_norm: largest norm of all gradients together.
         norm_type: p of the norm, or inf.
         error_if_nonfinite: whether a norm of nan or inf is an error.
 
@@ -29,7 +31,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float,
         The norm before clipping, the same in every process.
 
     Raises:
-        RuntimeError: for such a norm, if asked for.
+        RuntimeError: if the norm is nan or inf and ``error_if_nonfinite`` is
+            True.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
@@ -40,8 +43,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float,
     total = _total_norm(grads, float(norm_type))
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
-            f'the norm of order {norm_type} of the gradients is {total}: '
-            'nothing was clipped')
+            f'the norm of order {norm_type} of the gradients is {total}, so '
+            'they were not clipped. Look for nan or inf in the losses, or set '
+            'error_if_nonfinite=False')
     factor = (max_norm / (total + 1e-6)).clamp_max(1.)
     torch._foreach_mul_([_local(grad) for grad in grads], factor)
     return total
@@ -52,10 +56,12 @@ def _local(grad: Tensor) -> Tensor:
 
 
 def _total_norm(grads: list[Tensor], order: float) -> Tensor:
-    """Each element counts once, however often it is kept."""
+    """The norm over all gradients, in which each element counts once, however
+    many processes hold a copy of it."""
     layouts = defaultdict(list)
     for grad in grads:
-        # A part is in one process of such a dimension.
+        # True for the dimensions of the mesh along which each process has
+        # another part of the tensor.
         sharded = tuple(not place.is_replicate() for place in grad.placements
                         ) if isinstance(grad, DTensor) else ()
         layouts[getattr(grad, 'device_mesh', None), sharded].append(
@@ -64,7 +70,7 @@ def _total_norm(grads: list[Tensor], order: float) -> Tensor:
     operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     parts = []
     for (mesh, sharded), local in layouts.items():
-        # The last processes have nothing of a short parameter.
+        # The last processes have an empty part of a short parameter.
         norms = torch._foreach_norm([one for one in local if one.numel()],
                                     order)
         whole = torch.stack([*norms, local[0].new_zeros(())])

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-# What FSDP writes into a module beside hooks and parameters.
+# The attributes that FSDP sets on a module, beside its hooks and parameters.
 MARKS = ('_is_fsdp_managed_module', '_fsdp_use_orig_params')
 HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
          '_backward_hooks', '_state_dict_pre_hooks', '_state_dict_hooks',
@@ -12,15 +12,15 @@ HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks',
 
 
 def allow_copies(model: nn.Module) -> None:
-    """Let copy.deepcopy copy a model that fully_shard has sharded.
+    """Make copy.deepcopy work for a model that fully_shard has sharded.
 
     The copy has parameters of the same layout and the model's own hooks, but
-    nothing of FSDP: parameters and buffers are read, written and saved, and
-    it must not compute.
+    no hooks or state of FSDP. So its parameters and buffers can be read,
+    written and saved, but it must not run a forward pass.
 
     Args:
-        model: a sharded model; its sharded modules' classes, which
-            fully_shard made, are given a ``__deepcopy__``.
+        model: a sharded model. The classes that fully_shard made for its
+            sharded modules get a ``__deepcopy__``.
     """
     from torch.distributed.fsdp import FSDPModule
     for module in model.modules():
@@ -41,7 +41,7 @@ def _copy(module: Any, memo: dict[int, Any]) -> nn.Module:
     state = {key: _own(value) if key in HOOKS else value
              for key, value in vars(module).items() if key not in left_out}
     twin.__setstate__(copy.deepcopy(state, memo))
-    # Modules inside, which are no FSDPModules, were copied with its hooks.
+    # Submodules that are no FSDPModules were copied with FSDP's hooks.
     for inside in twin.modules():
         for name in HOOKS:
             setattr(inside, name, _own(getattr(inside, name)))
@@ -56,10 +56,10 @@ def _class_before_sharding(sharded: type) -> type[nn.Module]:
 
 
 def _own(hooks: Any) -> Any:
-    """The hooks that are not FSDP's."""
+    """A copy of a dict of hooks without the hooks of FSDP."""
     kept = type(hooks)()
     for key, hook in hooks.items():
-        function = getattr(hook, 'hook', hook)  # load hooks are wrapped
+        function = getattr(hook, 'hook', hook)  # torch wraps load hooks
         if not getattr(function, '__module__', '').startswith(
                 'torch.distributed.'):
             kept[key] = hook

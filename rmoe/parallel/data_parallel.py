@@ -1,4 +1,5 @@
-"""Data parallel: each rank has the whole model, gradients are averaged."""
+"""Data parallel training: each rank has the whole model, and gradients are
+averaged over the ranks."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,25 +24,27 @@ BUFFERS = ('broadcast_buffers=True copies the counters of rank 0 over those '
 class DistributedDataParallel(MMDistributedDataParallel):
     """mmengine's wrapper, on GPUs or CPUs, with options for large models.
 
-    On CPUs there is no synchronised batch norm: each rank then normalises by
-    its own batch, and says so.
+    torch has no synchronised batch norm on CPUs. There each rank normalises
+    by the statistics of its own batch, and a message in the log says so.
 
     Args:
         module: the model, on the device where it stays.
-        device_ids: the GPU of this process; nothing on a CPU.
+        device_ids: the GPU of this process; ignored on a CPU.
         detect_anomalous_params: whether parameters without a gradient are
-            logged; slow.
-        broadcast_buffers: must be False.
+            logged, which is slow.
+        broadcast_buffers: must be False, because the buffers of a MoE layer
+            count the load of one rank.
         find_unused_parameters: whether the graph is searched in each
             iteration for parameters that get no gradient. Experts always get
             one.
-        static_graph: whether the same parameters get a gradient in each
-            iteration. torch then exchanges in the order of the first
-            backward pass, and finds unused parameters once. Wrapping the
-            model again, as at a switch of stages, starts anew.
+        static_graph: whether torch may assume that the same parameters get a
+            gradient in each iteration. It then exchanges gradients in the
+            order of the first backward pass, and looks for unused parameters
+            only once. When the model is wrapped again, as at a switch of
+            stages, torch learns both again.
         gradient_compression: 'bf16' sends half the bytes: gradients are
-            rounded to bfloat16 and averaged in it. Weights, moments and the
-            arithmetic of a rank stay as they are.
+            rounded to bfloat16 and averaged in it. The weights, the moments
+            of the optimizer and the arithmetic of a rank stay as they are.
 
     Raises:
         ValueError: for an unknown compression, one that the backend cannot
@@ -79,8 +82,10 @@ class DistributedDataParallel(MMDistributedDataParallel):
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients without exchanging them.
 
-        torch learns a static graph from a first backward pass that does
-        exchange, or fails. What was averaged once stays as it is.
+        With ``static_graph`` the first backward pass exchanges them all the
+        same, because torch learns the graph from it and fails otherwise. This
+        does not change the result: gradients that were averaged are equal on
+        all ranks, and the next average leaves them as they are.
         """
         if self._learns_graph:
             self._learns_graph = False
@@ -91,16 +96,17 @@ class DistributedDataParallel(MMDistributedDataParallel):
 
 
 def without_synchronised_norms(module: nn.Module) -> nn.Module:
-    """A model on CPUs, where torch has no synchronised batch norm, with
-    norms of their own instead; the same parameters and buffers."""
+    """The model with ordinary batch norms in the place of synchronised ones,
+    which torch does not have on CPUs. Parameters and buffers are the same."""
     if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
-        print_log('SyncBN works on GPUs alone: each rank normalises by its '
-                  'own batch', 'current')
+        print_log('SyncBN works on GPUs alone: on CPUs each rank normalises '
+                  'by the statistics of its own batch', 'current')
     return revert_sync_batchnorm(module)
 
 
 def _check_bfloat16(device: torch.device) -> None:
-    """All ranks try it, or the first backward pass fails."""
+    """Raise if the backend cannot average bfloat16, by a trial on all ranks.
+    The first backward pass would fail otherwise."""
     try:
         distributed.all_reduce(torch.ones(
             1, dtype=torch.bfloat16, device=device))
@@ -108,19 +114,20 @@ def _check_bfloat16(device: torch.device) -> None:
         raise ValueError(
             "gradient_compression='bf16': the backend "
             f'{distributed.get_backend()} of torch {torch.__version__} cannot '
-            f'average bfloat16 on {device.type} ({error}). Leave it out, or '
-            'use a newer torch') from error
+            f'average bfloat16 on {device.type} ({error}). Leave '
+            'gradient_compression out, or use a newer torch') from error
 
 
 def choose_wrapper(cfg: Config) -> None:
-    """Give a distributed run its wrapper, where the config names none.
+    """Complete ``model_wrapper_cfg`` in the config of a distributed run.
 
-    One that the config names stays, with settings that suit a
-    mixture-of-experts model and CPUs where it leaves them open.
+    If the config names no wrapper, it gets :class:`DistributedDataParallel`.
+    A wrapper that it names is kept. Settings that it leaves open get values
+    that suit a mixture-of-experts model, and CPUs.
 
     Raises:
-        ValueError: if a data-parallel wrapper is to broadcast buffers, or a
-            sharded model to be compiled.
+        ValueError: if the config asks a data-parallel wrapper to broadcast
+            buffers, or asks to compile a sharded model.
     """
     default: dict[str, Any] = dict(
         type='rmoe.DistributedDataParallel',

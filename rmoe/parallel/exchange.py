@@ -1,8 +1,11 @@
-"""Expert parallelism: rows travel to the process that has their expert, and
-back (the all-to-all of GShard, 2006.16668).
+"""Expert parallelism: each process has some of the experts of a MoE layer.
+
+A row (a token that was routed to an expert) is sent to the process that has
+its expert, and the output is sent back (the all-to-all of GShard, 2006.16668).
 
 Axis letters as in rmoe/moe/routing.py. N processes have E' = E / N experts
-each, in order; M rows arrive at a process.
+each, the first process the first E' of them, and so on; M rows arrive at a
+process.
 """
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +25,17 @@ from rmoe.moe.rows import Rows
 
 
 class ExpertParallel:
-    """Puts the experts of one layer into several processes.
+    """Runs the experts of one layer in the processes that have them.
 
-    It is an :class:`rmoe.moe.experts.Elsewhere`. In a forward pass processes
-    tell each other how many rows they send, which the host has to wait for
-    once, and send them. All processes have to call the layer equally often.
-    :meth:`gather` lifts that for an evaluation, in which one may have more
-    images or windows than another.
+    It implements :class:`rmoe.moe.experts.Elsewhere`. In a forward pass the
+    processes first tell each other how many rows they will send, for which
+    the host has to wait once, and then exchange the rows. Both are collective
+    calls, so all processes have to call the layer equally often.
+    :meth:`gather` lifts this condition for an evaluation, in which one
+    process may have more images or windows than another.
 
     Args:
-        mesh: one-dimensional, the N processes.
+        mesh: a one-dimensional mesh of the N processes.
         num_experts: E, a multiple of N.
     """
 
@@ -42,22 +46,24 @@ class ExpertParallel:
         self._gathered: dict[str, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'ExpertParallel':
-        # A group of processes exists once.
+        # Copies of the layer share the process group, which exists once.
         return self
 
     @torch.no_grad()
     def gather(self, experts: Experts) -> None:
-        """Until :meth:`release`, compute with all experts in this process."""
+        """Copy all experts into this process, which computes with them until
+        :meth:`release`. All processes must call this."""
         for name, parameter in experts.named_parameters(recurse=False):
             assert isinstance(parameter, DTensor)
             self._gathered[name] = parameter.full_tensor()
 
     def release(self) -> None:
-        """Forget what was gathered."""
+        """Drop the copies that :meth:`gather` made."""
         self._gathered.clear()
 
     def local(self, name: str, parameter: Tensor) -> Tensor:
-        """(E', ...) of a parameter (E, ...); all of it while gathered."""
+        """This process's part (E', ...) of a parameter (E, ...), or the whole
+        parameter between :meth:`gather` and :meth:`release`."""
         if self._gathered:
             return self._gathered[name]
         assert isinstance(parameter, DTensor)
@@ -67,20 +73,22 @@ class ExpertParallel:
         return local
 
     def _mean(self, grad: Tensor) -> Tensor:
-        """Rows of N processes came to these experts. What averages gradients
-        afterwards knows only of the processes with the same experts."""
+        """Divide a gradient by N, because rows of N processes contribute to
+        it. The gradients are averaged afterwards, but only over the processes
+        that have copies of the same experts."""
         return grad / self.size
 
     def apply(self, compute: Callable[[Tensor, Rows | None], Tensor],
               rows_ND: Tensor, rows: Rows | None) -> Tensor:
-        """(M, D), the rows that somebody serves, through their experts."""
+        """The outputs (M, D) of all rows that an expert serves, each computed
+        in the process that has the expert."""
         if self._gathered:
             return compute(rows_ND, rows)
         counts_E = (rows.counts_E if rows is not None else torch.full(
             (self.num_experts, ), len(rows_ND) // self.num_experts,
             dtype=torch.int32, device=rows_ND.device))
         sent_NE, arrived_NE = self._tell_counts(counts_E)
-        # The one time that the host waits.
+        # The host waits for the device here, and nowhere else.
         counts = torch.stack([sent_NE, arrived_NE]).tolist()
         sent, arrived = ([sum(row) for row in one] for one in counts)
         arriving = self._send(rows_ND[:sum(sent)], sent, arrived)
@@ -92,8 +100,13 @@ class ExpertParallel:
         return self._send(move_rows(out_MD, back_M, from_M), arrived, sent)
 
     def _tell_counts(self, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, E') rows that go to each expert of each process, and (N, E')
-        that come from each process to each expert of this one."""
+        """Exchange the numbers of rows.
+
+        Returns:
+            (N, E') numbers of rows that this process sends to each expert of
+            each process, and (N, E') numbers of rows that each process sends
+            to each expert of this one.
+        """
         sent_NE = counts_E.view(self.size, -1)
         arrived_NE = torch.empty_like(sent_NE)
         dist.all_to_all_single(arrived_NE, sent_NE, group=self.group)
@@ -101,27 +114,39 @@ class ExpertParallel:
 
     def _send(self, rows_MD: Tensor, sent: list[int], arrived: list[int]
               ) -> Tensor:
-        """Rows in the order of their receivers to rows in the order of their
-        senders; they may be on their way until somebody reads them."""
+        """Exchange rows, differentiably and without waiting for them: they
+        have arrived when the result is first read.
+
+        Args:
+            rows_MD: rows in the order of their receivers.
+            sent: number of rows for each process.
+            arrived: number of rows from each process.
+
+        Returns:
+            Rows in the order of their senders.
+        """
         return all_to_all_single_autograd(rows_MD.contiguous(), arrived, sent,
                                           self.group)
 
 
 def _rows_of_owner(arrived_NE: Tensor, counts: list[list[int]]) -> Rows:
-    """What arrived, sorted by sender, as rows sorted by expert.
+    """Describe the rows that arrived, sorted by sender, as rows sorted by
+    expert.
 
     Args:
-        arrived_NE: (N, E') rows from each sender to each expert.
-        counts: the same as numbers.
+        arrived_NE: (N, E') numbers of rows from each sender to each expert.
+        counts: the same numbers on the host.
 
     Returns:
-        Rows whose ``token_ids_N`` are the places at which they arrived. Those
-        of one expert keep the order of their senders.
+        Rows whose ``token_ids_N`` are the places at which they arrived. The
+        rows of one expert keep the order of their senders.
     """
     loads = [sum(column) for column in zip(*counts)]
     total = sum(loads)
     arrived_NE = arrived_NE.long()
-    # Runs of rows from one sender to one expert: where each began, and begins.
+    # The rows from one sender to one expert are a run. For each run, shift_R is
+    # its place among the rows as they arrived, minus its place among the rows
+    # sorted by expert.
     ends_NE = arrived_NE.flatten().cumsum(0).view_as(arrived_NE)
     length_R = arrived_NE.T.flatten()
     shift_R = (ends_NE - arrived_NE).T.flatten() - (

@@ -1,7 +1,8 @@
-"""A checkpoint as a folder: each rank's part, and a plain file for the rest.
+"""Checkpoints that are folders, into which each rank writes its own part.
 
-The parts hold the tensors of the model, the optimizer and averaged weights,
-the rest everything else, with None where a tensor was.
+The part files hold the tensors of the model, of the optimizer and of averaged
+weights. A plain file, ``rest.pth``, holds everything else, with None in the
+place of each of these tensors.
 """
 import shutil
 import warnings
@@ -19,7 +20,8 @@ from rmoe.parallel.state import numbered_parameters, tensors_in
 from rmoe.parallel.together import fail_together
 from rmoe.upcycling import read_checkpoint, write_content
 
-# What is in the parts; the tensors elsewhere are small, and differ by rank.
+# The entries of a checkpoint whose tensors are in the part files. Tensors in
+# other entries are small, and differ by rank.
 IN_PARTS = ('state_dict', 'ema_state_dict', 'optimizer')
 REST = 'rest.pth'
 Keys = tuple[Any, ...]  # keys from the top of a checkpoint to a tensor
@@ -28,17 +30,18 @@ Keys = tuple[Any, ...]  # keys from the top of a checkpoint to a tensor
 def write_folder(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint as a folder, whole or not at all.
 
-    Every rank must call this. It is written beside under another name, and
-    renamed when all ranks are done. What was there before goes after that.
+    Every rank must call this. The folder is written under a temporary name
+    beside ``path``, and renamed when all ranks are done. An older folder at
+    ``path`` is deleted after that.
 
     Args:
         path: the folder to write.
-        content: the same on every rank, but for the parts of DTensors;
-            changed: its tensors are taken out.
+        content: the checkpoint, equal on all ranks except that each has its
+            own parts of DTensors. It is changed: its tensors are taken out.
 
     Raises:
         ValueError: if a rank's part does not arrive in the folder.
-        Exception: what a rank met while writing, on all ranks.
+        Exception: the error that any rank met while writing, on all ranks.
     """
     from torch.distributed import checkpoint as dcp
     temporary, aside = _beside(path)
@@ -62,7 +65,8 @@ def write_folder(path: Path, content: dict[str, Any]) -> None:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where a folder is written, and where the one before waits meanwhile."""
+    """The temporary name under which a folder is written, and the name that
+    an older folder has while it is replaced."""
     return (path.with_name(f'.{path.name}.tmp'),
             path.with_name(f'.{path.name}.old'))
 
@@ -70,15 +74,19 @@ def _beside(path: Path) -> tuple[Path, Path]:
 def find_folder(path: Path) -> Path | None:
     """The checkpoint folder of this name, or None if there is none.
 
-    A kill may have come between the two renamings of :func:`write_folder`:
-    then it is the one before.
+    If :func:`write_folder` was killed between its two renamings, this is the
+    older folder.
     """
     return next((found for found in (path, _beside(path)[1])
                  if found.is_dir()), None)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a kill has left of unfinished checkpoints in a folder."""
+    """Remove what is left in a folder of checkpoints whose writing was killed.
+
+    An older checkpoint that was moved aside and not replaced gets its name
+    back.
+    """
     for temporary in folder.glob('.*.tmp'):
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -95,21 +103,22 @@ def read_folder(path: Path, layouts: Callable[[Keys, torch.Size],
                 parts: tuple[str, ...] = IN_PARTS,
                 progress: Callable[[int, int], None] | None = None
                 ) -> dict[str, Any]:
-    """A checkpoint from a folder, in any layout.
+    """Read a checkpoint from a folder, in any layout.
 
-    Where there are ranks, every one must call this. Each reads what it keeps,
-    and nothing that a file asks for is run.
+    In a distributed run every rank must call this. Each rank reads only what
+    it keeps, and no code in a file is executed.
 
     Args:
         path: as found by :func:`find_folder`.
-        layouts: (path, shape) of a tensor -> how to lay it out, or None for
-            the whole tensor on the CPU.
-        parts: those of ``IN_PARTS`` to read; the others are left out.
-        progress: called with the bytes that were read and all bytes to read.
+        layouts: maps the keys that lead to a tensor, and its shape, to the
+            layout it gets, or to None for the whole tensor on the CPU.
+        parts: the entries of ``IN_PARTS`` to read; the others are left out.
+        progress: called with the number of bytes that were read so far and
+            the number of all bytes to read.
 
     Raises:
-        ValueError: if a file is missing or cut short; names it and the rank
-            that wrote it.
+        ValueError: if a file is missing or cut short; names the file and the
+            rank that wrote it.
     """
     from torch.distributed import checkpoint as dcp
 
@@ -135,7 +144,7 @@ def read_folder(path: Path, layouts: Callable[[Keys, torch.Size],
 
 
 def shapes_in(path: Path) -> dict[Keys, torch.Size]:
-    """The global shape of every tensor in a folder's parts.
+    """The global shape of every tensor in a folder's part files.
 
     Raises:
         ValueError: as :func:`read_folder`.
@@ -149,8 +158,9 @@ class LayoutsOf:
     """Layouts for :func:`read_folder`: those of a model and its optimizers.
 
     Args:
-        model: not wrapped.
-        optimizers: by the path of their state dict in a checkpoint.
+        model: the model without a wrapper.
+        optimizers: its optimizers, by the keys that lead to their state dicts
+            in a checkpoint.
     """
 
     def __init__(self, model: nn.Module, optimizers: Mapping[
@@ -164,7 +174,8 @@ class LayoutsOf:
 
     def __call__(self, path: Keys, shape: torch.Size) -> Layout | None:
         if path[0] != 'optimizer':
-            # mmengine's averaged model has the model as its module.
+            # mmengine's averaged model has the model as its submodule
+            # 'module'.
             return self._model.get(path[1].removeprefix('module.'))
         parameter = self._parameters.get(path[:-1])
         if parameter is None or parameter.shape != shape:
@@ -174,7 +185,11 @@ class LayoutsOf:
 
 def _take_tensors(content: dict[str, Any]
                   ) -> tuple[dict[str, Tensor], dict[str, list]]:
-    """(tensors, paths), both by a name; leaves None in their places."""
+    """Replace the tensors of a checkpoint by None.
+
+    Returns:
+        The tensors, and the keys that lead to them, both by the joined keys.
+    """
     tensors, places = {}, {}
     for part in IN_PARTS:
         for container, key, path in tensors_in(content.get(part), (part, )):
@@ -185,7 +200,8 @@ def _take_tensors(content: dict[str, Any]
 
 
 def _check(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The metadata and the rest of a folder that is whole."""
+    """Check that a folder is complete, and read its metadata and its
+    ``rest.pth``."""
     from rmoe.parallel.folder_parts import check_parts, read_metadata
     metadata = read_metadata(folder)
     check_parts(folder, metadata)
@@ -193,7 +209,8 @@ def _check(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f'{folder / REST}, which rank 0 wrote, is missing: '
                          'it holds all but the weights. Copy it again from '
                          'where it was written')
-    # What a resumed run keeps, such as random states, is no view of a file.
+    # A resumed run keeps some of it, such as random states, which must not be
+    # views of a file.
     return metadata, read_checkpoint(folder / REST, mapped=False)
 
 
@@ -225,6 +242,7 @@ def _planner(tensors: dict[str, Tensor],
 
 @contextmanager
 def _one_process_is_enough() -> Iterator[None]:
+    # torch warns where there is no process group.
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*assuming the intent is to')
         yield

@@ -1,7 +1,8 @@
-"""The part files of a checkpoint folder: read safely, and found whole.
+"""The part files of a checkpoint folder: safe reading, and a check that all
+are there.
 
-torch.distributed.checkpoint writes one file per rank (``__RANK_0.distcp``)
-and ``.metadata``, a pickle, that says where each part of each tensor lies.
+torch.distributed.checkpoint writes one file per rank (``__RANK_0.distcp``),
+and ``.metadata``, a pickle that says where each part of each tensor lies.
 """
 import pickle
 import re
@@ -13,7 +14,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 METADATA = '.metadata'
-# What a .metadata file is made of; nothing here runs code of the file.
+# The classes that a .metadata file names. None of them executes code that is in
+# the file.
 KNOWN = {
     'torch.distributed.checkpoint.metadata': {
         'BytesStorageMetadata', 'ChunkStorageMetadata', 'Metadata',
@@ -40,7 +42,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class PartsReader(FileSystemReader):
-    """torch's reader, without running what a file asks for."""
+    """torch's reader of part files, without executing code in .metadata."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -51,15 +53,17 @@ class PartsReader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Any:
-    """torch's Metadata: of each tensor the shape, the type and the places.
+    """Read torch's Metadata of a folder, which has the shape, the type and the
+    places of the parts of each tensor.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if there is no .metadata file, or it cannot be read.
     """
     path = folder / METADATA
     if not path.is_file():
         raise ValueError(f'{folder} is no checkpoint, or one whose saving '
-                         f'did not end: it has no {METADATA}')
+                         f'did not end: it has no {METADATA}. Give another '
+                         'checkpoint')
     try:
         with open(path, 'rb') as file:
             return _Unpickler(file).load()
@@ -69,10 +73,11 @@ def read_metadata(folder: Path) -> Any:
 
 
 def check_parts(folder: Path, metadata: Any) -> None:
-    """Is every part file there, in its full length?
+    """Check that every part file is there, in its full length.
 
     Raises:
-        ValueError: if not; names the file and the rank that wrote it.
+        ValueError: if a file is missing or cut short; names the file and the
+            rank that wrote it.
     """
     ends: dict[str, int] = defaultdict(int)
     for place in metadata.storage_data.values():

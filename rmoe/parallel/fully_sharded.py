@@ -22,33 +22,36 @@ class FullySharded(nn.Module):
     """A model whose parameters, gradients and optimizer state are divided
     among processes by torch's ``fully_shard`` (FSDP2).
 
-    A block is gathered when it computes and given up after it; experts are
-    gathered apart, so that a stage without them gathers none. Parameters are
-    DTensors of their global shape afterwards. Weights are initialised here,
-    before they are divided.
+    Each process keeps a part of every parameter. The parameters of a block
+    are gathered from all processes when the block computes, and freed after
+    it. Experts are gathered separately, so that a stage that runs no experts
+    gathers none. After wrapping, parameters are DTensors of their global
+    shape. Weights are initialised here, before they are divided.
 
     Args:
         module: a segmentor, detector or classifier with MoE layers.
-        shard: how many processes share one copy of the parameters; a divisor
-            of all, None for all. With fewer there are several copies
-            (HSDP: ``shard=8`` keeps gathering inside machines of 8 GPUs), with
-            1 one in each process.
-        expert_parallel: divide the experts of a layer among so many
-            processes, to which their rows travel; 1 divides none. The number
-            of experts must be a multiple.
-        param_dtype: 'bfloat16' gathers blocks in bfloat16, and computes them
-            under autocast to it. What the optimizer steps, the sum of
-            gradients over processes, routers, norms and all outside blocks
-            stay in float32.
-        reshard_after_forward: False keeps what was gathered until backward:
-            more memory, fewer bytes on their way.
+        shard: number of processes that share one copy of the parameters. It
+            must divide the number of all processes; None means all. With
+            fewer there are several copies (HSDP: ``shard=8`` gathers only
+            inside machines of 8 GPUs); with 1 each process has a copy.
+        expert_parallel: number of processes among which the experts of a
+            layer are divided; tokens are sent to the process that has their
+            expert. 1 divides no experts. The number of experts must be a
+            multiple of it.
+        param_dtype: 'bfloat16' gathers blocks in bfloat16 and computes them
+            under bfloat16 autocast. The weights that the optimizer updates,
+            sums of gradients over processes, routers, norms and everything
+            outside of blocks stay in float32.
+        reshard_after_forward: False keeps gathered parameters until the
+            backward pass, which takes more memory and less communication.
 
     Attributes:
         module: the model.
 
     Raises:
-        ValueError: for a model without MoE layers, numbers that do not
-            divide each other, or a torch older than 2.8.
+        ValueError: for a model without MoE layers, an unknown
+            ``param_dtype``, numbers that do not divide each other, or a torch
+            older than 2.8.
     """
 
     def __init__(self, module: nn.Module, shard: int | None = None,
@@ -73,7 +76,8 @@ class FullySharded(nn.Module):
                                      reshard_after_forward)
         state.accept_full_tensors(module)
         copies.allow_copies(module)
-        # mmengine would initialise weights after it has wrapped the model.
+        # Without this class mmengine would initialise the weights again,
+        # after it has wrapped the model.
         kind = type(module)
         module.__class__ = type(kind.__name__, (_Initialised, kind), {})
         self._ready = False
@@ -84,8 +88,8 @@ class FullySharded(nn.Module):
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper
                    ) -> dict[str, Tensor]:
-        """As mmengine's; gradients are clipped by their norm over all
-        processes.
+        """Run a training step as mmengine does, but clip gradients by their
+        norm over all processes.
 
         Raises:
             ValueError: for an optimizer that cannot step this model.
@@ -107,27 +111,29 @@ class FullySharded(nn.Module):
                 if group.get(option) and len(kinds) > 1:
                     raise ValueError(
                         f'optimizer.{option}=True takes no group of '
-                        'parameters of which some are divided and some kept '
-                        'whole, as scalars are, and with param_dtype norms '
-                        'and routers: leave it out')
+                        'parameters of which some are divided among processes '
+                        'and others kept whole (scalars and, with '
+                        'param_dtype, norms and routers): leave this option '
+                        'out')
 
     def val_step(self, data: Any) -> list:
-        """As mmengine's, see :meth:`gathered`."""
+        """Run a validation step with all parameters :meth:`gathered`."""
         with self.gathered():
             return self.module.val_step(data)
 
     def test_step(self, data: Any) -> list:
-        """As mmengine's, see :meth:`gathered`."""
+        """Run a test step with all parameters :meth:`gathered`."""
         with self.gathered():
             return self.module.test_step(data)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """All parameters in every process, for forward passes that processes
-        make unequally often: sliding windows, test-time augmentation.
+        """Gather all parameters in every process while the context lasts.
 
-        A collective call, without gradient. No process waits for another
-        inside.
+        Inside, no process waits for another. So they may run forward passes
+        unequally often, as sliding windows and test-time augmentation need.
+        Entering the context is a collective call. It is for forward passes
+        without gradients.
         """
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -146,8 +152,8 @@ class FullySharded(nn.Module):
 
 
 class _Initialised:
-    """Mixed into a model whose weights are divided: there is nothing left to
-    initialise, and no process could."""
+    """Mix-in that hides ``init_weights`` of a model whose weights are divided:
+    they are initialised already, and no process has all of them."""
 
     @property
     def init_weights(self) -> NoReturn:
@@ -174,6 +180,7 @@ def _check(layers: dict[str, MoELayer], expert_parallel: int,
                 'or moe.num_experts to a multiple')
         if layer.needs_all_rows:
             raise ValueError(
-                f'expert_parallel={expert_parallel} cannot serve {name}, a '
-                f'{type(layer).__name__} that looks at the hidden rows of '
-                'neighbouring tokens: leave it at 1, which shards its experts')
+                f'expert_parallel={expert_parallel} does not work with '
+                f'{name}: the experts of a {type(layer).__name__} look at the '
+                'hidden rows of neighbouring tokens, which may be in another '
+                'process. Leave it at 1, which still shards the experts')

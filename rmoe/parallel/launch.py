@@ -1,6 +1,6 @@
-"""Start and end the group of processes.
+"""Start and end the process group of a distributed run.
 
-mmengine would start it too, but asks for a GPU first.
+mmengine can start it too, but only where there is a GPU.
 """
 import logging
 import os
@@ -24,8 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import (
 from rmoe.parallel.together import RaisedElsewhere
 
 PORT = '29500'
-# What a launcher must have put into the environment; and what it is by torch's
-# names.
+# The environment variables that each launcher sets, by torch's names for the
+# same values.
 VARIABLES = {
     'pytorch': dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE',
                     LOCAL_RANK='LOCAL_RANK', MASTER_ADDR='MASTER_ADDR',
@@ -43,21 +43,21 @@ STARTED_BY = {
     'slurm': 'tools/slurm_train.sh PARTITION NAME CONFIG, or srun',
     'mpi': 'mpirun -x MASTER_ADDR=HOST_OF_RANK_0',
 }
-# mmengine knows how to start these.
+# Devices for which mmengine starts the process group.
 OTHER_DEVICES = ('npu', 'mlu', 'musa')
-# Seconds in which a launcher notices that a process of its node failed and
-# ends the others.
+# Seconds within which a launcher notices that a process of its node has failed,
+# and ends the others.
 PATIENCE = 10
 LOST = re.compile(
     '(closed|reset) by peer|broken pipe|remote process exited', re.IGNORECASE)
 
 
 def start(launcher: str, dist_cfg: Mapping[str, Any] | None = None) -> str:
-    """Start the group of processes that a launcher announced.
+    """Start the process group of the processes that a launcher started.
 
-    On GPUs each process takes the one of its local rank, tensors there
-    travel by nccl and tensors of the CPU by gloo. Without GPUs all travel by
-    gloo.
+    Where there are GPUs, each process takes the GPU of its local rank; nccl
+    exchanges tensors on GPUs, gloo those on the CPU. Without GPUs, gloo
+    exchanges all.
 
     Args:
         launcher: 'none', 'pytorch' (torchrun), 'slurm' or 'mpi' (Open MPI).
@@ -67,7 +67,7 @@ def start(launcher: str, dist_cfg: Mapping[str, Any] | None = None) -> str:
             MASTER_PORT).
 
     Returns:
-        What is not as the config says, to be logged; '' if all is.
+        A note for the log if something is not as the config says, else ''.
 
     Raises:
         ValueError: for an unknown option, a variable that the launcher did
@@ -96,24 +96,24 @@ def start(launcher: str, dist_cfg: Mapping[str, Any] | None = None) -> str:
 
 
 def stop() -> None:
-    """End the group after all ranks came to their end."""
+    """End the process group, when all ranks have finished their work."""
     if is_distributed():
         distributed.destroy_process_group()
 
 
 def give_up(error: BaseException, message: str = '') -> None:
-    """Tell an error, and end this process of a group at once.
+    """Print an error, and end this process of a distributed run at once.
 
     ``destroy_process_group`` would wait for exchanges that this rank has
-    begun and the others never join. A process that ends closes its
-    connections, which the others notice, and so does their launcher.
+    begun and that the other ranks never join. When a process ends, its
+    connections close, which the other ranks notice, and so does the launcher.
 
-    One rank tells what all met. A rank that stops because of another gives
-    the launcher time to name that one.
+    An error that all ranks met is printed by one of them. A rank that stops
+    because another rank failed gives the launcher time to name that rank.
 
     Args:
-        error: why it ends.
-        message: what to say of it; a traceback if empty.
+        error: the error for which the process ends.
+        message: the text to print; the traceback if it is empty.
     """
     if isinstance(error.__cause__, RaisedElsewhere):
         time.sleep(PATIENCE)
@@ -124,9 +124,9 @@ def give_up(error: BaseException, message: str = '') -> None:
         time.sleep(PATIENCE)
     else:
         if message and get_rank():
-            # Most often rank 0 met the same and says it.
+            # Most often rank 0 met the same error; it prints the message.
             time.sleep(PATIENCE)
-        # For torchrun's summary.
+        # torchrun shows this error in its summary.
         get_error_handler().record_exception(error)
         _say(message or ''.join(traceback.format_exception(error)))
     logging.shutdown()
@@ -135,17 +135,18 @@ def give_up(error: BaseException, message: str = '') -> None:
 
 
 def _say(text: str) -> None:
-    # At once, or the lines of several ranks mix.
+    # A single write, because the lines of several ranks would mix otherwise.
     sys.stderr.write(text.rstrip('\n') + '\n')
     sys.stderr.flush()
 
 
 def _options(dist_cfg: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(dist_cfg)
-    # What mmengine would start it with.
+    # The library by which mmengine would start the process group.
     if (other := options.pop('init_backend', 'torch')) != 'torch':
-        raise ValueError(f'env_cfg.dist_cfg.init_backend={other!r}: processes '
-                         "are started by torch, leave it out or say 'torch'")
+        raise ValueError(f'env_cfg.dist_cfg.init_backend={other!r} is not '
+                         'supported: torch starts the process group. Leave '
+                         "it out, or set it to 'torch'")
     if unknown := set(options) - {'backend', 'timeout', 'port'}:
         raise ValueError(f'env_cfg.dist_cfg has {sorted(unknown)}; it may '
                          'have backend, timeout and port')
@@ -159,7 +160,7 @@ def _options(dist_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_environment(launcher: str, port: int | None) -> None:
-    """Put what a launcher says under the names that torch and mmengine
+    """Copy the variables of a launcher to the names that torch and mmengine
     read."""
     if launcher not in VARIABLES:
         raise ValueError(f'launcher={launcher!r} must be none, '
@@ -184,7 +185,8 @@ def _set_environment(launcher: str, port: int | None) -> None:
 
 
 def _first_host() -> str:
-    """Of a Slurm job, whose list of nodes reads like 'gpu[03-05],big1'."""
+    """Name of the first host of a Slurm job. The list of its nodes reads like
+    'gpu[03-05],big1'."""
     nodes = os.environ.get('SLURM_NODELIST', '')
     if re.fullmatch(r'[\w.-]+', nodes):
         return nodes
@@ -199,15 +201,16 @@ def _first_host() -> str:
 
 
 def _gpu(launcher: str) -> int:
-    """The GPU of this process."""
+    """Index of the GPU that this process takes."""
     index, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
     if launcher == 'slurm' and count == 1:
-        # Slurm can show each task its own GPU alone. mmengine reads this.
+        # Slurm can make its own GPU the only one that a task sees. Its index
+        # is then 0, which mmengine reads from LOCAL_RANK.
         os.environ['LOCAL_RANK'] = '0'
         return 0
     if index >= count:
         raise ValueError(
             f'LOCAL_RANK={index}, and this machine has {count} GPUs: start at '
             f'most {count} processes here, or hide the GPUs from all of them '
-            'with CUDA_VISIBLE_DEVICES=-1')
+            'with CUDA_VISIBLE_DEVICES=-1, so that they compute on CPUs')
     return index

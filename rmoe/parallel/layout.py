@@ -1,7 +1,8 @@
-"""How a tensor is laid out over processes: between DTensors and whole tensors.
+"""The layout of a tensor over processes, and the conversion between DTensors
+and whole tensors.
 
-Nothing here imports torch's DTensor before there is one, so that torch 2.1,
-which has none, can import it.
+Functions import torch's DTensor only when they meet one, so that this module
+can be imported with torch 2.1, which has none.
 """
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a DTensor lie.
+    """Says which part of a DTensor each process has.
 
     Attributes:
         mesh: torch's DeviceMesh.
-        placements: per dimension of the mesh, Shard or Replicate.
+        placements: Shard or Replicate for each dimension of the mesh.
     """
     mesh: Any
     placements: tuple[Any, ...]
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor that every rank has.
+        """Make a DTensor of a whole tensor that every rank has.
 
-        Nothing is communicated, and the part shares no memory with the whole.
+        The ranks do not communicate, and the DTensor shares no memory with
+        the whole tensor.
 
         Args:
             whole: a plain tensor of the global shape.
@@ -38,7 +40,7 @@ class Layout:
         return self._around(local.copy_(part), whole.shape)
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A DTensor of a global shape, not filled."""
+        """A DTensor of a global shape, with uninitialised values."""
         part = self._part(torch.empty((), dtype=dtype).expand(shape))
         return self._around(torch.empty(part.shape, dtype=dtype,
                                         device=self.mesh.device_type), shape)
@@ -49,10 +51,12 @@ class Layout:
         for dimension, placement in enumerate(self.placements):
             if isinstance(placement, Replicate):
                 continue
-            # Others put dimensions of the mesh in another order.
+            # Subclasses of Shard divide along the dimensions of the mesh in
+            # another order.
             assert type(placement) is Shard, placement
-            # In the order of the mesh's dimensions, as DTensor shards. The
-            # last ranks may have less, or nothing.
+            # As DTensor does, the tensor is divided along the first dimension
+            # of the mesh first. The last ranks may get a shorter part, or an
+            # empty one.
             parts = part.chunk(self.mesh.size(dimension), placement.dim)
             mine = self.mesh.get_local_rank(dimension)
             part = parts[mine] if mine < len(parts) else part.narrow(
@@ -75,15 +79,15 @@ def layout_of(value: Any) -> Layout | None:
 
 
 def is_laid_out(model: nn.Module) -> bool:
-    """Whether a parameter lies in parts on several processes."""
+    """Whether any parameter of a model is a DTensor."""
     return any(layout_of(value) for value in model.parameters())
 
 
 def whole(value: Any) -> Tensor:
-    """The global tensor of a DTensor, on every rank: all must call this.
+    """Gather the global tensor of a DTensor on every rank; all must call this.
 
-    The part may have been copied to the CPU: it goes back to where its mesh
-    communicates.
+    This rank's part may have been copied to the CPU. It is copied back to the
+    device on which its mesh communicates.
 
     Args:
         value: a DTensor.

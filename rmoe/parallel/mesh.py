@@ -1,14 +1,16 @@
-"""How the processes of a run are arranged.
+"""The arrangement of the processes of a run in meshes, for parameters that are
+divided among them.
 
-W processes, of which S share one copy of the parameters and N one set of
-experts. Neighbours in rank come together first, as they sit in one machine.
+There are W processes, of which S share one copy of the parameters and N one
+set of experts. Processes with neighbouring ranks are put together first,
+because they run on the same machine.
 """
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# The dimensions of a mesh that FSDP works on: what is between copies, and what
-# is inside one.
+# Names of the dimensions of a mesh that FSDP works on: the first runs over the
+# copies of the parameters, the second over the processes that share one copy.
 COPIES = ('replicate', 'shard')
 
 
@@ -17,11 +19,13 @@ class Meshes:
     """Meshes of processes.
 
     Attributes:
-        dense: (W / S, S), copies of everything but experts; (S,) for one.
-        experts: copies of each expert: (W / S, S / N), or (W / N, 1) where
-            every process has all other parameters; one-dimensional for one.
-        expert: (N,), the processes between which experts are divided; None
-            where they are not.
+        dense: (W / S, S), for all parameters but those of experts; (S,) if
+            there is only one copy of them.
+        experts: for the copies of each expert: (W / S, S / N), or (W / N, 1)
+            where every process has all other parameters; one-dimensional if
+            there is only one copy.
+        expert: (N,), the processes among which experts are divided; None if
+            experts are not divided.
     """
     dense: DeviceMesh
     experts: DeviceMesh
@@ -30,13 +34,13 @@ class Meshes:
 
 def lay_out(device: str, world_size: int, shard: int | None,
             expert_parallel: int) -> Meshes:
-    """Arrange all processes; a collective call.
+    """Arrange all processes in meshes. This is a collective call.
 
     Args:
         device: 'cpu' or 'cuda'.
         world_size: W.
         shard: S; None for W.
-        expert_parallel: N; 1 for experts that are not divided.
+        expert_parallel: N; 1 if experts are not divided.
 
     Raises:
         ValueError: if the numbers do not divide each other.
@@ -68,6 +72,7 @@ def lay_out(device: str, world_size: int, shard: int | None,
 
 
 def _copies(mesh: DeviceMesh) -> DeviceMesh:
-    """The dimensions that FSDP works on: of a single copy there is nothing to
-    sum over copies."""
+    """The part of a mesh that FSDP works on. If there is a single copy of the
+    parameters, it has no dimension over copies, as nothing is summed over
+    them."""
     return mesh[COPIES if mesh.size(0) > 1 else 'shard']

@@ -1,4 +1,4 @@
-"""Parameters that every process keeps whole."""
+"""Gradients of the parameters that every process keeps whole."""
 from collections.abc import Iterable
 
 import torch
@@ -12,11 +12,11 @@ class ReplicatedGradients:
 
     torch's ``fully_shard`` takes no parameter without a dimension, such as a
     router's temperature or the scale of a detection head, and computes all of
-    a block in one type. What is small and has to stay in float32 costs less
-    whole than gathered.
+    a block in one type. Parameters that are small and have to stay in float32
+    cost less if every process keeps them whole than if they are gathered.
 
     Args:
-        parameters: that need a gradient, of one type.
+        parameters: parameters that need a gradient, all of one type.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -46,6 +46,7 @@ class ReplicatedGradients:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
-        # No loss of this process reached it; one of another may have.
+        # The loss of this process gave it no gradient, but the loss of another
+        # process may have.
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

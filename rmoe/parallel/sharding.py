@@ -1,6 +1,6 @@
 """Divides the parameters of a model among processes.
 
-Needs a torch that has ``fully_shard``.
+Importing this module needs a torch that has ``fully_shard``.
 """
 from contextlib import ExitStack
 from functools import partial
@@ -29,7 +29,8 @@ from rmoe.parallel.units import blocks_of, divisible_dimension, kept_whole
 def initialise(module: Any) -> None:
     """Initialise the weights of a model, equally in all processes.
 
-    mmengine does so after wrapping, when no process has them all.
+    mmengine would initialise them after wrapping, when no process has all of
+    them.
     """
     if not getattr(module, 'is_init', False) and hasattr(
             module, 'init_weights'):
@@ -40,11 +41,14 @@ def initialise(module: Any) -> None:
 
 def divide(experts: Experts, meshes: Meshes
            ) -> tuple[Experts, ExpertParallel]:
-    """Leave to each process its experts.
+    """Keep in each process only the experts that it serves.
 
     Args:
-        experts: of one layer, whole; changed in place.
-        meshes: with an ``expert`` mesh.
+        experts: all experts of one layer; changed in place.
+        meshes: these must have an ``expert`` mesh.
+
+    Returns:
+        The experts, and the object that runs them in their processes.
     """
     assert meshes.expert is not None
     layout = Layout(meshes.expert, (Shard(0), ))
@@ -59,19 +63,24 @@ def divide(experts: Experts, meshes: Meshes
 
 def shard(model: nn.Module, meshes: Meshes, param_dtype: str | None,
           reshard_after_forward: bool) -> list[FSDPModule]:
-    """Shard what is gathered together, unit by unit.
+    """Shard a model in units. The parameters of a unit are gathered together.
+
+    The units are the experts of each MoE layer, the blocks around them, and
+    the model itself with everything else.
 
     Args:
-        model: with MoE layers; changed in place.
-        meshes: over which processes.
-        param_dtype: in which blocks are gathered; None for their own.
-        reshard_after_forward: whether they are given up before backward.
+        model: a model with MoE layers; changed in place.
+        meshes: the processes over which the model is sharded.
+        param_dtype: the type in which blocks are gathered; None for the type
+            that they have.
+        reshard_after_forward: whether gathered parameters are freed before
+            the backward pass.
 
     Returns:
         The units from the inside out; the model itself is the last one.
     """
     if isinstance(model, BaseTTAModel):
-        # Which never computes itself.
+        # This wrapper runs no computation of its own.
         model = model.module
     units: list[Any] = []
     policy = MixedPrecisionPolicy() if param_dtype is None else (
@@ -103,26 +112,28 @@ def shard(model: nn.Module, meshes: Meshes, param_dtype: str | None,
     add(model, mp_policy=MixedPrecisionPolicy())
     if meshes.dense.device_type == 'cpu':
         for unit in units:
-            # Asked for a mean, gloo adds up in torch 2.8.
+            # In torch 2.8, gloo computes a sum where a mean is asked for.
             unit.set_force_sum_reduction_for_comms(True)
     return units
 
 
 def _placement(parts: int, divided: bool, parameter: nn.Parameter
                ) -> Shard | None:
-    """Along which dimension a stack of experts is sharded: one that comes out
-    even, as a short dimension would be padded."""
+    """The dimension along which a stack of experts is sharded: one that can be
+    cut into equal parts, because unequal parts are padded. Without such a
+    dimension it is None, and FSDP pads the first one."""
     dimension = divisible_dimension(parameter.shape, parts, int(divided))
     if dimension is None and divided:
         raise ValueError(
             f'no width of a stack of experts {tuple(parameter.shape)} is a '
-            f'multiple of {parts} processes: set shard to expert_parallel')
+            f'multiple of {parts} processes: set shard to the value of '
+            'expert_parallel')
     return None if dimension is None else Shard(dimension)
 
 
 def _compute_in(block: nn.Module, dtype: torch.dtype) -> None:
-    """Autocast inside a block: its parameters are of that type, and what
-    comes in and leaves is not."""
+    """Run a block under autocast. Its parameters have that type when they are
+    gathered, but its inputs and outputs do not."""
     stacks: list[ExitStack] = []
 
     def enter(module: nn.Module, args: Any) -> None:

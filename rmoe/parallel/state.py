@@ -1,4 +1,5 @@
-"""Whole tensors in files, parts of them on each rank."""
+"""Conversion of state dicts between whole tensors, which files hold, and
+DTensors, of which each rank has a part."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,13 +13,13 @@ from rmoe.parallel.layout import Layout, layout_of, whole
 def accept_full_tensors(model: nn.Module) -> None:
     """Make a model with DTensors load plain tensors of the global shape.
 
-    Every rank cuts its own part of the tensor it was given. It holds for
-    torch's and for mmengine's load_state_dict, and for copies of the model.
-    Call it after sharding: modules change whole tensors in the order in which
-    their hooks came, and upcycling must have seen them whole.
+    Every rank cuts its own part out of a whole tensor. This works with
+    torch's and with mmengine's load_state_dict, and for copies of the model.
+    Call it after sharding: the load hooks of a module run in the order in
+    which they were registered, and the hook that upcycles needs whole tensors.
 
     Args:
-        model: its parameters, or some of them, are DTensors.
+        model: a model of whose parameters some or all are DTensors.
     """
     for module in model.modules():
         layouts = {name: layout
@@ -29,14 +30,16 @@ def accept_full_tensors(model: nn.Module) -> None:
 
 
 def _cutting(layouts: dict[str, Layout]) -> Callable[..., None]:
-    # A function, not a partial: copies of a module share it, where a deep
-    # copy of a mesh would fail. And layouts as they are now: in the middle
-    # of a forward pass parameters are whole.
+    # The hook is a function and not a partial, because copies of a module share
+    # a function, but would copy a partial with the mesh in it, which fails. It
+    # keeps the layouts of now, because in the middle of a forward pass the
+    # parameters are whole.
     def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str,
              *_: Any) -> None:
         for name, layout in layouts.items():
             value = state_dict.get(prefix + name)
-            # Another shape is left to whoever reports it.
+            # A tensor of another shape stays as it is, and load_state_dict
+            # reports it.
             if (isinstance(value, Tensor) and layout_of(value) is None and
                     value.shape == getattr(module, name).shape):
                 state_dict[prefix + name] = layout.cut(value)
@@ -45,7 +48,7 @@ def _cutting(layouts: dict[str, Layout]) -> Callable[..., None]:
 
 
 def accept_full_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer of DTensors load plain state of the global shape.
+    """Make an optimizer of DTensors load plain tensors of the global shape.
 
     Args:
         optimizer: torch's, not mmengine's wrapper.
@@ -69,13 +72,14 @@ def _fit_state(value: Any, parameter: Tensor | None) -> Any:
     layout = layout_of(parameter)
     if layout and parameter is not None and value.shape == parameter.shape:
         return layout.cut(value)
-    # The optimizer keeps and changes it, where it may be a view of a file.
+    # The optimizer keeps the value and changes it in place, but it may be a
+    # view of a file.
     return value.clone()
 
 
 def numbered_parameters(optimizer: torch.optim.Optimizer
                         ) -> dict[int, Tensor]:
-    """Parameters by their number in the optimizer's state dict."""
+    """The parameters, by their numbers in the optimizer's state dict."""
     return dict(enumerate(
         parameter for group in optimizer.param_groups
         for parameter in group['params']))
@@ -84,13 +88,14 @@ def numbered_parameters(optimizer: torch.optim.Optimizer
 def gather(content: Any, keep: bool) -> None:
     """Replace every DTensor by the global tensor on the CPU.
 
-    One at a time, so that a rank has one whole tensor more than it keeps.
-    Every rank must call this with the same names in the same order.
+    DTensors are gathered one at a time, so that a rank has at most one whole
+    tensor more than it keeps. Every rank must call this with the same names
+    in the same order.
 
     Args:
         content: nested dicts and lists; changed in place.
-        keep: False puts None where a DTensor was: on all ranks but the one
-            that writes the file.
+        keep: whether this rank keeps the whole tensors; False puts None in
+            their places. Only the rank that writes the file needs them.
     """
     for container, key, _ in tensors_in(content):
         if layout_of(container[key]):
@@ -112,8 +117,8 @@ def tensors_in(content: Any, path: tuple[Any, ...] = ()
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    # torch.save writes all of a view's storage, and sharded parameters are
-    # views of padded ones.
+    # torch.save writes the whole storage of a view, and sharded parameters are
+    # views of padded tensors.
     size = tensor.numel() * tensor.element_size()
     return (tensor if tensor.untyped_storage().nbytes() == size
             else tensor.clone())

@@ -1,4 +1,4 @@
-"""Work of which all ranks end well, or none."""
+"""Work that succeeds on all ranks or fails on all of them."""
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ T = TypeVar('T')
 
 
 class RaisedElsewhere(Exception):
-    """The cause of an error that this rank raises because another rank met
-    it; the other rank tells it."""
+    """The ``__cause__`` of an error that this rank raises only because another
+    rank met it; the other rank reports the error."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f'rank {rank} met this error')
@@ -19,16 +19,15 @@ class RaisedElsewhere(Exception):
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Ranks leave this context together, and if one fails in it, all fail.
+    """A context that all ranks leave together; if one rank fails in it, all do.
 
-    A rank that raised alone would let the others wait in their next
-    collective. Every rank must enter; inside, nothing may wait for another
-    rank once one of them can have failed.
+    If one rank alone raised an error, the others would wait for it in their
+    next collective call. Every rank must enter the context. Inside, no rank
+    may wait for another one after a point at which one can have failed.
 
     Raises:
-        Exception: on all ranks, what was raised on the lowest rank where
-            something was. On the others ``__cause__`` is a
-            :class:`RaisedElsewhere`.
+        Exception: on all ranks, the error of the lowest rank that met one. On
+            the other ranks its ``__cause__`` is a :class:`RaisedElsewhere`.
     """
     error: Exception | None = None
     try:
@@ -44,14 +43,14 @@ def fail_together() -> Iterator[None]:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """Do some work on every rank that ends well on all of them or on none.
+    """Call a function on every rank; it succeeds on all ranks or fails on all.
 
     Args:
-        work: must not call collectives itself. What it returns travels
-            pickled.
+        work: the function, which must not call collectives itself. Its result
+            is pickled and sent to the other ranks.
 
     Returns:
-        What ``work`` returned on each rank, in their order.
+        The results of ``work``, in the order of the ranks.
 
     Raises:
         Exception: see :func:`fail_together`.
@@ -62,8 +61,8 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def _as_sent(error: Exception | None) -> Exception | None:
-    """The error, or a RuntimeError that says the same where an error of its
-    class cannot be made from a pickle."""
+    """The error, or a RuntimeError with the same text if the error does not
+    survive being pickled."""
     if error is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What of a model is gathered at once."""
+"""The parts of a model whose parameters are gathered together."""
 from collections.abc import Sequence
 
 from torch import nn
@@ -13,12 +13,12 @@ LISTS = (nn.ModuleList, nn.Sequential)
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks that a model repeats, in forward order.
 
-    A block is the nearest element of a list of modules around a MoE layer,
-    and whatever has the class of one: in a Swin all its blocks, also of
-    stages without experts.
+    A block is the innermost module that contains a MoE layer and is an element
+    of a list of modules. All modules of the same class are blocks too: in a
+    Swin, also those of stages without experts.
 
     Args:
-        model: with MoE layers inside.
+        model: a model with MoE layers inside.
     """
     modules = dict(model.named_modules())
     kinds = {type(_block_around(name, modules))
@@ -27,9 +27,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _block_around(name: str, modules: dict[str, nn.Module]) -> nn.Module:
-    """From a MoE layer outwards; the layer itself if it is in no list.
+    """The block around a MoE layer, or the layer itself if it is in no list.
 
-    A list of which the layer is an element is one of a block's parts.
+    A list of which the layer itself is an element is a part of a block and
+    does not count.
     """
     parts = name.split('.')
     for length in range(len(parts) - 2, 0, -1):
@@ -41,10 +42,10 @@ def _block_around(name: str, modules: dict[str, nn.Module]) -> nn.Module:
 
 def kept_whole(model: nn.Module, in_low_precision: Sequence[nn.Module]
                ) -> list[nn.Parameter]:
-    """Parameters that no unit may hold, in order.
+    """Parameters that every process keeps whole and no unit may hold, in order.
 
     Args:
-        model: whose parameters without a dimension these are.
+        model: a model, whose parameters without a dimension are among them.
         in_low_precision: blocks whose norms and routers are among them.
     """
     kept = [one for one in model.parameters() if not one.dim()]

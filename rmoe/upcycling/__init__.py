@@ -1,4 +1,7 @@
-"""Dense checkpoints into MoE models and back."""
+"""Upcycling: conversion of dense checkpoints to MoE models, and back.
+
+Backbones use it when they load a checkpoint, tools/upcycle.py to write one.
+"""
 from rmoe.upcycling.choosing import Choice, choose_weights
 from rmoe.upcycling.clusters import cluster_routers
 from rmoe.upcycling.fit import count_experts, fit

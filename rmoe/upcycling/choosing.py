@@ -1,5 +1,5 @@
-"""The weights of a backbone in a file of anything: a pre-training run with a
-teacher, a detector, a wrapped model."""
+"""Finds the weights of a backbone in a file that may hold more: a pre-training
+run with a teacher, a detector, a wrapped model."""
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from torch import Tensor
 from rmoe.upcycling.formats import WeightSet, choose_set
 from rmoe.upcycling.keymaps import Architecture
 
-# Words of prefixes. Averages over training evaluate better than the last
-# weights; MoCo v3 and MoBY evaluate the encoder that was trained.
+# Words in the prefixes of weights. Weights under a prefix with a word of
+# PREFERRED are taken first, because averages over training evaluate better than
+# the last weights. Those with a word of SECOND are taken last, because MoCo v3
+# and MoBY evaluate the encoder that was trained, and not its momentum copy.
 PREFERRED = {'teacher', 'ema', 'model_ema', 'ema_model', 'target_encoder'}
 SECOND = {'student', 'momentum_encoder', 'encoder_k', 'target_generator',
           'target_network', 'momentum'}
@@ -19,15 +21,16 @@ SECOND = {'student', 'momentum_encoder', 'encoder_k', 'target_generator',
 
 @dataclass(frozen=True)
 class Choice:
-    """What was taken of a file.
+    """The weights that were chosen in a file.
 
     Attributes:
         state: all weights of the set that was chosen.
-        prefix: where in it the backbone's weights lie.
-        line: what was taken and what was left out; empty if the file is
-            nothing but the backbone.
-        pretraining: whether what lies beside the backbone is of a
-            pre-training task, of no use to a segmentor or detector.
+        prefix: first part of the names of the backbone's weights in the set.
+        line: a sentence for the log that says what was taken and what was
+            left out; empty if the file has nothing but the backbone.
+        pretraining: whether the weights beside the backbone belong to a
+            pre-training task, so that a segmentor or detector has no use for
+            them.
     """
     state: dict[str, Tensor]
     prefix: str
@@ -44,17 +47,17 @@ class Choice:
 
 def choose_weights(content: Mapping[str, Any], architecture: Architecture,
                    weights: str | None = None) -> Choice:
-    """The weights in a file that a backbone can load.
+    """Choose the weights in a file that a backbone can load.
 
     Args:
-        content: what ``read_checkpoint`` gives.
-        architecture: of the backbone.
-        weights: which, where there are several: a set of the file
-            ('student', 'state_dict') or a part of a prefix
+        content: the result of ``read_checkpoint``.
+        architecture: the architecture of the backbone.
+        weights: names the weights to take where there are several: a set of
+            the file ('student', 'state_dict') or a part of a prefix
             ('momentum_encoder'). None takes those that evaluate best.
 
     Raises:
-        ValueError: if there are no weights or none of that name.
+        ValueError: if the file has no weights, or none of that name.
     """
     taken, word = _set_or_word(content, weights)
     prefixes = sorted(architecture.find_prefixes(taken.state), key=_rank)
@@ -64,13 +67,13 @@ def choose_weights(content: Mapping[str, Any], architecture: Architecture,
                  or prefix.rstrip('.') == word.strip('.')]
         if not named:
             raise ValueError(
-                f'weights={word!r} are not in the checkpoint; it has the sets '
+                f'weights={word!r} are not in the checkpoint: it has the sets '
                 f'{[taken.name, *taken.others]} and, in {taken.name!r}, '
-                f'weights under {prefixes}')
+                f'weights under the prefixes {prefixes}. Choose one of these')
         prefixes = named + [prefix for prefix in prefixes
                             if prefix not in named]
     prefix = prefixes[0] if prefixes else ''
-    # A name inside the one that was taken is no other choice.
+    # A prefix inside of the one that was taken is not another choice.
     prefixes = [other for other in prefixes if other == prefix
                 or not prefix or not other.startswith(prefix)]
     pretraining = taken.name.split('.')[-1] in ('teacher', 'student') or any(
@@ -86,18 +89,19 @@ def _set_or_word(content: Mapping[str, Any], weights: str | None
     try:
         return choose_set(content, weights), None
     except ValueError:
-        # Not the name of a set, so of a part of one.
+        # This is no name of a set, so it must be a word of a prefix.
         return choose_set(content), weights
 
 
 def _words(prefix: str) -> set[str]:
-    """The parts of a prefix, and what they are made of."""
+    """The parts of a prefix, and the words that these are made of."""
     parts = prefix.replace('/', '.').split('.')
     return {*parts, *(word for part in parts for word in part.split('_'))}
 
 
 def _rank(prefix: str) -> int:
-    """Equal ranks stay in the order in which they were found."""
+    """Sort key of a prefix; those with a lower one are preferred. Prefixes with
+    equal keys stay in the order in which they were found."""
     words = _words(prefix)
     return 0 if words & PREFERRED else 2 if words & SECOND else 1
 

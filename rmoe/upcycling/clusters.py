@@ -1,11 +1,11 @@
-"""Routers that start from the data: an expert for each kind of token.
+"""Initial router weights from data, so that each expert gets similar tokens.
 
-A fresh router sends tokens to experts at random, and experts that are alike
-learn the same. With the centres of clusters of the dense model's tokens as its
-weights, each expert gets tokens of a kind from the first iteration (Cluster-
-aware Upcycling, 2604.13508).
+A fresh router sends tokens to experts at random, so that all experts learn the
+same. Here the weights of the router are the centres of clusters of the tokens
+that reach it in the dense model. Each expert then gets the tokens of one
+cluster from the first iteration (Cluster-aware Upcycling, 2604.13508).
 
-N tokens, K clusters, D channels.
+Axis letters: N tokens, K clusters, D channels.
 """
 from collections.abc import Iterable
 from typing import Any
@@ -24,16 +24,16 @@ DRAWS = 8
 @torch.no_grad()
 def cluster_routers(model: nn.Module, images: Iterable[Tensor], seed: int
                     ) -> dict[str, Tensor]:
-    """Set each router's weights to the centres of its tokens' clusters, with
-    logits of deviation one.
+    """Set each router's weights to the centres of clusters of its tokens,
+    scaled so that the logits have a standard deviation of one.
 
     Args:
         model: a backbone with MoE layers, whose dense features are used.
-        images: (B, C, height, width) each, normalised.
-        seed: of the choice of tokens and of the first centres.
+        images: batches (B, C, height, width) of normalised images.
+        seed: seed of the choice of tokens and of the first centres.
 
     Returns:
-        (E,) for each layer, the share of the tokens in each cluster.
+        For each layer the share (E,) of the tokens that each cluster has.
 
     Raises:
         ValueError: for a router that is not linear, or fewer tokens than
@@ -58,7 +58,8 @@ def cluster_routers(model: nn.Module, images: Iterable[Tensor], seed: int
                              f'{experts} clusters; give more images')
         centres_KD = spherical_kmeans(x_ND, experts, generator)
         logits_NK = x_ND @ centres_KD.T
-        # What all experts share is no choice.
+        # A part of the logits that all experts share has no effect on the
+        # choice of experts, so it does not count as spread.
         spread = (logits_NK - logits_NK.mean(1, keepdim=True)).std()
         scorer = layers[name].router.scorer
         scorer.weight.copy_(centres_KD / spread.clamp_min(1e-6))
@@ -68,16 +69,19 @@ def cluster_routers(model: nn.Module, images: Iterable[Tensor], seed: int
 
 def spherical_kmeans(x_ND: Tensor, clusters: int, generator: torch.Generator
                      ) -> Tensor:
-    """(K, D), directions of length one: k-means by the cosine.
+    """Cluster tokens by k-means with the cosine as similarity.
 
-    The first centres are drawn as in k-means++, far from each other; of
-    several draws the best result is taken. A cluster that loses all tokens
-    takes the token that is farthest from its centre.
+    The first centres are drawn as in k-means++, far from each other. This is
+    repeated, and the best result is taken. A cluster that loses all its tokens
+    gets the token that is farthest from its centre.
 
     Args:
         x_ND: (N, D) float32, N at least ``clusters``.
         clusters: K.
-        generator: of the first centres.
+        generator: source of random numbers for the first centres.
+
+    Returns:
+        (K, D) centres of length one.
     """
     x_ND = F.normalize(x_ND.float(), dim=1)
     results = [_improve(x_ND, _first_centres(x_ND, clusters, generator))
@@ -108,7 +112,8 @@ def _first_centres(x_ND: Tensor, clusters: int, generator: torch.Generator
     chosen = [int(torch.randint(len(x_ND), (), generator=generator))]
     distance_N = 1 - x_ND @ x_ND[chosen[0]]
     for _ in range(clusters - 1):
-        # Equal tokens have no distance: any will do.
+        # If all tokens are equal, all distances are zero. The lower limit
+        # keeps them valid weights for a draw.
         weights_N = distance_N.clamp_min(1e-12)
         chosen.append(int(torch.multinomial(weights_N, 1,
                                             generator=generator)))
@@ -118,7 +123,7 @@ def _first_centres(x_ND: Tensor, clusters: int, generator: torch.Generator
 
 def _tokens(model: nn.Module, layers: dict[str, MoELayer],
             images: list[Tensor]) -> dict[str, Tensor]:
-    """(N, D) tokens that reach each MoE layer in the dense model."""
+    """The tokens (N, D) that reach each MoE layer in the dense model."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keep(name: str) -> Any:
@@ -130,7 +135,7 @@ def _tokens(model: nn.Module, layers: dict[str, MoELayer],
     before = {layer: layer.core_only for layer in layers.values()}
     try:
         for layer in layers.values():
-            # Without a core its experts are still equal.
+            # A layer without a core runs its experts, which are still equal.
             layer.core_only = layer.core is not None
         for image in images:
             model(image)

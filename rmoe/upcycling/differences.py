@@ -1,4 +1,5 @@
-"""How a checkpoint and a model differ, on at most a screen."""
+"""A message that says, on at most a screen, how a checkpoint and a model
+differ."""
 import re
 from collections.abc import Iterable, Mapping
 
@@ -9,11 +10,12 @@ BLOCK = re.compile(r'(?:stages\.(\d+)\.blocks|layers)\.(\d+)\..+')
 
 
 def settings_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Settings of a backbone that its weights tell, as a config writes them.
+    """Settings of a backbone that can be read from the names and shapes of its
+    weights, written as in a config.
 
     Args:
-        weights: named as our backbones name them; of a checkpoint or of a
-            model.
+        weights: the weights of a checkpoint or of a model, with the names that
+            our backbones use.
     """
     settings = {}
     first = weights.get('patch_embed.projection.weight')
@@ -49,14 +51,16 @@ def _tuple(numbers: Iterable[int]) -> str:
 
 def message(source: str, architecture: str, renamed: Mapping[str, Tensor],
             target: Mapping[str, Tensor], differences: list[str]) -> str:
-    """What the file is, what the model is, how they differ, what to type.
+    """Error text that describes the file, the model, and how they differ, and
+    says which options make the model like the file.
 
     Args:
-        source: who named the file's weights.
-        architecture: name of the model's.
+        source: the source whose names the file uses, see
+            :class:`rmoe.upcycling.keymaps.Source`.
+        architecture: name of the model's architecture.
         renamed: the file's weights, by our names.
-        target: the model's.
-        differences: a sentence for each.
+        target: the model's weights.
+        differences: a sentence for each difference.
     """
     ours, theirs = settings_of(target), settings_of(renamed)
     lines = ['the checkpoint does not fit the model',

@@ -1,8 +1,8 @@
-"""E experts into another number of experts.
+"""Conversion of E experts to another number of experts.
 
-Every new expert is the mean of a group of old ones; what differs between the
-ways is who is in a group. The router's weights follow. Axis letters: E
-experts, P all weights of one expert.
+Every new expert is the mean of a group of old ones. There are several ways to
+choose the groups. The router's weights are grouped in the same way. Axis
+letters: E experts, P all weights of one expert.
 """
 from collections.abc import Sequence
 
@@ -14,27 +14,30 @@ EXPERT_MISMATCH = ('raise', 'tile', 'slice', 'merge')
 
 def choose_groups(how: str, experts_EP: Tensor, num_experts: int,
                   loads_E: Tensor | None = None) -> list[list[int]]:
-    """Which old experts make each new one.
+    """Choose the old experts from which each new one is made.
 
     Args:
-        how: 'tile' repeats the experts in order; 'slice' takes the first;
-            'merge' joins the two groups that lie closest (average distance
-            of their members) until few enough are left; 'prune' drops those
-            with the least load.
+        how: 'tile' repeats the experts in order; 'slice' takes the first
+            ones; 'merge' joins the two groups with the smallest average
+            distance between their members until few enough groups are left;
+            'prune' drops the experts with the lowest load.
         experts_EP: weights of each expert.
-        num_experts: groups to make.
-        loads_E: tokens each expert took, for 'prune'.
+        num_experts: number of groups to make.
+        loads_E: number of tokens that each expert took, for 'prune'.
+
+    Returns:
+        For each new expert, the indices of the old ones.
 
     Raises:
-        ValueError: if more experts are asked for than there are, which only
-            'tile' can make.
+        ValueError: if there are fewer experts than asked for, and ``how`` is
+            not 'tile', which alone can make more.
     """
     count = len(experts_EP)
     if how == 'tile':
         return [[i % count] for i in range(num_experts)]
     if num_experts > count:
         raise ValueError(f"{how!r} cannot make {num_experts} experts out of "
-                         f"{count}; 'tile' can")
+                         f"{count}: use 'tile', which can")
     if how == 'slice':
         return [[i] for i in range(num_experts)]
     if how == 'prune':
@@ -45,7 +48,8 @@ def choose_groups(how: str, experts_EP: Tensor, num_experts: int,
 
 
 def _closest(experts_EP: Tensor, num_groups: int) -> list[list[int]]:
-    # Against their mean: the core would drown the differences in rounding.
+    # The mean of all experts is subtracted, because the core that they share
+    # would make rounding errors larger than their differences.
     experts_EP = experts_EP.double() - experts_EP.double().mean(0)
     distance = torch.cdist(experts_EP[None], experts_EP[None])[0]
     groups = [[i] for i in range(len(experts_EP))]
@@ -60,13 +64,15 @@ def _closest(experts_EP: Tensor, num_groups: int) -> list[list[int]]:
 
 def regroup(tensor: Tensor, shape: Sequence[int],
             groups: Sequence[Sequence[int]], num_experts: int) -> Tensor:
-    """A tensor that is stacked over experts, after their regrouping.
+    """Take the means over groups of experts in a tensor that is stacked over
+    experts.
 
     Args:
-        tensor: with E times some number along one axis.
-        shape: the result's, with the number of groups times the same along
-            that axis.
-        groups: old experts of each new one.
+        tensor: a tensor that has E times some number of entries along one
+            axis.
+        shape: shape of the result, which has the number of groups times the
+            same number of entries along that axis.
+        groups: for each new expert, the indices of the old ones.
         num_experts: E.
 
     Raises:

@@ -1,5 +1,7 @@
-"""Dense weights into a MoE model, or MoE weights into another one. Every key
-of both sides ends in a report; what is left over raises.
+"""Fits the weights of a checkpoint, dense or MoE, to a MoE model.
+
+The report has every key of the checkpoint and of the model. A key that has no
+place on the other side raises an error.
 """
 import re
 from collections.abc import Mapping
@@ -22,30 +24,32 @@ def fit(model: Any, state: Mapping[str, Tensor],
         expert_mismatch: str = 'raise',
         loads: Mapping[str, Tensor] | None = None
         ) -> tuple[dict[str, Tensor], Report]:
-    """Weights for every key of ``model`` from a checkpoint's state dict.
+    """Make weights for every key of ``model`` from a checkpoint's state dict.
 
     Args:
         model: a backbone, with its ``architecture``; its MoE layers may be
             dense in the file.
-        state: weights of the backbone alone, named by any known source.
-        expert_mismatch: what to do with experts of another count: 'raise',
-            or a way of :func:`rmoe.upcycling.expert_count.choose_groups`.
-        loads: for 'prune', tokens each expert of the file took, by the name
-            of the MoE layer.
+        state: weights of the backbone alone, named as in any known source.
+        expert_mismatch: what to do if the file has another number of experts:
+            'raise', or a way of
+            :func:`rmoe.upcycling.expert_count.choose_groups`.
+        loads: for 'prune', the number of tokens that each expert of the file
+            took, by the name of the MoE layer.
 
     Returns:
         A complete state dict for the model, and the report. Tensors are
         shared with ``state`` and the model where nothing changed.
 
     Raises:
-        ValueError: if the file is of another architecture, another expert
-            count, or holds what the model has no place for, or if one of the
-            two is folded and the other is not. Names the first mismatching
-            key and both shapes.
+        ValueError: if the file has another architecture or number of experts,
+            if it holds weights that the model has no place for, or if one of
+            the two is folded and the other is not. Names the first
+            mismatching key and both shapes.
     """
     architecture = model.architecture
     source = architecture.recognise(state)
-    # Other hosts may be the very model that ours cannot hold.
+    # A backbone of another library may be the very model that is refused for
+    # our own architectures, so only these are checked.
     if architecture in keymaps.ARCHITECTURES and (
             refusal := keymaps.explain_refusal(state)):
         raise ValueError(refusal)
@@ -77,8 +81,8 @@ def fit(model: Any, state: Mapping[str, Tensor],
 
 
 def count_experts(model: Any, state: Mapping[str, Tensor]) -> int:
-    """Experts of a MoE layer in a checkpoint of any source; 0 if it is dense
-    or of no source the model can load."""
+    """Number of experts of a MoE layer in a checkpoint of any source; 0 if the
+    checkpoint is dense, or of no source that the model can load."""
     source = model.architecture.recognise(state)
     if source is None:
         return 0
@@ -92,7 +96,8 @@ def _what_else(architecture: keymaps.Architecture,
     for other in keymaps.ARCHITECTURES:
         if other is not architecture and (source := other.recognise(state)):
             return (f'the checkpoint is that of a {source.name}, the model is '
-                    f'a {architecture.name}')
+                    f'a {architecture.name}: load a checkpoint of the same '
+                    'architecture')
     known = ', '.join(source.name for source in architecture.sources)
     return ('the checkpoint is of no source this backbone can read '
             f'({known}); its first keys are {list(state)[:4]}')
@@ -101,7 +106,7 @@ def _what_else(architecture: keymaps.Architecture,
 def _convert_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
                    target: Mapping[str, Tensor], report: Report,
                    expert_mismatch: str, loads_E: Tensor | None) -> None:
-    """Give ``renamed`` every expert key of one layer."""
+    """Complete the expert and router weights of one layer in ``renamed``."""
     _check_folded(name, layer, renamed)
     if not any(key.startswith(f'{name}.experts.') for key in renamed):
         _upcycle_layer(name, layer, renamed, target, report)
@@ -121,16 +126,16 @@ def _convert_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
             f'{num_experts}')
     if expert_mismatch == 'merge' and layer.experts.rank is not None:
         raise ValueError(
-            f"{name}: 'merge' needs full-rank residuals; the factors of "
-            f'rank {layer.experts.rank} have no mean')
+            f"{name}: 'merge' needs full-rank residuals, because factors of "
+            f"rank {layer.experts.rank} have no mean: use 'slice'")
     weights = [renamed[key].flatten(1) for key in own_keys
                if re.search(r'residual_fc\d_weight$', key)]
     groups = choose_groups(
         expert_mismatch, torch.cat(weights, 1) if weights else
         torch.zeros(num_experts, 0), layer.num_experts, loads_E)
     for key in own_keys:
-        # What is stacked over experts has another shape, the rest of a
-        # router (a temperature, a projection) has not.
+        # Tensors that are stacked over experts have another shape. Those that
+        # a router has for all experts (a temperature, a projection) do not.
         if renamed[key].shape != target[key].shape:
             try:
                 renamed[key] = regroup(renamed[key], target[key].shape,
@@ -142,7 +147,9 @@ def _convert_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
 
 def _check_folded(name: str, layer: MoELayer,
                   renamed: Mapping[str, Tensor]) -> None:
-    """Whole experts beside a core look like residuals but for one mark."""
+    """Raise if only one of model and file is folded. Folded experts, which
+    contain the core, have the names and shapes of residuals; only the key
+    'folded' tells them apart."""
     in_file = f'{name}.experts.folded' in renamed
     in_model = layer.experts.folded is not None
     if in_file and not in_model:
@@ -159,7 +166,7 @@ def _check_folded(name: str, layer: MoELayer,
 
 def _check_router(name: str, layer: MoELayer, renamed: Mapping[str, Tensor],
                   target: Mapping[str, Tensor]) -> None:
-    """Has the file's router the weights that the model's has?"""
+    """Check that the router in the file has the same weights as the model's."""
     prefix = f'{name}.router.'
     theirs, ours = ({key.removeprefix(prefix) for key in state
                      if key.startswith(prefix)} for state in (renamed, target))
@@ -174,8 +181,8 @@ def _check_router(name: str, layer: MoELayer, renamed: Mapping[str, Tensor],
 
 def _core_pairs(name: str, layer: MoELayer
                 ) -> list[tuple[list[str], str]]:
-    """(keys of the core, key stacked over experts) of weights and biases. The
-    rows of several keys stand below each other."""
+    """(keys of the core, key of the experts) of each weight and bias. Several
+    keys of the core are joined along the first axis."""
     return [([f'{place}.{part}' for place in layer.core_names(name, linear)],
              f'{name}.experts.residual_{linear}_{part}')
             for linear in ('fc1', 'fc2') for part in ('weight', 'bias')]
@@ -183,7 +190,8 @@ def _core_pairs(name: str, layer: MoELayer
 
 def _match_core(name: str, layer: MoELayer, renamed: dict[str, Tensor],
                 report: Report) -> None:
-    """Plain experts get their mean as core; or a core goes into each."""
+    """If the file has plain experts and the model a core, make their mean the
+    core; in the opposite case, add the core to each expert."""
     pairs = [(core, expert) for core, expert in _core_pairs(name, layer)
              if expert in renamed]
     in_file = pairs[0][0][0] in renamed
@@ -205,18 +213,21 @@ def _match_core(name: str, layer: MoELayer, renamed: dict[str, Tensor],
 
 def _upcycle_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
                    target: Mapping[str, Tensor], report: Report) -> None:
-    """A dense FFN becomes the core, or every expert where there is none."""
+    """Make a dense FFN the core of a layer, or each of its experts if the layer
+    has no core."""
     for key, current in target.items():
         if not key.startswith(tuple(f'{name}.{part}'
                                     for part in EXPERT_PARTS)):
             continue
         renamed[key] = current
         report.status[key] = 'new'
-        # Zero residuals make the model equal to the dense one; the right
-        # factor of a low-rank residual must stay random.
+        # Zero residuals make the model equal to the dense one. Only one factor
+        # of a low-rank residual is zero: if the right one were zero too, the
+        # residual would get no gradient.
         if layer.experts.core and '.residual_' in key and (
                 not key.endswith('_down')):
-            # Whole and without memory, whatever part of it a rank keeps.
+            # An expanded scalar has the whole shape and takes no memory, even
+            # if this rank keeps only a part of the parameter.
             renamed[key] = torch.zeros(
                 (), dtype=current.dtype,
                 device=current.device).expand(current.shape)
@@ -234,8 +245,8 @@ def _upcycle_layer(name: str, layer: MoELayer, renamed: dict[str, Tensor],
 def _adapt_image_channels(model: Any, renamed: dict[str, Tensor],
                           target: Mapping[str, Tensor], report: Report
                           ) -> None:
-    """Give ``renamed`` weights for as many image channels as the model
-    takes."""
+    """Adapt the first convolution in ``renamed`` to the number of image
+    channels that the model takes."""
     key = image_convolution(model)
     if key not in renamed or key not in target:
         return
@@ -274,15 +285,15 @@ def _fit_key(model: Any, key: str, current: Tensor,
     raise ValueError(
         f'{key} has shape {tuple(tensor.shape)} in the checkpoint and '
         f'{tuple(current.shape)} in the model' + (
-            ': another rank' if '.residual_' in key else ''))
+            ': the rank differs' if '.residual_' in key else ''))
 
 
 def _check_leftovers(architecture: keymaps.Architecture,
                      renamed: Mapping[str, Tensor],
                      target: Mapping[str, Tensor], report: Report
                      ) -> list[str]:
-    """A sentence for each weight of the file that is not used and has to
-    be."""
+    """A sentence for each weight of the file that the model should use and has
+    no place for."""
     wrong = []
     for key, tensor in renamed.items():
         if key in target:
@@ -292,7 +303,7 @@ def _check_leftovers(architecture: keymaps.Architecture,
             report.left_out[key] = reason
             continue
         if key.endswith('.residual_fc2_bias') and not tensor.any():
-            # Tutel's models without this bias have it frozen at zero.
+            # In Tutel's models without this bias it is there, frozen at zero.
             report.left_out[key] = 'all zero, and the model has no such bias'
             continue
         if re.search(r'\.(experts\.residual|router\.)', key):

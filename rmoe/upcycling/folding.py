@@ -1,4 +1,4 @@
-"""Core + residual baked into whole experts, for inference.
+"""Folding: core and residuals are added up to whole experts, for inference.
 
 Axis letters as in routing.py; O and I are the output and input width of a
 linear layer.
@@ -14,24 +14,26 @@ LINEARS = ('fc1', 'fc2')
 
 
 def fold(model: nn.Module) -> None:
-    """Make every expert whole, in place; outputs stay equal to rounding.
+    """Replace every residual by the whole expert (core + residual), in place.
+    Outputs stay the same up to rounding.
 
-    A MoE layer otherwise adds core and residual for each expert in each
+    Without folding, a MoE layer adds core and residual for each expert in each
     forward pass. A folded model is for inference:
 
     - It raises a ValueError if it runs in training mode, and its experts
       take no gradient.
-    - Its state dict says that it is folded and loads into a model that is
-      folded alike; :func:`rmoe.upcycling.fit`, which every load of a backbone
-      goes through, refuses it anywhere else. Keep the checkpoint, or write
-      another with :func:`to_plain`.
-    - Load first, then fold: a folded model takes no other checkpoint.
+    - Its state dict is marked as folded and loads only into a model that is
+      folded in the same way; :func:`rmoe.upcycling.fit`, which every load of a
+      backbone goes through, refuses it anywhere else. So keep the original
+      checkpoint, or write another one with :func:`to_plain`.
+    - Load first, then fold: a folded model takes no checkpoint that is not
+      folded.
 
-    The core stays, because it serves the tokens that no expert kept, padded
-    tokens, ``align='difference'``, the convolution of a MixFFN and
-    ``core_only``. So full-rank experts take the memory that they took. Those
-    of a low rank become (E, O, I), as large as the experts of ``rank=None``.
-    While a layer is folded it is in memory twice.
+    The core stays in the model, because these need it: tokens that no expert
+    kept, padded tokens, ``align='difference'``, the convolution of a MixFFN,
+    and ``core_only``. So full-rank experts take as much memory as before.
+    Those of a low rank become (E, O, I), as large as experts with
+    ``rank=None``. While a layer is being folded, it is in memory twice.
 
     Call it before ``torch.compile``, export, or anything that keeps
     references to parameters. Layers with ``core=False`` or folded ones stay
@@ -61,21 +63,23 @@ def fold(model: nn.Module) -> None:
 
 
 def to_plain(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the same model with ``core=False``.
+    """Make the state dict of the same model with plain experts
+    (``core=False``).
 
-    That model computes the same in evaluation, but for padded tokens where
-    ``unrouted='core'``: they get nothing instead of the core. It has
-    ``rank=None`` and ``unrouted='zero'``.
+    It is for a model with ``core=False``, ``rank=None`` and
+    ``unrouted='zero'``. That model computes the same in evaluation, except for
+    padded tokens where ``unrouted='core'``: they get zero instead of the
+    output of the core.
 
     Args:
         model: a backbone or a whole model with MoE layers.
 
     Returns:
-        Tensors are shared with the model, but for the experts.
+        The state dict. It shares all tensors with the model except experts.
 
     Raises:
-        ValueError: if there is no MoE layer, or one cannot be without its
-            core in evaluation.
+        ValueError: if there is no MoE layer, or if one needs its core in
+            evaluation.
     """
     layers = _moe_layers(model)
     for name, layer in layers.items():
@@ -124,8 +128,8 @@ def _whole_experts(layer: MoELayer) -> dict[str, Tensor]:
 
 
 def _needs_core(layer: MoELayer) -> str:
-    """Why a layer that has a core cannot be without in evaluation; empty if
-    it can."""
+    """The reason why a layer needs its core in evaluation; empty if it does
+    not."""
     if layer.shares_core:
         return f'its experts share the {layer.shares_core} of its core'
     if layer.router.soft:

@@ -1,4 +1,5 @@
-"""No load is silent: every checkpoint that reaches a backbone is checked."""
+"""Checks on every checkpoint that a backbone loads, so that none is loaded in
+part without a message."""
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,14 +19,16 @@ from rmoe.upcycling.say import say
 
 
 def check_loading(backbone: nn.Module, expert_mismatch: str) -> None:
-    """Make every later load of this backbone complete or an error.
+    """Make sure that every later load of this backbone is complete or raises.
 
-    A dense file upcycles, a file of any known source is translated, and a
-    table of what happened is logged. It holds for mmengine's load_from,
-    resume and init_cfg and for torch's load_state_dict alike, strict or not.
+    A dense file is upcycled, the names of any known source are translated, and
+    a table of what happened to each key is logged. This works for mmengine's
+    load_from, resume and init_cfg and for torch's load_state_dict alike,
+    strict or not.
 
     Args:
-        backbone: the module; its ``architecture`` says what it can load.
+        backbone: the module; its ``architecture`` says which checkpoints it
+            can load.
         expert_mismatch: see :func:`rmoe.upcycling.fit`.
 
     Raises:
@@ -43,8 +46,8 @@ def _fit_in_place(expert_mismatch: str, backbone: Any,
     inside = prefix
     if not prefix:
         _unwrap(state_dict)
-        # Flax nests its parameters ('params/'), and init_cfg cannot say so:
-        # mmengine ends every prefix with a dot.
+        # Flax nests its parameters under 'params/'. The prefix of an init_cfg
+        # cannot name that, because mmengine ends every prefix with a dot.
         found = backbone.architecture.find_prefix(state_dict) or ''
         inside = found if found.endswith('/') else ''
     state = {key[len(inside):]: value for key, value in state_dict.items()
@@ -58,8 +61,11 @@ def _fit_in_place(expert_mismatch: str, backbone: Any,
 
 
 def _unwrap(content: dict[str, Any]) -> None:
-    """mmengine hands over a file as it is: DeiT and the original Swin keep
-    their weights under 'model', a compiled model has names of its own."""
+    """Reduce the content of a file to its weights, in place.
+
+    mmengine passes on the content as it is: DeiT and the original Swin keep
+    their weights under 'model', and torch.compile changes names.
+    """
     whole = any(isinstance(value, Tensor) for value in content.values())
     weights = without_wrappers(content) if whole else state_dict_of(content)
     if list(weights) != list(content):
@@ -69,18 +75,19 @@ def _unwrap(content: dict[str, Any]) -> None:
 
 def pretrained_weights(content: Mapping[str, Any], backbone: Any,
                        init_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What a backbone's ``init_cfg`` takes of a file.
+    """The weights of a file that a backbone's ``init_cfg`` asks for.
 
     Args:
-        content: the file's, as read.
-        backbone: says by its ``architecture`` what it can load.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with, if wanted,
-            a ``prefix`` and ``weights``: see
+        content: the content of the file.
+        backbone: the backbone; its ``architecture`` says which checkpoints it
+            can load.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` and optionally
+            ``prefix`` and ``weights``, see
             :func:`rmoe.upcycling.choosing.choose_weights`.
 
     Returns:
-        ``dict(state_dict=...)``: without a ``prefix`` the backbone's weights
-        alone, with one all weights of the set.
+        ``dict(state_dict=...)`` with the backbone's weights alone or, if
+        ``init_cfg`` has a ``prefix``, with all weights of the set.
     """
     which = init_cfg.get('weights')
     prefix = init_cfg.get('prefix')
@@ -92,16 +99,18 @@ def pretrained_weights(content: Mapping[str, Any], backbone: Any,
     taken = choose_set(content, which)
     if any(key.startswith(prefix) for key in taken.state):
         return dict(state_dict=taken.state)
-    # The prefix is the name of a wrapper, or it is wrong.
+    # The prefix is the name of a wrapper, which choose_set removes, or it is
+    # wrong.
     return dict(content)
 
 
 def check_prefix(backbone: Any, state_dict: dict[str, Tensor],
                  prefix: str) -> None:
-    """Is a backbone's checkpoint under this prefix?
+    """Check that the weights of a backbone are under this prefix.
 
     Raises:
-        ValueError: if not; names the prefix it lies under, if it is known.
+        ValueError: if they are not. Names the prefix under which they are, if
+            there is one.
     """
     if backbone.architecture.recognise(state_dict, prefix) is not None:
         return

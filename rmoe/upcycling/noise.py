@@ -1,4 +1,4 @@
-"""Random residuals, to tell experts apart from the start."""
+"""Random residuals, by which experts differ from the start."""
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +11,9 @@ def add_noise(model: nn.Module, std: float, seed: int) -> None:
 
     Args:
         model: its MoE layers are changed in place.
-        std: deviation relative to that of the core's weights.
-        seed: of the noise.
+        std: standard deviation of the noise, relative to that of the core's
+            weights.
+        seed: seed of the noise.
 
     Raises:
         ValueError: for a layer without a core, a folded one, or a negative
@@ -24,7 +25,8 @@ def add_noise(model: nn.Module, std: float, seed: int) -> None:
     for key, layer in moe_layers(model).items():
         core = layer.core
         if core is None:
-            raise ValueError(f'{key} has core=False: noise is for residuals')
+            raise ValueError(f'{key} has core=False: noise is added to '
+                             'residuals, so leave it out')
         if layer.experts.folded is not None:
             raise ValueError(f'{key} is folded for inference and has no '
                              'residuals: add noise before fold()')
@@ -46,7 +48,8 @@ def _fill_residual(layer: MoELayer, name: str, scale: Tensor,
         weight = getattr(experts, f'residual_{name}_weight')
         weight.data = scale * centred(weight)
     else:
-        # One right factor for all, so that the products sum to zero.
+        # All experts get the same right factor, so that the products of both
+        # factors sum to zero over the experts.
         down = getattr(experts, f'residual_{name}_down')
         down.data = down[:1].expand_as(down).clone()
         up = getattr(experts, f'residual_{name}_up')

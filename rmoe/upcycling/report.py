@@ -1,21 +1,21 @@
-"""What became of every key of a checkpoint and of a model."""
+"""A report on every key of a checkpoint and of the model that loads it."""
 from collections import Counter
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Report:
-    """What became of every key.
+    """Says for every key of a checkpoint and of a model what became of it.
 
     Attributes:
-        source: who named the file's weights.
+        source: name of the source whose names the file uses.
         status: for each key of the model: 'loaded', 'upcycled' (a dense FFN
             that is now a core), 'resized', 'adapted' (to another number of
             image channels), 'new' (not in the file) or 'converted' (another
             expert count, or with and without a core).
-        left_out: for each key of the file that was not used, why.
-        notes: for keys of the model whose status does not say enough, what
-            was done.
+        left_out: the reason for each key of the file that was not used.
+        notes: a sentence on what was done for those keys of the model whose
+            status does not say enough.
     """
     source: str
     status: dict[str, str] = field(default_factory=dict)
@@ -34,8 +34,8 @@ class Report:
                             for key in earlier.notes})
 
     def table(self) -> str:
-        """One line per outcome: how many keys, and the first few. Then one
-        for each note."""
+        """A text with a line for each status, which has the number of its keys
+        and the first of them, and then a line for each note."""
         groups: dict[str, list[str]] = {}
         for key, status in self.status.items():
             groups.setdefault(status, []).append(key)

@@ -1,5 +1,5 @@
-"""Messages of loading: to mmengine's log where mmengine runs, else to
-Python's."""
+"""Messages about loading, to mmengine's log if mmengine is imported, otherwise
+to Python's."""
 import logging
 import sys
 
@@ -8,8 +8,8 @@ def say(message: str, level: int = logging.INFO) -> None:
     """Log a message.
 
     Args:
-        message: it may have several lines.
-        level: of the logging module.
+        message: the text, of one or more lines.
+        level: a level of the logging module.
     """
     if 'mmengine' in sys.modules:
         from mmengine.logging import print_log

@@ -1,4 +1,4 @@
-"""MoE weights into dense ones."""
+"""Conversion of the weights of a MoE model to those of a dense model."""
 from collections.abc import Mapping
 
 import torch
@@ -12,21 +12,21 @@ WAYS = ('core', 'mean', 'best')
 
 def to_dense(model: nn.Module, how: str = 'core',
              loads: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of the dense twin.
+    """The state dict of the same model with dense FFNs.
 
     Args:
         model: a backbone or a whole model with MoE layers.
-        how: 'core' keeps the core, or the plain mean of experts that have
-            none; 'mean' takes the experts' mean by load; 'best' the expert
-            that takes the most tokens.
-        loads: (E,) tokens each expert took, by the name of the MoE layer;
-            for 'mean' and 'best'.
+        how: 'core' keeps the core or, in a layer without a core, the plain
+            mean of the experts; 'mean' takes the mean of the experts, weighted
+            by their load; 'best' the expert that takes the most tokens.
+        loads: for 'mean' and 'best', the numbers (E,) of tokens that the
+            experts took, by the name of the MoE layer.
 
     Raises:
         ValueError: if there is no MoE layer, or a layer took no token.
     """
     if how not in WAYS:
-        raise ValueError(f'{how!r} is not one of {WAYS}')
+        raise ValueError(f'how={how!r} is not one of {WAYS}')
     layers = moe_layers(model)
     if not layers:
         raise ValueError('the model has no MoE layer to make dense')
@@ -45,11 +45,11 @@ def to_dense(model: nn.Module, how: str = 'core',
 
 
 def _share(name: str, loads_E: Tensor, how: str) -> Tensor:
-    """(E,) weights that sum to one."""
+    """The weights (E,) of the experts in the mean, which sum to one."""
     total = loads_E.sum()
     if total <= 0:
-        raise ValueError(f'{name}: no expert took a token, so there is no '
-                         'load to go by; give more images')
+        raise ValueError(f'{name}: no expert took a token, so their loads are '
+                         'unknown: give more images')
     if how == 'mean':
         return (loads_E / total).float()
     share_E = torch.zeros(len(loads_E))
@@ -60,9 +60,10 @@ def _share(name: str, loads_E: Tensor, how: str) -> Tensor:
 @torch.no_grad()
 def _blend(place: str, layer: MoELayer, share_E: Tensor
            ) -> dict[str, Tensor]:
-    """The weighted mean of core + residual under the core's names."""
+    """The weighted mean of the experts (core + residual), under the names of
+    the core."""
     weights: dict[str, Tensor] = {}
-    # Folded experts hold their core already.
+    # Folded experts contain the core already.
     core = layer.core if layer.experts.folded is None else None
     for name in ('fc1', 'fc2'):
         keys = layer.core_names(place, name)

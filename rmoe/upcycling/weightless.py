@@ -1,4 +1,5 @@
-"""Models built without weights, for conversions that bring their own."""
+"""Models that are built without weights, for conversions that replace all of
+them."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -7,10 +8,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Modules built inside have parameters without storage or values.
+    """Give modules that are built inside this context parameters on the meta
+    device, which have no storage and no values.
 
-    Neither memory nor time goes into random weights that a checkpoint then
-    replaces. Buffers are real.
+    So no memory or time is spent on random weights that a checkpoint replaces
+    afterwards. Buffers have values as usual.
     """
     register = nn.Module.register_parameter
 
@@ -31,11 +33,11 @@ def weightless() -> Iterator[None]:
 
 
 def give_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make a complete state dict, as ``fit`` gives it, the weights of a
-    weightless model.
+    """Give a weightless model its weights from a complete state dict, such as
+    the result of ``fit``.
 
-    Tensors are shared, not copied. What is without values there too starts as
-    its module starts it.
+    Tensors are shared, not copied. Parameters that are on the meta device in
+    the state dict too are initialised by their module.
     """
     for name, module in model.named_modules():
         prefix = f'{name}.' if name else ''
@@ -56,5 +58,5 @@ def _initialise(module: nn.Module) -> None:
     module.to_empty(device='cpu', recurse=False)
     start = getattr(module, 'init_weights', None) or getattr(
         module, 'reset_parameters', None)
-    assert start is not None, f'{type(module).__name__} cannot start by itself'
+    assert start is not None, f'{type(module).__name__} has no init_weights'
     start()

@@ -1,4 +1,5 @@
-"""Record what the routers of a model decide while it runs."""
+"""Recording of what the routers of a model decide while it runs, and maps of
+it."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,17 +9,17 @@ from torch import nn
 
 from rmoe.moe import Routing, SoftRouting, moe_layers
 
-# Of feature maps; 14, DINOv2's, only where no other one fits.
+# Strides of feature maps. 14, that of DINOv2, is tried only if no other fits.
 STRIDES = (1, 2, 4, 8, 16, 32, 64, 14)
 
 
 @contextmanager
 def record_routing(model: nn.Module
                    ) -> Iterator[dict[str, list[Routing | SoftRouting]]]:
-    """Inside the block, every routing of every MoE layer is kept.
+    """Keep every routing of every MoE layer while the context lasts.
 
     Yields:
-        For each layer's name, its routings in the order of the calls.
+        The routings of each layer, by its name, in the order of its calls.
     """
     records: dict[str, list[Routing | SoftRouting]] = {}
     handles = []
@@ -34,22 +35,22 @@ def record_routing(model: nn.Module
 
 
 def load_shares(routings: list[Routing | SoftRouting]) -> np.ndarray:
-    """(E,) each expert's share of what was served."""
+    """(E,) the share of all served rows that each expert served."""
     counts = torch.stack([routing.load_E for routing in routings]).sum(0)
     return (counts / counts.sum().clamp_min(1)).cpu().numpy()
 
 
 def expert_map(routing: Routing | SoftRouting,
                image_hw: tuple[int, int]) -> np.ndarray:
-    """(h, w) the expert with the largest gate of each patch of one image;
+    """For each patch (h, w) of an image, the expert that has the largest gate;
     -1 where no expert kept the patch.
 
     Args:
-        routing: of a layer that saw one image.
+        routing: the routing of a layer that saw one image.
         image_hw: size of the image the backbone got, padding included.
 
     Raises:
-        ValueError: if the tokens are no feature map of that image.
+        ValueError: if the tokens do not form a feature map of that image.
     """
     leading, height, width, _ = token_map(routing.num_tokens, image_hw)
     experts = routing.strongest_expert().cpu().numpy()
@@ -58,18 +59,18 @@ def expert_map(routing: Routing | SoftRouting,
 
 def token_map(num_tokens: int, image_hw: tuple[int, int]
               ) -> tuple[int, int, int, int]:
-    """Where the tokens of one image lie.
+    """Find the feature map that the tokens of one image form.
 
     Args:
         num_tokens: T.
         image_hw: size of the image the backbone got, padding included.
 
     Returns:
-        Class tokens before those of the map (0 or 1), the map's height and
-        width in tokens, and its stride in pixels.
+        The number of class tokens before those of the map (0 or 1), the map's
+        height and width in tokens, and its stride in pixels.
 
     Raises:
-        ValueError: if the tokens are no feature map of that image.
+        ValueError: if the tokens do not form a feature map of that image.
     """
     for stride in STRIDES:
         height, width = (-(-side // stride) for side in image_hw)
@@ -77,4 +78,6 @@ def token_map(num_tokens: int, image_hw: tuple[int, int]
         if leading in (0, 1):
             return leading, height, width, stride
     raise ValueError(f'{num_tokens} tokens are no feature map of one '
-                     f'{image_hw[0]}x{image_hw[1]} image')
+                     f'{image_hw[0]}x{image_hw[1]} image at any of the usual '
+                     'strides: only layers that see one whole image can be '
+                     'drawn')

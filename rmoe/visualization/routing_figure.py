@@ -1,4 +1,4 @@
-"""One figure of what the experts of a network did with an image."""
+"""A figure that shows which expert took each patch of an image."""
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ IGNORED = 255
 MAX_COLUMNS = 4
 OPACITY = 0.6
 
-# Inches. The page is laid out by hand, so that nothing ever overlaps and the
-# loads stay next to their layer whatever the shape of the image.
+# Sizes in inches. The page is laid out by hand, so that nothing ever overlaps
+# and the loads stay next to their layer, whatever the shape of the image.
 PANEL_WIDTH = 2.7
 COLUMN_GAP = 0.5
 BARS_HEIGHT = 0.9
@@ -38,22 +38,25 @@ def draw_routing(image: np.ndarray, expert_maps: Mapping[str, np.ndarray],
                  palette: Sequence[Sequence[int]] | None = None,
                  classes: Sequence[str] | None = None,
                  title: str = '') -> None:
-    """Save a PNG of the chosen experts per patch and their loads.
+    """Save a PNG of the expert that each patch goes to, and of the loads.
 
-    The first row shows the image, the truth and the prediction; then come
-    the MoE layers, each with its experts over the grey image and, in the same
-    colours, the share of the tokens that each of them got.
+    The first row shows the image, the true labels and the prediction. The
+    MoE layers follow, each as the image in grey with the colours of the
+    experts on it, above a bar for each expert, in its colour, that shows its
+    share of the tokens.
 
     Args:
         image: RGB image (H, W, 3), uint8.
         expert_maps: For each layer the expert of each patch (h, w), integers;
-            -1 where no expert kept the patch, which is drawn black.
+            -1, drawn black, where no expert kept the patch.
         loads: For each layer the shares of its experts (E,), summing to 1.
-        path: File to write, PNG whatever its name; missing folders are made.
+        path: File to write, a PNG whatever its name; missing folders are
+            made.
         segmentation: Predicted class ids (H, W).
         truth: True class ids (H, W); 255 is ignored and drawn white.
-        palette: RGB colour of each class, 0 to 255; by default one is made.
-        classes: Name of each class; by default its id.
+        palette: RGB colour of each class, 0 to 255; by default colours are
+            chosen here.
+        classes: Name of each class; by default the ids are shown.
         title: Title of the figure.
 
     Raises:
@@ -86,7 +89,7 @@ def draw_routing(image: np.ndarray, expert_maps: Mapping[str, np.ndarray],
 
 
 def expert_colours(num_experts: int) -> np.ndarray:
-    """Colours of the experts, told apart easily as long as there are few.
+    """Colours of the experts, which are easy to tell apart if there are few.
 
     Args:
         num_experts: Number of experts, E below.
@@ -95,13 +98,13 @@ def expert_colours(num_experts: int) -> np.ndarray:
         RGB colours (E, 3), uint8.
     """
     tab20 = matplotlib.colormaps['tab20'](range(20))
-    # No greys (7): the image underneath is grey. Brown (5), which passes for
-    # a dark orange, comes last.
+    # Grey (7) is left out, because the image underneath is grey. Brown (5)
+    # comes last, because it looks like a dark orange.
     order = [0, 1, 2, 3, 4, 6, 8, 9, 5]
     strong, pale = tab20[::2][order], tab20[1::2][order]
     colours = np.concatenate([strong, pale])[:num_experts]
     if num_experts > len(colours):
-        # The ends of this map are nearly black.
+        # The ends of this colour map are nearly black and are left out.
         colours = matplotlib.colormaps['turbo'](
             np.linspace(0.05, 0.95, num_experts))
     return _to_uint8(255 * colours[:, :3])
@@ -109,11 +112,11 @@ def expert_colours(num_experts: int) -> np.ndarray:
 
 def overlay(image: np.ndarray, expert_map: np.ndarray,
             colours: np.ndarray) -> np.ndarray:
-    """Lay the colours of the experts over the image in a light grey.
+    """Lay the colours of the experts over the image, which turns light grey.
 
     Args:
         image: RGB image (H, W, 3), uint8.
-        expert_map: The expert of each patch (h, w); -1 (none) gives black.
+        expert_map: The expert of each patch (h, w); -1, for none, gives black.
         colours: RGB colours of the experts (E, 3), uint8.
 
     Returns:
@@ -122,11 +125,12 @@ def overlay(image: np.ndarray, expert_map: np.ndarray,
     height, width = image.shape[:2]
     rows = np.arange(height) * expert_map.shape[0] // height
     columns = np.arange(width) * expert_map.shape[1] // width
-    # Black comes last: that is where the index -1 finds it.
+    # Black is the last colour, so that the index -1 selects it.
     colours = np.concatenate([colours, np.zeros((1, 3), np.uint8)])
     tint = colours[expert_map[rows[:, None], columns]]
     grey = image.mean(-1, keepdims=True)
-    # All the contrast there is, but no dark: that would turn orange to brown.
+    # The contrast is stretched, but not down to dark greys, which would turn
+    # orange into brown.
     grey = np.interp(grey, np.percentile(grey, (1, 99)), (70, 255))
     return _to_uint8(OPACITY * tint + (1 - OPACITY) * grey)
 
@@ -162,7 +166,7 @@ def _check_layers(expert_maps: Mapping[str, np.ndarray],
     for name, load in loads.items():
         if load.ndim != 1:
             raise ValueError(f'loads[{name!r}] must be (E,), got {load.shape}')
-        # Written so that nan fails.
+        # The condition is negated, so that nan fails too.
         if not (load.min(initial=0) >= 0 and abs(load.sum() - 1) < 1e-3):
             raise ValueError(f'loads[{name!r}] must be shares that sum to 1, '
                              f'got {load}')
@@ -183,8 +187,9 @@ def _check_labels(labels: Mapping[str, np.ndarray], shape: tuple[int, ...],
                   palette: Sequence[Sequence[int]],
                   classes: Sequence[str] | None) -> None:
     if classes is not None and len(classes) != len(palette):
-        raise ValueError(f'{len(classes)} classes do not fit '
-                         f'{len(palette)} colours')
+        raise ValueError(f'{len(classes)} classes do not fit the '
+                         f'{len(palette)} colours of the palette: give a '
+                         'colour for each class')
     for name, label in labels.items():
         if label.shape != shape:
             raise ValueError(f'{name} must have the shape of the image '
@@ -206,7 +211,7 @@ def _check_ids(name: str, ids: np.ndarray, allowed: range,
 
 def _empty_figure(image: np.ndarray, rows: int, columns: int, title: str
                   ) -> tuple[Figure, list[list[Axes]]]:
-    """A page with 1 + 2 * rows rows of blank axes."""
+    """A figure with 1 + 2 * rows rows of empty axes."""
     panel = PANEL_WIDTH * min(max(image.shape[0] / image.shape[1], 0.4), 1.6)
     heights = [panel, *[panel, BARS_HEIGHT] * rows]
     gaps = [TITLE_GAP / 2, *[TITLE_GAP, BARS_GAP] * rows]
@@ -251,7 +256,8 @@ def _draw_labels(row: Sequence[Axes], image: np.ndarray,
 def _draw_legend(axes: Axes, labels: Sequence[np.ndarray],
                  palette: Sequence[Sequence[int]],
                  classes: Sequence[str] | None) -> None:
-    """List the classes that occur; the largest ones if there are too many."""
+    """List the classes that occur, or the largest of them if there is not room
+    for all."""
     ids, areas = np.unique(np.stack(labels), return_counts=True)
     room = int(axes.bbox.height / DPI / LEGEND_LINE)
     listed = ids
@@ -290,7 +296,8 @@ def _draw_load(axes: Axes, load: np.ndarray, colours: np.ndarray) -> None:
 
 
 def _draw_key(figure: Figure, expert_maps: Mapping[str, np.ndarray]) -> None:
-    """Say below what the dashed lines and, if there is any, black mean."""
+    """Add a legend at the bottom for the dashed lines and, if there is any, for
+    black."""
     handles: list[Artist] = [Line2D(
         [], [], color='black', linestyle='--', linewidth=1,
         label='fair share')]
@@ -301,7 +308,8 @@ def _draw_key(figure: Figure, expert_maps: Mapping[str, np.ndarray]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write the PNG beside its place first: no one reads half a figure."""
+    """Write the PNG under a temporary name and rename it, so that the file is
+    never half a figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + '.unfinished')
     figure.savefig(unfinished, format='png')

@@ -1,4 +1,4 @@
-"""One picture of a segmentor's prediction and of its experts' choices."""
+"""A figure of a segmentor's prediction and of the experts its patches go to."""
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from rmoe.visualization.routing_figure import draw_routing
 def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
                    loads: Mapping[str, np.ndarray] | None = None,
                    title: str = '') -> None:
-    """Save the picture of one data set item.
+    """Save the figure of one item of a data set.
 
     Args:
         model: an mmseg segmentor with MoE layers, in evaluation mode.
-        item: what a test pipeline gives: ``inputs`` (3, H, W) BGR uint8 and
-            ``data_samples``.
-        path: PNG file.
-        loads: (E,) load share of each layer; None means those of this image.
-        title: of the figure.
+        item: the output of a test pipeline: ``inputs`` (3, H, W) BGR uint8
+            and ``data_samples``.
+        path: the PNG file to write.
+        loads: for each layer the (E,) shares of its experts; None takes those
+            of this image.
+        title: title of the figure.
 
     Raises:
         ValueError: if the model has no MoE layer.
@@ -35,7 +36,8 @@ def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
     sample = model(**data, mode='predict')[0]
     with record_routing(model) as records:
         if not records:
-            raise ValueError('the model has no MoE layer to draw')
+            raise ValueError('the model has no MoE layer to draw: give a '
+                             'model with moe=dict(layers=...)')
         model.extract_feat(data['inputs'])
     image_hw = tuple(data['inputs'].shape[-2:])
     image = item['inputs'].permute(1, 2, 0).flip(-1).cpu().numpy()
@@ -54,13 +56,14 @@ def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
 
 
 def _fit(labels: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """(1, h, w) class ids to the size of the shown image."""
+    """Resize (1, h, w) class ids to the size of the shown image."""
     labels = F.interpolate(labels[None].float(), shape[:2], mode='nearest')
     return labels[0, 0].long().cpu().numpy()
 
 
 def short_name(name: str) -> str:
-    """'backbone.stages.2.blocks.1.ffn' as 'stage 2 block 1'."""
+    """A short name for figures: 'stage 2 block 1' for
+    'backbone.stages.2.blocks.1.ffn'."""
     parts = name.split('.')
     words = [f'{word[:-1]} {number}' for word, number in zip(parts, parts[1:])
              if number.isdigit()]

@@ -1,12 +1,13 @@
-"""What do experts specialise in: which classes, which places of the image?
+"""Measures of what experts specialise in: classes, or places of the image.
 
-Information in bits (Shannon; Cover and Thomas, chapter 2) between the expert
-that takes a token, the class that the token's patch shows, and the place of
-the token in the image. Counts and results are float64.
+They are the mutual information in bits (Shannon; Cover and Thomas, chapter 2)
+between the expert that takes a token, the class that the token's patch shows,
+and the place of the token in the image. Counts and results are float64.
 
 Axis letters besides those of rmoe/moe/routing.py: L classes, P places (cells
 of a coarse grid over the image), R rearrangements, H and W the rows and
-columns of a token map. Here, X is either of L and P.
+columns of a token map. In this module X stands for either L or P, and Z for
+the values of what is known already.
 """
 import math
 from dataclasses import dataclass
@@ -19,25 +20,27 @@ from rmoe.moe import Routing
 
 IGNORED = 255
 NO_CLASS = -1
-# Rows and columns: of the grid of places, and of the maps that are drawn.
+# Rows and columns of the grid of places, and of the maps that are drawn.
 PLACES_HW = (4, 4)
 DRAWN_HW = (12, 16)
-# A measure above all of 19 has p = 0.05 or so.
+# A measure that is larger than that of all 19 rearrangements has a p-value of
+# about 0.05.
 REARRANGEMENTS = 19
 
 
 @dataclass(frozen=True)
 class Information:
-    """What experts tell about something, and it about them.
+    """The mutual information between the expert of a token and a target, which
+    is the class or the place of the token.
 
     Attributes:
         bits: the mutual information.
         chance: its mean over the rearrangements of :class:`Tally`, in bits.
         chance_max: its largest value over them, in bits.
-        share_of_target: ``bits`` over the entropy of the something: the share
-            of what there is to know about it that experts tell. 0 where
-            there is nothing to know.
-        share_of_expert: ``bits`` over the entropy of the expert.
+        share_of_target: ``bits`` divided by the entropy of the target. This
+            is the share of what there is to know about the target that one
+            knows from the expert; 0 where there is nothing to know.
+        share_of_expert: ``bits`` divided by the entropy of the expert.
     """
     bits: float
     chance: float
@@ -47,8 +50,9 @@ class Information:
 
 
 def expert_shares(routing: Routing) -> Tensor:
-    """(T, E) float64, on the CPU: 1 / n at each of the n experts that kept
-    the token, so that each token weighs one; zeros where none did."""
+    """(T, E) weights in float64, on the CPU: 1 / n for each of the n experts
+    that kept a token, so that the weights of a token sum to one; zeros for a
+    token that no expert kept."""
     kept_TE = torch.zeros(routing.num_tokens, routing.num_experts,
                           dtype=torch.float64)
     routing = routing.served()
@@ -60,12 +64,13 @@ def patch_classes(labels: Tensor, map_hw: tuple[int, int], stride: int,
                   image_hw: tuple[int, int], num_classes: int) -> Tensor:
     """The class that covers most of each token's patch.
 
-    Each labelled pixel votes for the patch its centre lies in; ignored ones
-    do not vote. Of classes with as many votes the first one wins.
+    Each labelled pixel votes for its class in the patch that its centre lies
+    in; ignored pixels do not vote. Of classes with the same number of votes
+    the first one wins.
 
     Args:
-        labels: (height, width) class ids, 255 for ignored; of any size, they
-            are laid over the whole image.
+        labels: (height, width) class ids, 255 for ignored. They may have any
+            size, and are laid over the whole image.
         map_hw: rows and columns of the token map.
         stride: pixels of the image from token to token.
         image_hw: height and width of the image without padding, in pixels.
@@ -85,7 +90,8 @@ def patch_classes(labels: Tensor, map_hw: tuple[int, int], stride: int,
             f'the segmentation map has the class ids {ids.unique().tolist()}, '
             f'but the data set has {num_classes} classes and 255 for '
             "'ignored': set its metainfo, label_map or reduce_zero_label")
-    # Centres (i + 1/2) * side / count, in whole numbers.
+    # The centre of pixel i is at (i + 1/2) * side / count. This computes its
+    # patch in whole numbers.
     rows, columns = (
         (2 * torch.arange(count) + 1) * side // (2 * count * stride)
         for count, side in zip(labels.shape, image_hw))
@@ -99,14 +105,16 @@ def patch_classes(labels: Tensor, map_hw: tuple[int, int], stride: int,
 
 def places(map_hw: tuple[int, int], grid_hw: tuple[int, int] = PLACES_HW
            ) -> Tensor:
-    """(H, W) int64, the cell of the grid, row by row, each token is in."""
+    """For each token (H, W) the cell of the grid that it lies in, int64. Cells
+    are numbered row by row."""
     rows, columns = _nearest(map_hw, grid_hw)
     return rows[:, None] * grid_hw[1] + columns
 
 
 def _nearest(to_hw: tuple[int, int], from_hw: tuple[int, int]
              ) -> list[Tensor]:
-    """Rows and columns of the one grid under the cells of the other."""
+    """For each row and column of ``to_hw`` the row or column of ``from_hw``
+    that lies at the same place."""
     return [(2 * torch.arange(count) + 1) * cells // (2 * count)
             for count, cells in zip(to_hw, from_hw)]
 
@@ -116,7 +124,7 @@ def entropy(counts: Tensor, num_axes: int) -> Tensor:
 
     Args:
         counts: (..., table), not negative, float64.
-        num_axes: how many of the last axes are the table.
+        num_axes: number of axes of a table, which are the last ones.
 
     Returns:
         (...) bits; 0 for an empty table.
@@ -131,8 +139,8 @@ def mutual_information(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mutual information of A and B where Z is known, from joint counts.
 
     Args:
-        counts: (..., Z, A, B) float64; with one Z it is the plain mutual
-            information.
+        counts: (..., Z, A, B) float64. If Z has one value, the result is the
+            plain mutual information.
 
     Returns:
         (...) bits each: I(A; B | Z), H(A | Z) and H(B | Z).
@@ -141,47 +149,49 @@ def mutual_information(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = entropy(counts.sum(-1), 2) - both_Z
     b = entropy(counts.sum(-2), 2) - both_Z
     joint = entropy(counts, 3) - both_Z
-    # Rounding may leave -1e-16.
+    # Rounding may give a value such as -1e-16 instead of zero.
     return (a + b - joint).clamp_min(0), a.clamp_min(0), b.clamp_min(0)
 
 
 class Tally:
-    """What the experts of one MoE layer took, counted over images.
+    """Counts, over images, of the tokens that each expert of a MoE layer took,
+    by class and place.
 
     Tokens whose patch has no class, and tokens that no expert kept, are left
-    out of every count: the first say nothing about classes, and whether a
-    token is kept at all is another question than who keeps it. ``tokens``,
-    ``no_class`` and ``no_expert`` say how many there were.
+    out of every count: the former say nothing about classes, and whether a
+    token is kept at all is another question than which expert keeps it.
+    ``tokens``, ``no_class`` and ``no_expert`` say how many there were.
 
     **Chance levels.** With finitely many tokens a mutual information is
-    positive even where experts know nothing. Neighbouring tokens show the
-    same class and go to the same expert, so a map of h w tokens holds far
-    fewer than h w independent ones; permuting tokens, or the Miller-Madow
-    term (both count each token as a sample of its own), would put chance too
-    low. So whole expert maps are rearranged, and everything is counted again:
+    positive even where experts know nothing about class or place.
+    Neighbouring tokens show the same class and go to the same expert, so a
+    map of h w tokens holds far fewer than h w independent ones. Permuting
+    tokens, or the Miller-Madow correction, would put the chance level too
+    low, because both count each token as an independent sample. So whole
+    expert maps are rearranged, and everything is counted again:
 
     - For class and for place, the expert map of each image is shifted by
-      random rows and columns, with wrap-around. Its patches keep their sizes,
-      its experts their loads, but it no longer fits what lies underneath.
-      What follows from the image as a whole (an expert for night scenes gets
-      the classes of the night) stays: no patch has told that. The seed is
-      fixed.
+      random rows and columns, with wrap-around. Its regions keep their sizes
+      and its experts their loads, but the map no longer fits the image
+      underneath. Information about the image as a whole stays (an expert for
+      night scenes gets the classes of the night), so it counts as chance: it
+      does not depend on what a single patch shows. The seed is fixed.
     - For the class where the place is known, each image gets the expert map
-      of another one. That keeps all that experts and classes owe to the
-      common layout of the images, also within a cell of the coarse grid: the
-      sky begins somewhere inside of one. Images that resemble each other
-      (frames of a video) share more than the layout; they put chance rather
-      too high. With one image there is no other, and chance is all of the
-      information.
+      of another one. This keeps everything that experts and classes owe to
+      the common layout of the images, also within a cell of the coarse grid:
+      the sky, for instance, begins somewhere inside of a cell. Images that
+      resemble each other (frames of a video) share more than the layout, so
+      for them the chance level is rather too high. With one image there is no
+      other, and the chance level is all of the information.
 
     Attributes:
-        counts_PLE: (P, L, E) float64 tokens.
-        shifted_RPLE: (R, P, L, E) the same with shifted expert maps.
-        drawn_EHW: (E, 12, 16) float64 tokens of each expert by fine place;
-            each image adds its mean densities.
-        tokens: all of them, padding and class tokens aside.
-        no_class: those whose patch is all ignored.
-        no_expert: those with a class that no expert kept.
+        counts_PLE: (P, L, E) float64 numbers of tokens.
+        shifted_RPLE: (R, P, L, E) the same numbers with shifted expert maps.
+        drawn_EHW: (E, 12, 16) float64 numbers of tokens of each expert, by
+            cells of a finer grid; each image adds its mean densities.
+        tokens: number of all tokens, without padding and class tokens.
+        no_class: number of tokens whose patch has only ignored pixels.
+        no_expert: number of tokens with a class that no expert kept.
 
     Args:
         num_classes: L.
@@ -203,9 +213,9 @@ class Tally:
         """Count one image.
 
         Args:
-            shares_HWE: of :func:`expert_shares`, without class tokens and
-                without the rows and columns that are all padding.
-            classes_HW: of :func:`patch_classes`, the same part.
+            shares_HWE: result of :func:`expert_shares`, without class tokens
+                and without the rows and columns that are all padding.
+            classes_HW: result of :func:`patch_classes` for the same tokens.
         """
         _count(self.counts_PLE, shares_HWE, classes_HW)
         for shifted_PLE in self.shifted_RPLE:
@@ -215,7 +225,8 @@ class Tally:
             _count(shifted_PLE, shares_HWE.roll(steps, (0, 1)), classes_HW)
         self._maps.append((shares_HWE.float(), classes_HW))
         labelled_HW = classes_HW != NO_CLASS
-        # Finer than a small map: a token then fills several cells.
+        # This grid may be finer than the map; a token then fills several
+        # cells.
         counted_HWE = shares_HWE * labelled_HW[..., None]
         self.drawn_EHW += F.adaptive_avg_pool2d(counted_HWE.permute(2, 0, 1),
                                                 DRAWN_HW)
@@ -225,12 +236,12 @@ class Tally:
 
     @property
     def counts_LE(self) -> Tensor:
-        """(L, E) float64 tokens of each class at each expert."""
+        """(L, E) float64 numbers of tokens of each class at each expert."""
         return self.counts_PLE.sum(0)
 
     def measure(self) -> dict[str, Information]:
-        """What experts tell about the 'class', about the 'place', and about
-        the class to one who knows the place already: 'class | place'."""
+        """The information of the expert about the 'class', about the 'place',
+        and about the class where the place is known: 'class | place'."""
         return {
             'class': _information(self.counts_PLE.sum(0, keepdim=True),
                                   self.shifted_RPLE.sum(1, keepdim=True)),
@@ -239,8 +250,8 @@ class Tally:
             'class | place': _information(self.counts_PLE, self._exchanged())}
 
     def _exchanged(self) -> Tensor:
-        """(R, P, L, E) counts of each image's classes under the expert map
-        of another image, which is stretched to its size."""
+        """(R, P, L, E) counts of each image's classes with the expert map of
+        another image, which is stretched to the size of the first."""
         images = len(self._maps)
         others = max(min(REARRANGEMENTS, images - 1), 1)
         counts_RPLE = self.counts_PLE.new_zeros(others,

@@ -1,4 +1,4 @@
-"""One figure of the classes and the places that experts take."""
+"""A figure of the classes and the places that experts take."""
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ MAX_CLASSES = 20
 MAX_COLUMNS = 8
 MAX_TICKS = 16
 DPI = 110
-# Inches.
+# Sizes in inches.
 HEAT_WIDTH, CELL_WIDTH = 3.0, 0.32
 MAP_WIDTH, MAP_HEIGHT = 1.35, 1.25
 ROW_HEIGHT, LINE_HEIGHT = 1.1, 0.17
@@ -30,19 +30,22 @@ def draw_specialisation(tallies: Mapping[str, Tally],
                         ) -> None:
     """Save a PNG with a row for each MoE layer.
 
-    On the left the share of each class (in brackets: of how many tokens) that
-    each expert takes, P(expert | class); on the right, for each expert, the
-    share of each place of the image that it takes, P(expert | place). Grey is
-    where nothing was counted. Classes without a token in any layer are left
-    out, and of many classes the rarest. Above: the information (and its share
-    of what there is to know about class or place) and its chance level.
+    The left part shows the share of each class that each expert takes,
+    P(expert | class), with the number of tokens of the class in brackets. The
+    right part shows, for each expert, the share of each place of the image
+    that it takes, P(expert | place). Places where nothing was counted are
+    grey. Classes without a token in any layer are left out, and of many
+    classes the rarest. The titles have the information, its share of what
+    there is to know about class or place in brackets, and its chance level.
 
     Args:
-        tallies: of each layer, by name.
-        measures: what each tally measures, by the same names.
+        tallies: the tally of each layer, by name.
+        measures: the result of :meth:`Tally.measure` for each tally, by the
+            same names.
         classes: names of the L classes.
-        path: file to write, PNG whatever its name; missing folders are made.
-        title: of the figure.
+        path: file to write, a PNG whatever its name; missing folders are
+            made.
+        title: title of the figure.
 
     Raises:
         ValueError: if no token was counted.
@@ -115,13 +118,13 @@ def _draw_places(figure: SubFigure, tally: Tally, rows: int, columns: int,
 
 
 def _shares(counts: Tensor, axis: int) -> np.ndarray:
-    """Shares along an axis; nan where nothing was counted."""
+    """Divide counts by their sum along an axis; nan where the sum is zero."""
     total = counts.sum(axis, keepdim=True)
     return (counts / total).masked_fill(total == 0, torch.nan).numpy()
 
 
 def _show(axes: Axes, shares: np.ndarray, largest: float) -> AxesImage:
-    axes.set_facecolor(EMPTY)  # nan is transparent
+    axes.set_facecolor(EMPTY)  # nan is drawn transparent
     return axes.imshow(shares, cmap='magma', vmin=0, vmax=largest or 1,
                        interpolation='nearest')
 

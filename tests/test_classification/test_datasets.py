@@ -123,8 +123,8 @@ def damage(content: dict, how: str) -> dict:
     ('no wnids', r'has no wnids; it needs'),
     ('empty', 'holds no image'),
     ('short offsets', '12 labels and 12 offsets'),
-    ('falling offsets', 'must rise'),
-    ('short bytes', 'must rise within its'),
+    ('falling offsets', 'must not decrease'),
+    ('short bytes', 'must lie within its'),
     ('label', 'image 2 of .* has the label 3; there are 3 wnids'),
 ])
 def test_bad_packed_files(packed, tmp_path, how, message):
@@ -164,7 +164,7 @@ def test_image_that_does_not_decode(tmp_path, kind):
     assert dataset[0]['data_samples'] == 0
     for index in (1, 2):
         with pytest.raises(ValueError, match=rf'image {index} of .*a\.npz '
-                           'does not decode'):
+                           'cannot be decoded'):
             dataset[index]
 
 
@@ -186,7 +186,7 @@ def test_folder_image_that_does_not_decode(tmp_path):
     bad = tmp_path / 'train/n02/0.JPEG'
     bad.write_bytes(bad.read_bytes()[:100])
     dataset = ImageFolder(str(tmp_path), dict(img_path='train'))
-    with pytest.raises(ValueError, match=r'n02/0\.JPEG does not decode'):
+    with pytest.raises(ValueError, match=r'n02/0\.JPEG cannot be decoded'):
         dataset[2]
 
 

@@ -82,7 +82,7 @@ def test_compiled_operators_need_no_file(mmcv):
                                     command.status])
 def test_another_librarys_file_is_left_alone(mmcv, action):
     (mmcv / '_ext.py').write_text('nms = None\n')
-    with pytest.raises(ValueError, match=r'_ext\.py is not of rmoe'):
+    with pytest.raises(ValueError, match=r'_ext\.py was not written by'):
         action(mmcv)
     assert (mmcv / '_ext.py').read_text() == 'nms = None\n'
 

@@ -40,8 +40,8 @@ def test_a_dense_model():
 def test_a_layer_that_looks_at_its_neighbours():
     from mmseg.models.backbones.mit import MixFFN
     ffn = MixFFN(8, 16, dict(type='GELU'))
-    with pytest.raises(ValueError, match='expert_parallel=2 cannot serve 0, a '
-                       'MoEMixFFN'):
+    with pytest.raises(ValueError, match='expert_parallel=2 does not work with '
+                       '0: the experts of a MoEMixFFN'):
         FullySharded(nn.Sequential(MoEMixFFN(ffn, num_experts=4)),
                      expert_parallel=2)
 
@@ -97,11 +97,11 @@ def test_a_hook_that_saves_one_part(tmp_path, monkeypatch, hook):
 def test_a_stack_that_no_width_divides():
     from rmoe.parallel.sharding import _placement
     stack = nn.Parameter(torch.empty(4, 6, 9))
-    # Of experts that are whole the first dimension may be padded.
+    # Where each process has all experts, the first dimension may be padded.
     assert [_placement(parts, False, stack) and
             _placement(parts, False, stack).dim for parts in (4, 3, 5)] == [
         0, 1, None]
     assert _placement(9, True, stack).dim == 2
     with pytest.raises(ValueError, match=r'\(4, 6, 9\) is a multiple of 4 '
-                       'processes: set shard to expert_parallel'):
+                       'processes: set shard to the value of expert_'):
         _placement(4, True, stack)

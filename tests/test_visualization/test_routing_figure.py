@@ -167,7 +167,7 @@ def test_a_failed_save_keeps_the_old_figure(
      r'prediction has ids \[3\] outside of 0..2'),
     ({'truth': LABEL - 1, 'classes': ['a', 'b', 'c']}, r'truth has ids \[-1'),
     ({'palette': [[0, 0, 0]], 'classes': ['a', 'b']},
-     '2 classes do not fit 1 colours')])
+     '2 classes do not fit the 1 colours')])
 def test_errors_name_the_value(tmp_path: Path, wrong: dict[str, Any],
                                message: str) -> None:
     good: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""Read any checkpoint into plain tensors, safely; write ours."""
+"""File formats: reads any checkpoint into plain tensors without executing code
+in it, and writes our own."""
 import json
 import os
 from pathlib import Path
@@ -31,16 +32,16 @@ __all__ = ['WeightSet', 'choose_set', 'read_checkpoint', 'state_dict_of',
 def read_checkpoint(path: str | os.PathLike,
                     map_location: Any = 'cpu',
                     mapped: bool = True) -> dict[str, Any]:
-    """Read a checkpoint; no code in it is executed.
+    """Read a checkpoint. No code in it is executed.
 
     Args:
-        path: a .pth or .safetensors file, a .pkl of arrays as detectron2
-            writes it; a Flax checkpoint (.msgpack, .npz
-            or .index); one of Tutel's rank files or their common name; or
-            'timm:NAME' or 'hf:NAME' to download.
+        path: a .pth or .safetensors file; a .pkl file of arrays as detectron2
+            writes it; a Flax checkpoint (.msgpack, .npz or .index); one of
+            Tutel's rank files or their common name; or 'timm:NAME' or
+            'hf:NAME' to download.
         map_location: as for torch.load.
-        mapped: leave the tensors of a .pth file in the file until they are
-            used. The file must then not be written to.
+        mapped: whether the tensors of a .pth file stay in the file until they
+            are used (memory mapping). Nothing may then write to the file.
 
     Returns:
         The file's content. Objects other than tensors and plain values are
@@ -48,9 +49,9 @@ def read_checkpoint(path: str | os.PathLike,
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, cut short, a folder, no checkpoint,
-            or asks for code to be run; if a file of a set is missing; or if a
-            download fails.
+        ValueError: if the file is empty, cut short, a folder or no checkpoint;
+            if reading it would execute code; if a file of a set is missing;
+            or if a download fails.
     """
     if is_hub(str(path)):
         found = download(str(path))

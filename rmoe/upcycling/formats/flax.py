@@ -1,8 +1,9 @@
-"""Read weights that Flax wrote, without JAX or Flax.
+"""Reads weights that Flax wrote, without JAX or Flax.
 
-Three forms: one msgpack file (flax.serialization), a .npz with a path for a
-name (Google's ViT), and the shards of V-MoE: ``X.index`` says how large each
-array is and which slices of it lie in which of the ``X.data-00000-of-0000N``.
+There are three forms: a msgpack file (flax.serialization); a .npz file whose
+names are paths (Google's ViT); and the shards of V-MoE, where ``X.index`` says
+how large each array is and which of its slices lie in which of the files
+``X.data-00000-of-0000N``.
 """
 import math
 import mmap
@@ -19,17 +20,19 @@ from torch import Tensor
 
 INDEX = '.index'
 SUFFIXES = ('.msgpack', '.npz', INDEX)
-# Types of msgpack extensions: flax.serialization's, then V-MoE's.
+# Numbers of msgpack extension types: those of flax.serialization, then those of
+# V-MoE.
 NDARRAY, COMPLEX, NUMPY_SCALAR = 1, 2, 3
 SLICES, INDEX_LEAF = 6, 8
-# Keys that mark a map as one large array, and as a shard.
+# Keys that mark a map as a large array in pieces, and as a shard.
 CHUNKED = '__msgpack_chunked_array__'
 SHARD = '__msgpack_array_chunk_a87ca2__'
-# Of the index. The first releases do not say theirs.
+# Known versions of the index. The first releases do not name one.
 VERSIONS = (None, '20220622')
-# Bytes that hold the length of binary data, by msgpack's marker before it.
+# Number of bytes that hold the length of binary data, by the marker of msgpack
+# before them.
 LENGTH_BYTES = {0xc4: 1, 0xc5: 2, 0xc6: 4}
-# More than shape and type in front of an array's data take.
+# More bytes than the shape and type take that precede the data of an array.
 HEADER_BYTES = 1024
 READ_BYTES = 2**20
 
@@ -39,13 +42,13 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class IndexLeaf:
-    """What an index says of one array.
+    """The entry of an index for one array.
 
     Attributes:
-        shape: of the whole array.
-        dtype: of its elements.
-        slices: where its pieces belong.
-        shards: the number of the shard each piece lies in.
+        shape: shape of the whole array.
+        dtype: type of its elements.
+        slices: the part of the array that each of its pieces is.
+        shards: the number of the shard that each piece lies in.
     """
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,7 +57,7 @@ class IndexLeaf:
 
 
 def is_flax(path: str | os.PathLike) -> bool:
-    """Is this a Flax checkpoint, or the prefix of a sharded one?"""
+    """Whether a path is a Flax checkpoint, or the prefix of a sharded one."""
     path = Path(path).expanduser()
     return path.suffix in SUFFIXES or _index_of(path).is_file()
 
@@ -62,22 +65,23 @@ def is_flax(path: str | os.PathLike) -> bool:
 def read_flax(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
     """Read a Flax checkpoint into tensors on the CPU.
 
-    Numbers beside the arrays (a step) become tensors without axes. Memory
-    holds the arrays once, and a second time only the one being read.
+    Numbers beside the arrays, such as a step, become tensors without axes.
+    All arrays are in memory once; only the array that is being read is there
+    twice.
 
     Args:
-        path: a .msgpack or .npz file, or of a sharded checkpoint the .index
-            or what the names of its files begin with.
+        path: a .msgpack or .npz file or, for a sharded checkpoint, the .index
+            file or the common beginning of the names of its files.
 
     Returns:
-        dict(state_dict=...), whose keys join the names on the way to an
-        array by '/'.
+        dict(state_dict=...), in whose keys the names on the way to an array
+        are joined by '/'.
 
     Raises:
-        FileNotFoundError: if there is nothing of that name.
+        FileNotFoundError: if there is no such file.
         ImportError: if msgpack is needed and not installed.
-        ValueError: if a file is missing, cut short or of another kind, or
-            holds what is no array.
+        ValueError: if a file is missing, cut short or of another kind, or if
+            it holds something else than arrays.
     """
     path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
@@ -91,7 +95,8 @@ def read_flax(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
     else:
         state = _read_msgpack(path)
     if not state:
-        raise ValueError(f'checkpoint {path} holds no arrays')
+        raise ValueError(f'checkpoint {path} holds no arrays: give a file '
+                         'with the parameters of a model')
     return dict(state_dict=state)
 
 
@@ -110,11 +115,11 @@ def _import_msgpack() -> Any:
 
 @contextmanager
 def _decoding(path: Path, kind: str) -> Iterator[None]:
-    """Give the errors of a decoder the name of the file."""
+    """Turn any error of a decoder into a ValueError that names the file."""
     try:
         yield
     except Exception as error:
-        # A broken stream can fail in any way inside the decoder.
+        # A broken file can make the decoder raise any kind of error.
         reason = str(error).split('\n')[0] or type(error).__name__
         raise ValueError(
             f'checkpoint {path} is cut short, corrupt or no {kind}: {reason}. '
@@ -128,7 +133,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _from_numpy(name: str, array: np.ndarray) -> Tensor:
-    # numpy has no bfloat16 and stores two bytes without a meaning.
+    # numpy has no bfloat16 and reads such numbers as two bytes of raw data.
     if array.dtype == np.dtype('V2'):
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in 'biufc':
@@ -149,7 +154,7 @@ def _read_msgpack(path: Path) -> dict[str, Tensor]:
 
 def _unpack_file(path: Path, kind: str) -> Any:
     msgpack = _import_msgpack()
-    # Mapped, so that the file is not in memory beside its arrays.
+    # The file is memory-mapped, so that it is not in memory beside its arrays.
     with (_decoding(path, kind), open(path, 'rb') as file,
           mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content):
         return msgpack.unpackb(content, ext_hook=_decode, raw=False,
@@ -157,8 +162,8 @@ def _unpack_file(path: Path, kind: str) -> Any:
 
 
 def _leaves(node: Any, name: str = '') -> Iterator[tuple[str, Any]]:
-    """(name, leaf) of a tree in JAX's order: map keys sorted as strings;
-    None is no leaf."""
+    """Yield (name, leaf) of a tree in the order that JAX uses, in which the
+    keys of maps are sorted as strings. None is no leaf."""
     if isinstance(node, dict) and CHUNKED not in node:
         children = {str(key): child for key, child in node.items()}
         for key in sorted(children):
@@ -182,19 +187,21 @@ def _as_tensor(path: Path, name: str, leaf: Any) -> Tensor:
     with _decoding(path, f'file with all pieces of {name!r}'):
         whole = torch.cat(_in_order(leaf['chunks'])).view(
             _in_order(leaf['shape']))
-        leaf.clear()  # the pieces would be a second copy
+        leaf.clear()  # frees the pieces, which are a second copy
         return whole
 
 
 def _in_order(items: Any) -> list[Any]:
-    """Of a tuple, which Flax stores as a map from '0', '1', ..."""
+    """The items of a tuple, which Flax stores as a map with the keys '0', '1',
+    ..."""
     if isinstance(items, Mapping):
         return [items[str(i)] for i in range(len(items))]
     return list(items)
 
 
 def _decode(kind: int, data: bytes) -> Any:
-    """An extension of msgpack as a value; unknown ones are no arrays."""
+    """Decode a msgpack extension. Unknown types are kept as they are, and are
+    refused later because they are no arrays."""
     msgpack = _import_msgpack()
     if kind in (NDARRAY, NUMPY_SCALAR):
         return _decode_array(data)
@@ -208,13 +215,13 @@ def _decode(kind: int, data: bytes) -> Any:
 
 
 def _decode_array(data: bytes) -> Tensor:
-    """(shape, type, elements) nested in an extension."""
+    """Decode an array, stored as (shape, type, elements) in an extension."""
     header = _import_msgpack().Unpacker()
     header.feed(data[:HEADER_BYTES])
     header.read_array_header()
     shape, dtype = tuple(header.unpack()), _dtype(header.unpack())
-    # The elements are copied once, from where they are to where they stay:
-    # they lie at any address, a tensor's must be aligned.
+    # The elements are copied once, into the tensor that keeps them. They cannot
+    # stay where they are, because the memory of a tensor must be aligned.
     start = header.tell() + 1
     start += LENGTH_BYTES.get(data[start - 1], 0)
     array = torch.empty(shape, dtype=dtype)
@@ -238,7 +245,7 @@ def _dtype(name: str | bytes) -> torch.dtype:
 
 def _decode_slices(data: bytes) -> Slices:
     unpack = _import_msgpack().unpackb
-    # The third number, a step, is None or one.
+    # The third number of a slice, the step, is always None or one.
     return tuple(tuple(unpack(ends)[:2]) for ends in unpack(data, raw=True))
 
 
@@ -275,8 +282,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_index(index: Path) -> tuple[dict[str, IndexLeaf], list[Path]]:
-    """What to expect of each array, in the order of their numbers, and the
-    files that hold them."""
+    """The entries of an index in the order of their numbers, and the files that
+    hold the arrays."""
     kind = 'index of a V-MoE checkpoint (TensorFlow names its files alike)'
     content = _unpack_file(index, kind)
     with _decoding(index, kind):
@@ -294,17 +301,20 @@ def _read_index(index: Path) -> tuple[dict[str, IndexLeaf], list[Path]]:
     if missing:
         raise ValueError(
             f'checkpoint {index} has {len(shards)} shards, of which '
-            f'{missing} are not beside it. Download them to the same folder')
+            f'{missing} are not in its folder. Download them to it')
     return leaves, shards
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    """Raises:
-        ValueError: for what is no array, or slices that leave a hole.
+    """Check the entry of one array in an index.
+
+    Raises:
+        ValueError: if it is no array, or its slices do not cover the array.
     """
     if not isinstance(leaf, IndexLeaf):
         raise ValueError(f'{name!r} is no array but a {type(leaf).__name__}')
-    # Slices that a mesh of devices cuts never overlap in part.
+    # The slices come from a mesh of devices, so two of them are equal or do not
+    # overlap. Their sizes therefore add up to the whole.
     covered = sum(math.prod(_shape(box)) for box in _boxes(leaf))
     if covered != math.prod(leaf.shape):
         raise ValueError(f'the slices of {name!r} cover {covered} elements, '
@@ -316,7 +326,7 @@ def _boxes(leaf: IndexLeaf) -> set[Box]:
 
 
 def _box(slices: Slices, shape: tuple[int, ...]) -> Box:
-    """Where a piece begins and ends along each axis of an array."""
+    """The (start, stop) of a piece along each axis of an array."""
     box = tuple((start or 0, size if stop is None else stop)
                 for (start, stop), size in zip(slices, shape))
     if len(slices) != len(shape) or any(
@@ -332,13 +342,13 @@ def _shape(box: Box) -> tuple[int, ...]:
 
 
 def _unpack_shard(path: Path) -> Iterator[tuple[int, list]]:
-    """(number of the array, its pieces), one array in memory at a time; a
-    piece is (flat arrays to join, where it belongs)."""
+    """Yield (number of an array, its pieces), with one array in memory at a
+    time. A piece is (flat arrays to join, slices of the array)."""
     msgpack = _import_msgpack()
     with open(path, 'rb') as file:
         unpacker = msgpack.Unpacker(
             file, ext_hook=_decode, raw=False, read_size=READ_BYTES,
-            max_buffer_size=0)  # as large as msgpack allows
+            max_buffer_size=0)  # 0 means the largest that msgpack allows
         for _ in range(unpacker.read_map_header()):
             key, pieces = unpacker.unpack(), unpacker.unpack()
             if key != SHARD:
@@ -349,7 +359,7 @@ def _place(array: Tensor, box: Box, chunks: list[Tensor]) -> None:
     if any(chunk.dtype != array.dtype for chunk in chunks):
         raise ValueError(f'a piece is {chunks[0].dtype}, its array '
                          f'{array.dtype}')
-    # There are none where the array has no elements.
+    # There is no chunk if the array has no elements.
     whole = chunks[0] if len(chunks) == 1 else torch.cat(
         [array.new_empty(0), *chunks])
     array[tuple(slice(*ends) for ends in box)] = whole.view(_shape(box))

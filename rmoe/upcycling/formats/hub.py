@@ -1,4 +1,4 @@
-"""Weights by name, through the libraries that publish them."""
+"""Downloads weights by name, with the libraries that publish them."""
 from typing import Any
 
 from torch import Tensor
@@ -7,21 +7,24 @@ SCHEMES = ('timm:', 'hf:')
 
 
 def is_hub(name: str) -> bool:
-    """Is it 'timm:NAME' or 'hf:NAME' instead of a file?"""
+    """Whether a name is 'timm:NAME' or 'hf:NAME' and not that of a file."""
     return name.startswith(SCHEMES)
 
 
 def download(name: str) -> Any:
-    """The pretrained weights of a timm model, or the path of the weights
-    file of a Hugging Face repository; either library keeps its own cache.
+    """Download the pretrained weights of a timm model, or the weights file of a
+    Hugging Face repository. Each library keeps its own cache.
 
     Args:
         name: e.g. 'timm:vit_small_patch16_224.augreg_in21k' or
             'hf:microsoft/cvt-13'.
 
+    Returns:
+        dict(state_dict=...) from timm, or the path of the downloaded file.
+
     Raises:
-        ValueError: if the library is missing, knows no such name, or no hub
-            can be reached.
+        ValueError: if the library is missing or knows no such name, or if no
+            hub can be reached.
     """
     scheme, _, model = name.partition(':')
     library = 'timm' if scheme == 'timm' else 'huggingface_hub'
@@ -33,8 +36,8 @@ def download(name: str) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         raise ValueError(
-            f'{name} could not be had from {library}: {reason}. Where no hub '
-            'can be reached, download the weights elsewhere and give the '
+            f'{name} could not be downloaded by {library}: {reason}. Where no '
+            'hub can be reached, download the weights elsewhere and give the '
             'file') from error
 
 

@@ -1,4 +1,4 @@
-"""Read .pth files without executing what is in them."""
+"""Reads .pth files without executing code that is in them."""
 import logging
 import pickle
 import zipfile
@@ -16,15 +16,16 @@ from rmoe.upcycling.formats.plain_pickles import (
 from rmoe.upcycling.formats.refusals import Refused, what_it_is
 from rmoe.upcycling.say import say
 
-# Rebuild tensors and containers; nothing here runs code of the file.
+# Names that may be called to rebuild tensors and containers. None of them
+# executes code that is in the file.
 REBUILDERS = {
     ('collections', 'OrderedDict'), ('torch', 'Size'), ('torch', 'device'),
     ('torch._utils', '_rebuild_tensor'),
     ('torch._utils', '_rebuild_tensor_v2'),
     ('torch._utils', '_rebuild_parameter'),
 }
-# What training checkpoints of known projects carry beside tensors. Such
-# objects are replaced by an inert placeholder and left out.
+# Names of other objects in the training checkpoints of known projects. Such
+# objects are replaced by a placeholder that does nothing, and left out.
 BYSTANDERS = {
     ('__builtin__', 'getattr'), ('builtins', 'getattr'),
     ('_codecs', 'encode'),
@@ -40,35 +41,37 @@ BYSTANDERS = {
     ('typing', 'Any'), ('collections', 'defaultdict'),
     ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'int'),
 }
-# Settings: whatever of these packages a file names is left out.
+# Packages of settings, of which any object is left out in the same way.
 SETTINGS = ('omegaconf', 'yacs', 'lightning', 'lightning_fabric',
             'pytorch_lightning')
 
 
 def read_pickle(path: Path, map_location: Any, mapped: bool = True) -> Any:
-    """The content of a .pth file, or of a plain pickle of arrays.
+    """Read the content of a .pth file, or of a plain pickle of arrays.
 
     Args:
         path: the file.
         map_location: as for torch.load.
-        mapped: leave tensors in the file until they are used.
+        mapped: whether tensors stay in the file until they are used.
 
     Raises:
-        ValueError: if the file is cut short, no checkpoint, or asks for code
-            to be run.
+        ValueError: if the file is cut short or no checkpoint, or if reading it
+            would execute code.
     """
     if kind := what_it_is(path):
         raise ValueError(f'checkpoint {path} was not read, it is {kind}')
     if is_plain_pickle(path):
         return _read_arrays(path, map_location)
     try:
-        # Said aloud: torch before 2.6 runs what a file asks for by default.
+        # weights_only has to be given, because torch before 2.6 executes code
+        # in a file by default.
         return _load(path, map_location, mapped, weights_only=True)
     except pickle.UnpicklingError:
-        # Not plain enough for torch's own safe loader: tensors only.
+        # torch's own safe loader refuses the objects beside the tensors. Ours
+        # leaves them out.
         return _read_tensors_only(path, map_location, mapped)
     except Exception as error:
-        # A broken stream can fail in any way inside the unpickler.
+        # A broken file can make the unpickler raise any kind of error.
         raise _corrupt(path, error) from error
 
 
@@ -104,15 +107,16 @@ def _read_arrays(path: Path, map_location: Any) -> Any:
 
 def _refusal(path: Path, error: Refused) -> ValueError:
     return ValueError(
-        f'checkpoint {path} asks for {error} to be called. It was not read: '
-        'only tensors and plain values are. If you trust the file, save its '
-        'weights anew, e.g. torch.save({"state_dict": ...})')
+        f'checkpoint {path} asks for {error} to be called. It was not read, '
+        'because only tensors and plain values are. If you trust the file, '
+        'load it yourself and save its weights alone, e.g. '
+        'torch.save({"state_dict": ...})')
 
 
 def _load(path: Path, map_location: Any, mapped: bool, **options: Any
           ) -> Any:
-    # Only the zip format can be mapped; torch < 1.6 wrote another.
-    # A string: torch 2.1 maps no Path.
+    # Only the zip format can be memory-mapped; torch < 1.6 wrote another one.
+    # The path is a string, because torch 2.1 cannot map the file of a Path.
     return torch.load(str(path), map_location=map_location,
                       mmap=mapped and zipfile.is_zipfile(path), **options)
 
@@ -124,8 +128,8 @@ def _corrupt(path: Path, error: Exception) -> ValueError:
 
 
 class _LeftOut:
-    """Stands for an object that is not rebuilt; accepts whatever pickle does
-    to it and does nothing."""
+    """Placeholder for an object that is not rebuilt. It accepts every operation
+    of pickle on it and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass

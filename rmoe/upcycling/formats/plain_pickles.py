@@ -1,9 +1,10 @@
-"""Read pickles of arrays, as detectron2 writes them, without executing them.
+"""Reads pickles of arrays, as detectron2 writes them, without executing them.
 
-detectron2's model zoo holds numpy arrays in plain pickles; its converters for
-other people's weights put torch tensors there. Neither is a file that
-``torch.load`` reads. Every name in such a file stands for one of the inert
-classes below or for a rebuilder of tensors; numpy's own are never called.
+detectron2's model zoo has plain pickles of numpy arrays, and its converters
+for weights of other projects write plain pickles of torch tensors.
+``torch.load`` reads neither. Here each name in such a file is replaced by one
+of the classes below, which only collect data, or by a function that rebuilds
+tensors. numpy's own functions are never called.
 """
 import io
 import pickle
@@ -15,38 +16,38 @@ import torch
 
 from rmoe.upcycling.formats.refusals import Refused
 
-# Protocol 2 and later begin so; a file of torch < 1.6 goes on with the number
-# by which torch.load knows it.
+# The first byte of pickles of protocol 2 and later. In a file of torch < 1.6 it
+# is followed by the number by which torch.load recognises it.
 PROTOCOL = b'\x80'
 TORCH_MAGIC = b'\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.'
-# Kinds of numbers that a tensor can hold, as numpy names them.
+# The types of numbers that a tensor can hold, by numpy's names.
 NUMBERS = {'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'b1'}
 
 
 def is_plain_pickle(path: Path) -> bool:
-    """Is it a pickle that torch did not write?"""
+    """Whether a file is a pickle that torch did not write."""
     with open(path, 'rb') as file:
         head = file.read(2 + len(TORCH_MAGIC))
     return head[:1] == PROTOCOL and head[2:] != TORCH_MAGIC
 
 
 def read_plain_pickle(path: Path, map_location: Any) -> Any:
-    """The content of a pickle, its arrays as tensors.
+    """Read the content of a pickle, with tensors in the place of arrays.
 
     Args:
         path: the file.
         map_location: as for torch.load.
 
     Returns:
-        What was pickled. Arrays of other things than numbers, and numpy's
+        The pickled content. Arrays of anything but numbers, and numpy's
         scalars, are None.
 
     Raises:
         Refused: if the file names anything but arrays and plain containers.
-        pickle.UnpicklingError: and others, if it is cut short.
+        pickle.UnpicklingError: or another error, if the file is cut short.
     """
     with open(path, 'rb') as file:
-        # Python 2 wrote the bytes of arrays as text.
+        # Python 2 wrote the bytes of arrays as text, which this decodes.
         content = _Arrays(file, encoding='latin1').load()
     return _to_tensors(content, map_location)
 
@@ -64,7 +65,7 @@ class _Arrays(pickle.Unpickler):
 
 
 class _Kind:
-    """Stands for numpy.dtype: a name, and the order of bytes."""
+    """Replaces numpy.dtype: holds the name of a type and its byte order."""
 
     def __init__(self, name: Any = '', *flags: object) -> None:
         self.name = name if name in NUMBERS else None
@@ -83,7 +84,7 @@ class _Kind:
 
 
 class _Array:
-    """Stands for numpy.ndarray, which gets its content as a state."""
+    """Replaces numpy.ndarray, whose content pickle sets as a state."""
     array: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
@@ -107,18 +108,20 @@ def _scalar(*args: object) -> None:
 
 
 def _encode(text: str, encoding: str = 'latin1') -> bytes:
-    """Bytes of the older protocols; any other codec would be imported."""
+    """Replaces _codecs.encode, by which older protocols store bytes. Other
+    codecs are refused, because Python would import them."""
     if encoding != 'latin1':
         raise Refused(f'the codec {encoding!r}')
     return text.encode('latin1')
 
 
 def _storage(data: bytes) -> Any:
-    """The storage that a tensor of a plain pickle brings along."""
+    """Read the storage that a plain pickle holds with each tensor."""
     return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
 
 
-# Ours, or the name of what may be called as it is.
+# For each name in a file: our replacement, or the name of a class or function
+# that may be called as it is.
 _NAMES: dict[tuple[str, str], Any] = {
     ('numpy', 'ndarray'): _Array, ('numpy', 'dtype'): _Kind,
     ('numpy.core.multiarray', '_reconstruct'): _new_array,
@@ -142,7 +145,7 @@ def _to_tensors(value: Any, map_location: Any) -> Any:
     if isinstance(value, _Array):
         if value.array is None:
             return None
-        # A copy in this machine's order of bytes, which may be written to.
+        # A writable copy in the byte order of this machine.
         native = value.array.astype(value.array.dtype.newbyteorder('='))
         value = torch.from_numpy(native)
     if isinstance(value, torch.Tensor) and isinstance(

@@ -1,11 +1,13 @@
-"""Swin-MoE checkpoints, which Tutel spreads over one file per rank.
+"""Reads Swin-MoE checkpoints, which Tutel spreads over one file per rank.
 
-Tutel (2206.03382) gives each of R ranks E / R experts; where ranks outnumber
-experts, R / E neighbours share one and each holds a run of its hidden units.
-Either way the ranks' pieces, laid end to end, are the weights of all experts.
+Tutel (2206.03382) gives each of R ranks E / R experts. If there are more ranks
+than experts, R / E neighbouring ranks share an expert, and each holds some of
+its hidden units. In both cases the pieces of all ranks, laid end to end, are
+the weights of all experts.
 
-A set is ``X.pth.rank0``, ``X.pth.rank1``, ..., each with everything or, beside
-a ``X.pth.master`` with the rest, with experts alone; or one ``X.pth.global``.
+A set of files is ``X.pth.rank0``, ``X.pth.rank1``, ..., each with all weights,
+or with experts alone if there is a ``X.pth.master`` with the other weights. Or
+it is a single ``X.pth.global``.
 
 Axis letters: E experts, D width, R ranks, N numbers that a rank holds.
 """
@@ -33,8 +35,8 @@ def rank_files(path: str | os.PathLike) -> list[Path]:
         path: any file of the set, or its name without ``.rank0``.
 
     Returns:
-        ``[X.global]``, or ``X.master`` if there is one and then the ranks in
-        order; nothing if the path is an ordinary file or there is no set.
+        ``[X.global]``; or ``X.master``, if there is one, and the ranks in
+        order; empty if the path is an ordinary file or there is no set.
 
     Raises:
         ValueError: if the name stands for a set and for a ``.global`` file.
@@ -71,9 +73,9 @@ def read_rank_files(path: str | os.PathLike, map_location: Any = 'cpu'
 
     Returns:
         dict(state_dict=...) with Tutel's names. Experts' weights are
-        (E, hidden, D), their biases (E, hidden) and (E, D). A bias of zeros
-        on the experts' second layer is left out where no dense FFN has one:
-        Swin-MoE models without that bias have it frozen at zero.
+        (E, hidden, D), their biases (E, hidden) and (E, D). If the bias of the
+        experts' second layer is zero and no dense FFN has one, it is left
+        out, because Swin-MoE models without this bias have it frozen at zero.
 
     Raises:
         FileNotFoundError: if there is no such set.
@@ -82,7 +84,8 @@ def read_rank_files(path: str | os.PathLike, map_location: Any = 'cpu'
     """
     files = rank_files(path)
     if not files:
-        raise FileNotFoundError(f'{path} and its rank files do not exist')
+        raise FileNotFoundError(f'{path} and its rank files (.rank0, .rank1, '
+                                '...) do not exist')
     master: dict[str, Tensor] = {}
     if files[0].suffix == '.master':
         master = _read(files[0], map_location)
@@ -127,7 +130,7 @@ def _read(file: Path, map_location: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {file} holds a '
                          f'{type(content).__name__}, not a state dict')
-    # Tutel's own tools write the number of experts as an int.
+    # Tutel's own tools write the number of experts as an int, not as a tensor.
     return {key: torch.as_tensor(value) for key, value in content.items()
             if isinstance(value, Tensor) or str(key).endswith(COUNT)}
 
@@ -138,14 +141,14 @@ def _check_numbers(ranks: Sequence[Path]) -> None:
             missing = file.with_suffix(f'.rank{number}')
             raise ValueError(
                 f'{missing} is missing: the last rank is {ranks[-1].name}. '
-                'Every rank holds experts of its own; put all files into one '
+                'Every rank holds other experts, so put all files into one '
                 'folder')
 
 
 def _moe_layers(shared: Mapping[str, Tensor], first: Mapping[str, Tensor],
                 file: Path) -> dict[str, tuple[int, int]]:
-    """(E, D) of each MoE layer by its prefix, told from its router: the
-    number of files says nothing, as several may share an expert."""
+    """(E, D) of each MoE layer, by its prefix. They are read from the shape of
+    its router, because several files may share an expert."""
     layers: dict[str, tuple[int, int]] = {}
     for key, value in shared.items():
         prefix = key.rpartition('gates.0.')[0]
@@ -178,7 +181,8 @@ def _moe_layers(shared: Mapping[str, Tensor], first: Mapping[str, Tensor],
 def _check_pieces(layers: Mapping[str, tuple[int, int]],
                   first: Mapping[str, Tensor], num_ranks: int,
                   last: Path) -> None:
-    """Has a rank as much as one of so many ranks should?"""
+    """Check that the first rank holds as many numbers as it should if there are
+    ``num_ranks`` ranks."""
     for prefix, (num_experts, width) in layers.items():
         if num_experts % num_ranks and num_ranks % num_experts:
             raise ValueError(
@@ -195,8 +199,9 @@ def _check_pieces(layers: Mapping[str, tuple[int, int]],
         for name, number in numbers.items():
             key = f'{prefix}experts.batched_{name}'
             piece = first.get(key)
-            # Of shared experts the shape says little: Tutel's scatter tool
-            # leaves (128, 32) of a (1, 64, 64).
+            # If ranks share an expert, only the number of elements is checked,
+            # because the shape may be another: Tutel's scatter tool makes
+            # pieces of (128, 32) from (1, 64, 64).
             if piece is not None and (piece.numel() != number or (
                     sharers == 1 and piece.shape[:1] != (local, ))):
                 raise ValueError(
@@ -208,7 +213,8 @@ def _check_pieces(layers: Mapping[str, tuple[int, int]],
 
 def _gather(first: Mapping[str, Tensor], master: Mapping[str, Tensor],
             ranks: Sequence[Path], map_location: Any) -> dict[str, Tensor]:
-    """(R, N) of each expert weight; rank 0 is read already."""
+    """The pieces (R, N) of each expert weight, from all ranks. ``first`` has
+    the weights of rank 0, which are read already."""
     pieces = {key: value for key, value in first.items()
               if PIECE.fullmatch(key)}
     if len(ranks) <= 1:
@@ -226,7 +232,7 @@ def _gather(first: Mapping[str, Tensor], master: Mapping[str, Tensor],
 def _check_alike(first: Mapping[str, Tensor], first_file: Path,
                  rank: Mapping[str, Tensor], file: Path,
                  master: Mapping[str, Tensor]) -> None:
-    """Have two ranks the same weights, but for their experts?"""
+    """Check that two ranks have the same weights, except for their experts."""
     if first.keys() != rank.keys():
         key = min(first.keys() ^ rank.keys())
         raise ValueError(
@@ -247,25 +253,26 @@ def _check_alike(first: Mapping[str, Tensor], first_file: Path,
             'all ranks share. If they are of one checkpoint (each rank '
             'clipped its gradients by a norm of its own, which lets them '
             f'drift apart), copy {first_file.name} to '
-            f'{first_file.with_suffix(".master").name}: what is shared is '
-            'then taken from there')
+            f'{first_file.with_suffix(".master").name}: shared weights are '
+            'then taken from that file')
 
 
 def _split_by_expert(key: str, value_RN: Tensor, num_experts: int,
                      width: int) -> Tensor:
-    """(E, hidden, D) of a weight, (E, width) of a bias."""
+    """Reshape the pieces of a weight to (E, hidden, D), or those of a bias to
+    (E, width)."""
     value = value_RN.reshape(num_experts, -1)
     if key.endswith('_w'):
         return value.unflatten(1, (-1, width))
-    # Shards of D are rounded up.
+    # Ranks that share an expert hold shards of D that are rounded up.
     return value[:, :width] if key.endswith('fc2_bias') else value
 
 
 def _check_unused(key: str, value: Tensor, master: Path) -> None:
-    """Is a piece that only the master has a bias of zeros?"""
+    """Raise unless a piece that only the master file has is a bias of zeros."""
     if not key.endswith('fc2_bias') or value.any():
         raise ValueError(
             f'{key} {tuple(value.shape)} is in {master} and in no rank file: '
-            'the part of the other ranks is missing. Save full rank files. '
-            'Only an unused bias on the second layer may be there, all zero; '
-            f'the largest value is {value.abs().max():.3g}')
+            'the parts of the other ranks are missing. Save full rank files. '
+            'Only an unused bias of the second layer, which is all zero, may '
+            f'be there; the largest value is {value.abs().max():.3g}')

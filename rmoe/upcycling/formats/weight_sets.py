@@ -1,5 +1,5 @@
-"""Which of the weights in a file: of the teacher or the student, averaged over
-training or not, and under which wrappers' names.
+"""Chooses one set of weights of a file: that of the teacher or of the student,
+averaged over training or not. Names that wrappers have added are removed.
 """
 import re
 from collections.abc import Mapping
@@ -8,23 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-# Where weights lie in the files of known projects. Of several in one file the
-# first is taken. Weights averaged over training evaluate better than the last
-# ones, and so does the teacher of self-distillation, which is such an average.
-# Under 'state_dict' mmengine keeps the average too, where there is one: its
-# 'ema_state_dict' has those that were not averaged.
+# The keys under which files of known projects have weights. Of several in one
+# file the first is taken. Weights averaged over training evaluate better than
+# the last ones, and so does the teacher of self-distillation, which is such an
+# average. If mmengine averages weights, the average is under 'state_dict', and
+# 'ema_state_dict' has the weights that are not averaged.
 SETS = (
     'state_dict_ema', 'model_ema', 'ema_model', 'ema', 'teacher',
     'target_encoder', 'state_dict', 'model', 'module', 'encoder', 'student',
     'ema_state_dict',
 )
-# Of torch's and mmengine's averaged models: how many were averaged.
+# Keys in torch's and mmengine's averaged models that hold no weights, but the
+# number of models that were averaged.
 COUNTERS = ('n_averaged', 'steps')
-# Not weights, though there are tensors inside.
+# Keys of dicts that have tensors in them, but no weights.
 STATES = re.compile(r'(optim|sched|scaler|amp|loss|rng|rank_)')
 # Names that torch.compile, FSDP, activation checkpointing and Lightning put
-# anywhere into a parameter's name. DDP's 'module.' is an ordinary word, so it
-# is taken off only in front.
+# anywhere into the name of a parameter. DDP's 'module.' is an ordinary word, so
+# it is removed only at the beginning of a name.
 WRAPPERS = re.compile(
     r'(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|'
     r'_checkpoint_wrapped_module|_forward_module)\.')
@@ -35,11 +36,12 @@ class WeightSet:
     """One of the sets of weights in a file.
 
     Attributes:
-        name: where it lies in the file: 'teacher', or 'model.teacher' where
-            one dict is in another; '' for a file that is nothing else.
-        state: the weights, without names of wrappers.
-        others: names of the other sets.
-        rest: what else is in the file.
+        name: the key of the set in the file, such as 'teacher', or
+            'model.teacher' if it is in a dict inside of another; '' if the
+            weights are at the top of the file.
+        state: the weights, without the names of wrappers.
+        others: names of the other sets in the file.
+        rest: keys of everything else in the file.
     """
     name: str
     state: dict[str, Tensor]
@@ -49,22 +51,23 @@ class WeightSet:
 
 def choose_set(content: Mapping[str, Any], weights: str | None = None
                ) -> WeightSet:
-    """One set of weights of a checkpoint's content.
+    """Choose one set of weights in the content of a checkpoint.
 
     Args:
-        content: what :func:`read_checkpoint` gives.
+        content: the result of :func:`read_checkpoint`.
         weights: the name of a set; None takes the one that evaluates best
             (:data:`SETS`).
 
     Raises:
-        ValueError: if there are no weights, or none of that name; if they
+        ValueError: if there are no weights, or none of that name, or if they
             are empty, as in files of sharded training.
     """
     found = _sets(content)
     if not found:
         raise ValueError(
-            'the checkpoint holds no weights; its top-level keys '
-            f'are {[str(key)[:40] for key in list(content)[:8]]}')
+            'the checkpoint holds no weights: give one with a state dict. '
+            'Its top-level keys are '
+            f'{[str(key)[:40] for key in list(content)[:8]]}')
     if weights is None:
         name = next(iter(found))
         if name and name.split('.')[0] not in SETS and len(found) > 1:
@@ -76,8 +79,8 @@ def choose_set(content: Mapping[str, Any], weights: str | None = None
                  if name == weights or name.endswith(f'.{weights}')]
         if not named:
             raise ValueError(
-                f'weights={weights!r} are not in the checkpoint; it has '
-                f'{[name for name in found if name]}')
+                f'weights={weights!r} are not in the checkpoint: choose one '
+                f'of {[name for name in found if name]}')
         name = named[0]
     state = {str(key): value for key, value in found[name].items()
              if isinstance(value, Tensor)
@@ -101,10 +104,10 @@ def state_dict_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The names that a model has without its wrappers (DDP, torch.compile,
-    FSDP, activation checkpointing), in any nesting.
+    """The weights by the names that they have in a model without wrappers (DDP,
+    torch.compile, FSDP, activation checkpointing), in any nesting.
 
-    Where two names would become one, both stay as they are.
+    If two names would become the same, all names stay as they are.
     """
     names = {key: _without_wrapper(key) for key in state}
     if len(set(names.values())) < len(names):
@@ -121,7 +124,8 @@ def _without_wrapper(key: str) -> str:
 
 def _sets(content: Mapping[str, Any], depth: int = 0
           ) -> dict[str, Mapping[str, Any]]:
-    """Sets by name, the preferred first; at most two dicts deep."""
+    """All sets of weights by name, the preferred ones first. Only dicts at the
+    top and dicts inside of these are searched."""
     found: dict[str, Mapping[str, Any]] = {}
     if depth == 0 or not _has_tensors(content):
         unknown = sorted(str(key) for key in content if key not in SETS
@@ -136,7 +140,7 @@ def _sets(content: Mapping[str, Any], depth: int = 0
             elif depth == 0 and name in SETS:
                 found.update({f'{name}.{inner}': state for inner, state in
                               _sets(value, 1).items()})
-    # Beside tensors at the top a dict of a name we do not know is no set.
+    # If there are tensors at the top, a dict of an unknown name is no set.
     if depth == 0 and _has_tensors(content):
         found = {name: state for name, state in found.items()
                  if name.split('.')[0] in SETS}
@@ -158,7 +162,7 @@ def _check_content(state: Mapping[str, Tensor]) -> None:
              and key.endswith(('weight', 'bias'))]
     if empty and len(empty) > len(state) // 2:
         raise ValueError(
-            f'{len(empty)} of the {len(state)} weights are empty, '
-            f'{empty[0]} first: DeepSpeed ZeRO-3 keeps them in other files. '
-            'The script zero_to_fp32.py beside them makes one file: python '
+            f'{len(empty)} of the {len(state)} weights are empty; the first '
+            f'is {empty[0]}. DeepSpeed ZeRO-3 keeps them in other files. The '
+            'script zero_to_fp32.py beside them makes one file: python '
             'zero_to_fp32.py . OUT')

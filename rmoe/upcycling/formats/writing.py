@@ -1,4 +1,4 @@
-"""Write checkpoint files, whole or not at all."""
+"""Writes checkpoint files, whole or not at all."""
 import json
 import os
 import stat
@@ -16,8 +16,8 @@ def write_checkpoint(path: str | os.PathLike,
                      meta: dict[str, Any]) -> None:
     """Write weights and plain metadata as .pth or .safetensors.
 
-    The file appears whole or not at all, and is written as it is made: it is
-    never in memory a second time.
+    The file appears whole or not at all. It is written as it is made, so that
+    its bytes are never in memory beside the tensors.
     """
     tensors = {key: value.contiguous() for key, value in state_dict.items()}
     if Path(path).suffix == '.safetensors':
@@ -29,16 +29,17 @@ def write_checkpoint(path: str | os.PathLike,
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write to a temporary name, then rename: a full disk or a kill leaves
-    what was there before."""
+    """Write bytes under a temporary name, then rename the file. If the disk is
+    full or the process is killed, the file from before is still there."""
     _write(path, lambda file: file.write_bytes(data))
 
 
 def write_content(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write a checkpoint's content as .pth, whole or not at all, as it is
-    made: the bytes are never in memory beside the tensors."""
+    """Write a checkpoint's content as .pth, whole or not at all. It is written
+    as it is made, so that its bytes are never in memory beside the tensors."""
     def write(temporary: Path) -> None:
-        # Given a name, torch.save would write it into the file.
+        # torch.save gets an open file, because it would write the name of a
+        # path into the file.
         with open(temporary, 'wb') as file:
             torch.save(content, file)
 
@@ -50,8 +51,8 @@ def _write(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        # What the user's umask gives a new file. safetensors would give one
-        # that nobody else can read.
+        # The file gets the permissions that the user's umask gives a new file.
+        # safetensors would make one that other users cannot read.
         temporary.touch()
         permissions = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)

@@ -1,4 +1,5 @@
-"""What each architecture's checkpoints look like."""
+"""The names that weights have in checkpoints of each architecture, and the
+rules that translate them to our names."""
 from rmoe.upcycling.keymaps.cvt import CVT
 from rmoe.upcycling.keymaps.refused import explain_refusal
 from rmoe.upcycling.keymaps.source import (

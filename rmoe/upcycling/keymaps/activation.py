@@ -1,4 +1,5 @@
-"""Weights belong to an activation, and no shape would tell."""
+"""A check of the activation, which weights depend on although no shape shows
+it."""
 from typing import Any
 
 from torch import nn
@@ -8,17 +9,18 @@ from rmoe.moe import MoELayer
 
 def check_activation(ffn: Any, kind: str, setting: str,
                      approximate: str = 'none') -> None:
-    """Has a model's FFN the activation that a file's weights were trained
-    with? With another features are off by 1e-3 to 1e-1.
+    """Check that a model's FFN has the activation that a file's weights were
+    trained with. With another one, features would be off by 1e-3 to 1e-1.
 
     Args:
-        ffn: the model's first, mmcv's FFN or a MoEFFN.
-        kind: class of the activation.
-        setting: what to write where it is another.
-        approximate: that of nn.GELU.
+        ffn: the first FFN of the model, mmcv's FFN or a MoEFFN.
+        kind: class name of the activation of the file.
+        setting: value of ``act_cfg`` that gives this activation, for the
+            error.
+        approximate: ``approximate`` of nn.GELU.
 
     Raises:
-        ValueError: if not.
+        ValueError: if the activation is another one.
     """
     act: nn.Module = (ffn.experts.act if isinstance(ffn, MoELayer)
                       else ffn.layers[0][1])

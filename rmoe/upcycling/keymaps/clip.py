@@ -1,5 +1,5 @@
-"""Names of CLIP's visual towers (2103.00020), which are ViTs with a norm before
-their blocks and no bias in their patch embedding."""
+"""Names of weights in CLIP's visual towers (2103.00020), which are ViTs with a
+norm before their blocks and no bias in their patch embedding."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +10,7 @@ from rmoe.upcycling.keymaps.source import Rule, Source
 TO = r'layers.\1.'
 OPEN_BLOCK = r'transformer\.resblocks\.(\d+)\.'
 HF_BLOCK = r'encoder\.layers\.(\d+)\.'
-# Of the patch embedding, in any source of a ViT.
+# Names of the patch embedding in all sources of ViTs.
 PROJECTIONS = ('patch_embed.projection', 'patch_embed.proj', 'conv1',
                'embeddings.patch_embedding')
 PRE_NORMS = ('ln_pre.weight', 'pre_norm.weight', 'norm_pre.weight',
@@ -18,11 +18,11 @@ PRE_NORMS = ('ln_pre.weight', 'pre_norm.weight', 'norm_pre.weight',
 
 
 def check_embedding(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Has a ViT the norm before its blocks, and the bias of its patch
-    embedding, that a file has?
+    """Check that a ViT has a norm before its blocks, and a bias in its patch
+    embedding, if and only if the file has them.
 
     Raises:
-        ValueError: if not, with the settings to write.
+        ValueError: if they differ. Names the settings to write.
     """
     names = [name for name in PROJECTIONS if f'{name}.weight' in state]
     wanted = dict(pre_norm=any(key in state for key in PRE_NORMS))
@@ -36,13 +36,13 @@ def check_embedding(model: Any, state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             'the checkpoint is that of a ViT '
             f'{"with" if wanted["pre_norm"] else "without"} a norm before its '
-            f'blocks, its patch embedding with weights {names}: set '
+            f'blocks, whose patch embedding is {names}: set '
             f'{settings} in the backbone, which has '
             f'{", ".join(f"{key}={has[key]}" for key in wrong)}')
 
 
 def _first_axes(tensor: Tensor) -> Tensor:
-    """(D,) or (N, D) to (1, 1, D) or (1, N, D)."""
+    """Reshape (D,) to (1, 1, D), or (N, D) to (1, N, D)."""
     return tensor.view(1, -1, tensor.shape[-1])
 
 

@@ -1,4 +1,5 @@
-"""Names of CvT checkpoints; ours follow those of OpenMMLab's Swin."""
+"""Names of weights in CvT checkpoints. Our own follow those of OpenMMLab's
+Swin."""
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""Transformers that look like a ViT or a Swin by their names and compute
-something else: they are refused for what they are."""
+"""Transformers whose weights have names like those of a ViT or a Swin, but
+which compute something else. Their checkpoints are refused, with the reason."""
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ class Refused:
     """Weights that none of our backbones can hold.
 
     Attributes:
-        name: of the model or models.
-        marks: patterns; a file of it has a key for each, of which the
-            pattern matches the end.
-        reason: what it has that ours have not, and what can hold it.
+        name: name of the model or models.
+        marks: patterns. Each of them matches the end of some key in a file of
+            this model.
+        reason: what the model has that our backbones do not have, and which
+            backbone can hold its weights.
     """
     name: str
     marks: tuple[str, ...]
@@ -47,7 +48,7 @@ REFUSED = (
              r'(?:layer|layers)\.0\.attention\.q_proj\.weight)', ),
             'it has rotary positions and register tokens' + IN_TIMM
             + "'vit_base_patch16_dinov3'"),
-    # timm's has no table of positions.
+    # The marks of DINOv3 in timm, which has no table of positions.
     Refused('DINOv3', (r'reg_token', r'blocks\.0\.gamma_1'),
             'it has rotary positions and register tokens' + IN_TIMM
             + "'vit_base_patch16_dinov3'"),
@@ -61,7 +62,7 @@ REFUSED = (
             'not distilled, deit_*_patch16_224, load'),
     Refused('data2vec 2.0',
             (r'modality_encoders\.IMAGE\.local_encoder\.proj\.weight', ),
-            'it normalises after each block and not before'),
+            'it normalises after each block and not before it'),
     Refused('CLIP or OpenCLIP',
             (r'(?:visual\.ln_pre\.weight|vision_model\.pre_layrnorm\.weight)',
              ),
@@ -79,7 +80,7 @@ REFUSED = (
             (r'blocks\.0\.(?:attn|attention\.self)\.logit_scale', ),
             'it normalises after each block and compares by cosine'
             + BY_HOST + 'mmpretrain.SwinTransformerV2'),
-    # After Swin V2 and EVA-02, which have such biases too.
+    # This comes after Swin V2 and EVA-02, which have such biases too.
     Refused('BEiT, data2vec or EVA',
             (r'(?:(?:blocks|layers)\.0\.attn\.q_bias|layer\.0\.lambda_1)', ),
             'its attention has relative positions or no bias of keys'
@@ -88,7 +89,8 @@ REFUSED = (
 
 
 def refused(keys: Iterable[str]) -> Refused | None:
-    """What these names belong to, if none of our backbones can hold it."""
+    """The model that these names belong to, if none of our backbones can hold
+    its weights; otherwise None."""
     keys = list(keys)
     for model in REFUSED:
         if all(any(re.search(rf'(?:^|\.){mark}$', key) for key in keys)
@@ -98,11 +100,11 @@ def refused(keys: Iterable[str]) -> Refused | None:
 
 
 def explain_refusal(state: Mapping[str, Tensor], prefix: str = '') -> str:
-    """A message for weights of a model that is refused; empty if it is not.
+    """The reason for which weights are refused; empty if they are not.
 
     Args:
         state: weights by name.
-        prefix: only what lies under it is looked at.
+        prefix: only names that begin with it count.
     """
     model = refused(key for key in state if key.startswith(prefix))
     if model is None:

@@ -1,4 +1,5 @@
-"""Tables over positions, resized to another window or image."""
+"""Resizes tables over positions (position embeddings, relative position biases)
+to another window or image size."""
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -6,12 +7,13 @@ from torch.nn import functional as F
 
 def resize_table(table_LC: Tensor, grid: tuple[int, int],
                  antialias: bool = False) -> Tensor | None:
-    """(L, channels) table over a square of positions to another grid.
+    """Resize a table (L, channels) over a square of positions to another grid.
 
-    Bicubic, as mmseg resizes relative position biases.
+    The interpolation is bicubic, as mmseg does it for relative position
+    biases.
 
     Returns:
-        (height x width, channels), or None if L is no square.
+        (height x width, channels), or None if L is no square number.
     """
     side = round(len(table_LC)**0.5)
     if side * side != len(table_LC):
@@ -23,7 +25,7 @@ def resize_table(table_LC: Tensor, grid: tuple[int, int],
 
 
 def resize_bias_table(table: Tensor, current: Tensor) -> Tensor | None:
-    """(positions, heads) relative position bias to another window."""
+    """Resize a relative position bias (positions, heads) to another window."""
     side = round(len(current)**0.5)
     if table.shape[1] != current.shape[1] or side * side != len(current):
         return None
@@ -33,10 +35,10 @@ def resize_bias_table(table: Tensor, current: Tensor) -> Tensor | None:
 def resize_position_embedding(table: Tensor, current: Tensor,
                               grid: tuple[int, int], antialias: bool
                               ) -> Tensor | None:
-    """(1, [1 +] L, D) position embedding to another image size; the row of
-    a class token is kept.
+    """Resize a position embedding (1, [1 +] L, D) to another image size. The
+    row of a class token is kept.
 
-    timm antialiases; mmseg and Hugging Face do not.
+    timm resizes with antialiasing; mmseg and Hugging Face do not.
     """
     if table.dim() != 3 or table.shape[-1] != current.shape[-1]:
         return None

@@ -1,9 +1,10 @@
-"""How a source names its weights, as data, and what reads that data.
+"""Describes as data how a source (a project that publishes checkpoints) names
+its weights, and translates the names.
 
-The target names are those of our backbones. A rule is (pattern, replacement,
-transform); the first whose pattern matches a whole key applies. A replacement
-that ends in ``[i/n]`` says that the tensor is the i-th of n parts, which are
-joined along their first axis.
+The names are translated to those of our backbones. A rule is (pattern,
+replacement, transform); the first rule whose pattern matches the whole key is
+applied. A replacement that ends in ``[i/n]`` says that the tensor is the i-th
+of n parts, which are joined along their first axis.
 """
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,8 @@ from torch import Tensor
 
 Rename = str | Callable[[re.Match], str]
 Rule = tuple[str, Rename, Callable[[Tensor], Tensor] | None]
-# The model is any backbone of the architecture, with attributes of its own.
+# A function of the file's tensor, the model's tensor and the model. The type of
+# the model is Any, because each backbone has attributes of its own.
 Resize = Callable[[Tensor, Tensor, Any], Tensor | None]
 PART = re.compile(r'(.+)\[(\d+)/(\d+)\]')
 
@@ -25,14 +27,15 @@ class Source:
     """One way to name the weights of one architecture.
 
     Attributes:
-        name: for messages.
-        marks: keys that every such file has.
+        name: name of the source in messages.
+        marks: keys that every file of this source has.
         rules: ordered (pattern, replacement, transform).
         left_out: (pattern, reason) of keys that a dense-prediction backbone
             has no use for.
-        absent: keys that tell it from a source with the same marks.
-        verify: called with the model and the file's weights; raises
-            ValueError where the model is set up for another source.
+        absent: keys that no file of this source has, but files of another
+            source with the same marks have.
+        verify: a function of the model and the file's weights that raises a
+            ValueError if the model is set up for another source.
     """
     name: str
     marks: tuple[str, ...]
@@ -44,17 +47,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a backbone can load.
+    """The checkpoints that a backbone can load.
 
     Attributes:
-        name: for messages.
-        sources: the first has the names of the backbone itself.
-        new: patterns of keys that start fresh where a file lacks them.
-        spare: (pattern, reason) of keys that a file may have and the model
-            not.
-        resize: (pattern, function of the file's tensor, the model's and the
-            model, which returns None where it cannot).
-        computed: patterns of buffers whose content is the model's own.
+        name: name of the architecture in messages.
+        sources: its sources; the first has the names of the backbone itself.
+        new: patterns of keys that keep their initial values if a file lacks
+            them.
+        spare: (pattern, reason) of keys that a file may have although the
+            model does not.
+        resize: (pattern, function) of keys that can be resized. The function
+            gets the file's tensor, the model's tensor and the model, and
+            returns None if it cannot resize.
+        computed: patterns of buffers that the model computes itself.
     """
     name: str
     sources: tuple[Source, ...]
@@ -65,10 +70,11 @@ class Architecture:
 
     def recognise(self, keys: Iterable[str], prefix: str = ''
                   ) -> Source | None:
-        """The source whose marks are among the keys under a prefix.
+        """The source whose marks are among the keys under a prefix; None if
+        there is none.
 
         Raises:
-            ValueError: where two are.
+            ValueError: if there are two.
         """
         keys = set(keys)
         found = [source for source in self.sources
@@ -77,8 +83,8 @@ class Architecture:
             raise ValueError(
                 'the file holds weights named as two sources name them: '
                 f'{found[0].name} ({prefix}{found[0].marks[0]}) and '
-                f'{found[1].name} ({prefix}{found[1].marks[0]}). Keep those '
-                'of one')
+                f'{found[1].name} ({prefix}{found[1].marks[0]}). Keep the '
+                'weights of one of them')
         return found[0] if found else None
 
     def find_prefix(self, keys: Iterable[str]) -> str | None:
@@ -87,8 +93,8 @@ class Architecture:
         return next(iter(self.find_prefixes(keys)), None)
 
     def find_prefixes(self, keys: Iterable[str]) -> list[str]:
-        """All prefixes under which some source's weights lie: of the sources
-        in their order, and of each the shortest first."""
+        """All prefixes under which some source's weights lie, in the order of
+        the sources, and for each source the shortest first."""
         keys = set(keys)
         found: list[str] = []
         for source in self.sources:
@@ -116,8 +122,8 @@ def rename(state: Mapping[str, Tensor], source: Source
         The renamed weights, and the reason for each key left out.
 
     Raises:
-        ValueError: for a key that no rule knows, a tensor that a rule cannot
-            take, or a part without its neighbours.
+        ValueError: for a key that no rule matches, a tensor that a rule cannot
+            transform, or a part of a tensor without the other parts.
     """
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
@@ -154,7 +160,8 @@ def rename(state: Mapping[str, Tensor], source: Source
 
 
 def matching(key: str, reasons: Iterable[tuple[str, str]]) -> str | None:
-    """The reason of the first pattern that matches a whole key."""
+    """The reason of the first pattern that matches the whole key; None if none
+    does."""
     return next((reason for pattern, reason in reasons
                  if re.fullmatch(pattern, key)), None)
 
@@ -171,8 +178,8 @@ def _apply_rules(key: str, tensor: Tensor, source: Source
             return name, transform(tensor) if transform else tensor
         except RuntimeError as error:
             raise ValueError(
-                f'{key} {tuple(tensor.shape)} has not the shape it has in a '
-                f'{source.name} checkpoint: {error}') from None
+                f'{key} {tuple(tensor.shape)} does not have the shape that it '
+                f'has in a {source.name} checkpoint: {error}') from None
     raise AssertionError(key)
 
 

@@ -1,4 +1,4 @@
-"""Names of Swin checkpoints; ours are those of mmseg and mmdet."""
+"""Names of weights in Swin checkpoints. Ours are those of mmseg and mmdet."""
 from collections.abc import Callable
 from typing import Any
 
@@ -19,19 +19,28 @@ from rmoe.upcycling.keymaps.swin_moe import (
 
 
 def to_unfold_order(tensor: Tensor) -> Tensor:
-    """Patch-merging channels from (w, h, C) to nn.Unfold's (C, h, w).
+    """Reorder the channels of patch merging from (w, h, C) to nn.Unfold's
+    (C, h, w).
 
-    Microsoft's release, timm and Hugging Face join neighbours in the order
-    (0,0), (1,0), (0,1), (1,1) with channels inside; mm unfolds with channels
-    outside. Takes the reduction's weight (O, 4C) or the norm's vector (4C,).
+    Microsoft's release, timm and Hugging Face join the four neighbours in the
+    order (0,0), (1,0), (0,1), (1,1), and the channels of each stay together.
+    OpenMMLab uses nn.Unfold, where the four values of each channel are
+    together.
+
+    Args:
+        tensor: the reduction's weight (O, 4C) or the norm's vector (4C,).
     """
     parts = tensor.unflatten(-1, (2, 2, -1))
     return parts.movedim(-1, -3).transpose(-1, -2).flatten(-3)
 
 
 def swin_rules(downsample_stage: Callable[[int], int]) -> tuple[Rule, ...]:
-    """Rules of the original names; ``downsample_stage`` gives the stage that
-    a merging step ends."""
+    """Rules for the original names.
+
+    Args:
+        downsample_stage: maps the number in the name of a merging step to the
+            stage that it ends.
+    """
     block = r'layers\.(\d+)\.blocks\.(\d+)\.'
     return (
         (r'patch_embed\.proj\.(.+)', r'patch_embed.projection.\1', None),
@@ -73,7 +82,8 @@ def _hf_rules() -> tuple[Rule, ...]:
         (block + r'output\.dense\.(.+)', to + r'ffn.layers.1.\3', None),
         (r'encoder\.layers\.(\d+)\.downsample\.((?:norm|reduction)\..+)',
          r'stages.\1.downsample.\2', to_unfold_order),
-        # SwinBackbone's norms on the outputs; its stage1 is our stage 0.
+        # The norms on the outputs of a SwinBackbone, whose stage1 is our stage
+        # 0.
         (r'hidden_states_norms\.stage(\d+)\.(.+)',
          lambda match: f'norm{int(match[1]) - 1}.{match[2]}', None),
     )
@@ -90,7 +100,7 @@ COMPUTED = (
     (r'.*relative_position_index', 'buffer that is computed'),
 )
 MASK_TOKEN = (
-    # SimMIM, and iBOT.
+    # The names of SimMIM and of iBOT.
     (r'mask_token|masked_embed', 'token of masked images'),
 )
 CLASSIFIER = (
@@ -132,13 +142,13 @@ SWIN = Architecture(
                       ),
                rules=_hf_rules(),
                left_out=(
-                   # With 'swin.' in front in files of a SwinBackbone.
+                   # Files of a SwinBackbone have 'swin.' in front.
                    (r'(?:swin\.)?layernorm\..+',
                     'final norm, fitted to the classifier'),
                    (r'embeddings\.mask_token', 'token of masked images'),
                    *COMPUTED)),
     ),
-    # Classification checkpoints have no norms on the stages' outputs.
+    # Classification checkpoints have no norms on the outputs of the stages.
     new=(r'norm\d+\.(weight|bias)', ),
     spare=((r'norm\d+\.(weight|bias)', 'norm of a stage not in out_indices'),
            ),

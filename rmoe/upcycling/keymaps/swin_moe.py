@@ -1,8 +1,8 @@
-"""What Microsoft's Swin-MoE names other than Swin does: Tutel's MoE layers
-and the continuous position bias.
+"""Names in Microsoft's Swin-MoE that Swin does not have: those of Tutel's MoE
+layers and of the continuous position bias.
 
-Read rank files with :mod:`rmoe.upcycling.formats.tutel` first: here experts
-are stacked over all ranks.
+Read rank files with :mod:`rmoe.upcycling.formats.tutel` first, because experts
+have to be stacked over all ranks here.
 """
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmoe.upcycling.keymaps.source import Rule
 
-# What Swin has not, and what Swin V2 has that Swin-MoE has not.
+# A key that Swin does not have, and one that Swin V2 has and Swin-MoE has not.
 POSITION_BIAS = 'layers.0.blocks.0.attn.cpb_mlp.0.weight'
 SWIN_V2 = 'layers.0.blocks.0.attn.logit_scale'
 
@@ -21,7 +21,8 @@ _TO = r'stages.\1.blocks.\2.ffn.'
 
 
 def _one_row(bias: Tensor) -> Tensor:
-    """(E, 1, width) of older files, or (E, width), to (E, width)."""
+    """Reshape a bias (E, 1, width), as older files have it, or (E, width) to
+    (E, width)."""
     return bias.reshape(len(bias), -1)
 
 
@@ -37,7 +38,7 @@ MOE_RULES: tuple[Rule, ...] = (
      _TO + 'experts.residual_fc1_weight', None),
     (_LAYER + r'experts\.batched_fc1_bias',
      _TO + 'experts.residual_fc1_bias', _one_row),
-    # Tutel multiplies by it from the left: (E, H, D).
+    # Tutel's weight is (E, H, D), because it computes x @ weight.
     (_LAYER + r'experts\.batched_fc2_w', _TO + 'experts.residual_fc2_weight',
      lambda weight: weight.mT),
     (_LAYER + r'experts\.batched_fc2_bias',
@@ -50,13 +51,13 @@ LEFT_OUT = (
 
 
 def check_settings(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Is the model set up as the one the file is of?
+    """Check that the model has the same settings as the model of the file.
 
-    The same weights give another position bias where coordinates are
-    normalised for windows of another size, and no shape would tell.
+    The same weights give another position bias if coordinates are normalised
+    for windows of another size, and no shape would show that.
 
     Raises:
-        ValueError: if not; names the setting to write.
+        ValueError: if a setting differs. Names the setting to write.
     """
     ours = tuple(model.pretrained_window_sizes)
     theirs = tuple(_pretrained_window(stage, state, size)
@@ -86,17 +87,19 @@ def _check_fc2_bias(model: Any, state: Mapping[str, Tensor]) -> None:
 
 def _pretrained_window(stage: int, state: Mapping[str, Tensor],
                        default: int | None) -> int | None:
-    """The window a stage's coordinates are normalised for; the default where
-    the file does not say."""
+    """The size of the window for which the coordinates of a stage are
+    normalised; the default if the file does not tell."""
     key = f'layers.{stage}.blocks.0.attn.relative_coords_table'
     table = state.get(key)
-    # A window of one token has no distances.
+    # The table of a window of one token has no distances.
     if table is None or table.numel() == 2:
         return default
-    # The largest is log2(1 + 8 distance / (pretrained - 1)) / log2(8).
+    # The largest value is log2(1 + 8 distance / (pretrained - 1)) / log2(8),
+    # which is solved for the pre-trained size.
     distance = (table.shape[1] - 1) // 2
     scaled = 8**float(table.max()) - 1
     if not 0 < scaled < float('inf'):
         raise ValueError(f'{key} {tuple(table.shape)} is no table of '
-                         f'distances: its largest is {float(table.max())}')
+                         'distances, as its largest value is '
+                         f'{float(table.max())}: give another checkpoint')
     return round(8 * distance / scaled) + 1

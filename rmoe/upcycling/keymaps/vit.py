@@ -1,4 +1,4 @@
-"""Names of ViT checkpoints; ours are those of mmseg."""
+"""Names of weights in ViT checkpoints. Our own are those of mmseg."""
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def _timm_rules(block: str = r'blocks\.(\d+)\.') -> tuple[Rule, ...]:
         (block + r'norm([12])\.(.+)', TO + r'ln\2.\3', None),
         (block + r'attn\.qkv\.(.+)', TO + r'attn.attn.in_proj_\2', None),
         (block + r'attn\.proj\.(.+)', TO + r'attn.attn.out_proj.\2', None),
-        # timm and DINOv2, then DeiT III.
+        # The first name is that of timm and DINOv2, the second of DeiT III.
         (block + r'(?:ls1\.gamma|gamma_1)', TO + r'attn.gamma1.weight', None),
         (block + r'(?:ls2\.gamma|gamma_2)', TO + r'ffn.gamma2.weight', None),
         (block + r'mlp\.fc1\.(.+)', TO + r'ffn.layers.0.0.\2', None),
@@ -83,7 +83,7 @@ def _resize_positions(table: Tensor, current: Tensor, model: Any
                       ) -> Tensor | None:
     patches_only = round(table.shape[1]**0.5)**2 == table.shape[1]
     if model.cls_token is not None and patches_only:
-        # As in DeiT III: no position for the class token.
+        # As in DeiT III, the file has no position for the class token.
         table = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
     elif model.cls_token is None and not patches_only:
         table = table[:, 1:]
@@ -95,7 +95,7 @@ def _resize_positions(table: Tensor, current: Tensor, model: Any
 
 CLASSIFIER = (
     (r'(?:head|fc_norm|pre_logits)\..+', 'classification head'),
-    # MAE and SimMIM, and iBOT.
+    # The first name is that of MAE and SimMIM, the second of iBOT.
     (r'mask_token|masked_embed', 'token of masked images'),
     (r'decoder(?:_.+|\..+)', 'decoder of the pre-training'),
 )
@@ -122,7 +122,8 @@ VIT = Architecture(
         Source('DINOv2 training checkpoint',
                marks=('blocks.0.0.attn.qkv.weight', 'patch_embed.proj.weight',
                       'pos_embed'),
-               # Blocks lie in chunks; the second number counts them all.
+               # Blocks are in chunks. The first number is that of the chunk,
+               # the second counts all blocks.
                rules=_timm_rules(r'blocks\.\d+\.(\d+)\.'),
                left_out=CLASSIFIER),
         Source('Hugging Face ViT',
@@ -141,8 +142,8 @@ VIT = Architecture(
         *CLIP,
         VMOE,
     ),
-    # Models that pool their patches have no final norm of this kind, and
-    # mmseg's by default none at all.
+    # Models that average their patches have no final norm of this kind, and
+    # mmseg's models have by default no final norm at all.
     new=(r'ln1\.(weight|bias)', ),
     spare=((r'ln1\.(weight|bias)', 'final norm, which the model has not'),
            (r'cls_token', 'class token, which the model has not')),

@@ -1,9 +1,10 @@
-"""Names of the ViTs and V-MoEs that Google trained with Flax.
+"""Names of weights in the ViTs and V-MoEs that Google trained with Flax.
 
-Keys join the names of modules by '/'. V-MoE (google-research/vmoe) and ViT
-(vision_transformer, big_vision) differ in the names of a block's parts, some
-by the age of the file: before Flax's linen API, modules of all kinds were
-counted together (``LayerNorm_2`` is the second norm).
+In a key the names of modules are joined by '/'. The parts of a block have
+different names in V-MoE (google-research/vmoe) and ViT (vision_transformer,
+big_vision). Some names also depend on the age of the file: before Flax's linen
+API, modules of all kinds were numbered together (``LayerNorm_2`` is the second
+norm).
 """
 from collections.abc import Mapping
 from typing import Any
@@ -22,27 +23,27 @@ TO = r'layers.\1.'
 
 
 def _to_conv(kernel: Tensor) -> Tensor:
-    """(height, width, in, D) to (D, in, height, width)."""
+    """Transpose (height, width, in, D) to (D, in, height, width)."""
     return kernel.permute(3, 2, 0, 1)
 
 
 def _to_linear(kernel: Tensor) -> Tensor:
-    """(in, out) to (out, in)."""
+    """Transpose (in, out) to (out, in)."""
     return kernel.permute(1, 0)
 
 
 def _to_experts(kernel: Tensor) -> Tensor:
-    """(E, in, out) to (E, out, in)."""
+    """Transpose (E, in, out) to (E, out, in)."""
     return kernel.permute(0, 2, 1)
 
 
 def _from_heads(kernel: Tensor) -> Tensor:
-    """(heads, head width, D) to (D, heads x head width)."""
+    """Reshape (heads, head width, D) to (D, heads x head width)."""
     return kernel.permute(2, 0, 1).flatten(1)
 
 
 def _to_heads(kernel: Tensor) -> Tensor:
-    """(D, heads, head width) to (heads x head width, D)."""
+    """Reshape (D, heads, head width) to (heads x head width, D)."""
     return kernel.permute(1, 2, 0).flatten(0, 1)
 
 
@@ -90,7 +91,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def _check_gelu(model: Any, state: Mapping[str, Tensor]) -> None:
-    # Flax's gelu is the approximation by tanh.
+    # Flax's gelu is by default the approximation with tanh.
     check_activation(model.layers[0].ffn, 'GELU',
                      "dict(type='GELU', approximate='tanh')", 'tanh')
 
