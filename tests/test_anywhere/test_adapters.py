@@ -63,7 +63,7 @@ def test_halves_of_hugging_face(tmp_path):
 def test_what_trained_is_not_left_out(trained, tmp_path):
     _, model = trained
     with pytest.raises(ValueError, match=r'2 parameters train and would not '
-                                         r'be in the adapter, head\.weight'):
+                       r'be in the adapter; the first is head\.weight'):
         rmoe.save_adapter(model, tmp_path / 'a.pth')
     with pytest.raises(ValueError, match="also names 'neck'"):
         rmoe.save_adapter(model, tmp_path / 'a.pth', also='neck')
