@@ -38,12 +38,14 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['rmoe', 'rmoe.*']),
+    package_data={'rmoe.report': ['assets/*']},
     cmdclass={'build_py': BuildWithConfigs},
     # Neither torch nor OpenMMLab: pip would replace what an environment has.
     # Importing rmoe, and tools/doctor.py, say what is missing.
     install_requires=['numpy', 'safetensors', 'matplotlib', 'msgpack'],
     extras_require={
         'openmmlab': [*requirements('mmcv'), *requirements('openmmlab')],
+        'report': requirements('report'),
         'deploy': ['onnx', 'onnxruntime', 'onnxscript'],
         'dev': [*requirements('test'), *requirements('dev')],
     },

@@ -39,13 +39,6 @@ def backbone_config(cfg: Config) -> dict:
     return backbone
 
 
-def dense_twin(backbone: dict) -> dict:
-    """The config of the same backbone without experts."""
-    if backbone['type'].split('.')[-1] == 'UpcycledBackbone':
-        return deepcopy(backbone['backbone'])
-    return dict(deepcopy(backbone), moe=None)
-
-
 def build(backbone: dict) -> nn.Module:
     """In evaluation mode."""
     model = MODELS.build(deepcopy(backbone))

@@ -25,7 +25,6 @@ import torch
 from _backbone import (
     backbone_config,
     build,
-    dense_twin,
     largest_difference,
     layers_that_change_the_function,
     load_images,
@@ -35,6 +34,7 @@ from _config import run
 from mmengine.config import Config, DictAction
 from torch import Tensor, nn
 
+from rmoe.backbones.twin import dense_twin
 from rmoe.moe import moe_layers
 from rmoe.upcycling import (
     Report,

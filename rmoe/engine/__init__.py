@@ -16,12 +16,14 @@ from rmoe.engine.expert_mean_hooks import (
 from rmoe.engine.label_check import LabelCheckHook
 from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
+from rmoe.engine.report_hook import ReportHook
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.routing_stats_hook import RoutingStatsHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',
     'ExpertAveragingHook', 'LabelCheckHook',
-    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ResidualMoEHook',
-    'RoutingStatsHook', 'SharedMomentsHook', 'ZeroMeanHook'
+    'LayerDecayOptimWrapperConstructor', 'MoELossHook', 'ReportHook',
+    'ResidualMoEHook', 'RoutingStatsHook', 'SharedMomentsHook',
+    'ZeroMeanHook'
 ]

@@ -17,12 +17,13 @@ TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
 import torch
-from _backbone import backbone_config, build, dense_twin
+from _backbone import backbone_config, build
 from _config import run
 from mmengine.config import Config, DictAction
 from torch import nn
 
 from rmoe.backbones import PRESETS, preset
+from rmoe.backbones.twin import dense_twin
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity, inactive_params
 from rmoe.upcycling import weightless

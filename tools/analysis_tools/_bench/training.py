@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from _backbone import dense_twin
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -16,6 +15,7 @@ from torch import nn
 from _bench.layers import spread_load
 from _bench.precision import now
 from _bench.timing import DEVICE
+from rmoe.backbones.twin import dense_twin
 from rmoe.engine.moe_loss_hook import install
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.roles import ROLES
