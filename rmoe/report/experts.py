@@ -1,5 +1,4 @@
 """What the experts of a run's last checkpoint do with validation images."""
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import Tensor
@@ -97,9 +97,10 @@ def observe(cfg: Config, checkpoint: Path | None, shown: int,
             the validation set; those shown are some of them.
     """
     found = Experts()
-    before = logging.root.manager.disable
     # What it says of a load would pass for the run's own in its log.
-    logging.disable(logging.INFO)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')
     try:
         init_default_scope(cfg.get('default_scope') or 'mmengine')
         model = _build(cfg, checkpoint)
@@ -112,7 +113,7 @@ def observe(cfg: Config, checkpoint: Path | None, shown: int,
     except Exception as error:
         found.notes.append(f'{type(error).__name__}: {error}')
     finally:
-        logging.disable(before)
+        logger.setLevel(level)
     return found
 
 
@@ -143,11 +144,11 @@ def _look(cfg: Config, model: BaseModel, found: Experts, shown: int,
     for index in indices:
         item = dataset[index]
         inputs, routings = _route(model, item)
-        image_hw = tuple(item['inputs'].shape[-2:])
+        image_hw = _size(item['inputs'])
         if index in pictured:
             found.overlays.append(_overlay(item, index, inputs, routings))
         if not found.costs:
-            found.size = (inputs.shape[-2], inputs.shape[-1])
+            found.size = _size(inputs)
             _count_costs(cfg, model, inputs, found)
         if not tallies:
             continue
@@ -160,7 +161,7 @@ def _look(cfg: Config, model: BaseModel, found: Experts, shown: int,
             continue
         found.images += 1
         for name, tally in tallies.items():
-            _add(tally, routings[name], labels, image_hw, inputs)
+            _add(tally, routings[name], labels, image_hw, _size(inputs))
     found.classes = classes if tallies else ()
     found.tokens_LE = {name: tally.counts_LE.numpy()
                        for name, tally in tallies.items()}
@@ -216,30 +217,30 @@ def _overlay(item: dict, index: int, inputs: Tensor,
         raise ValueError(f'the validation set gives images of {image.dtype}, '
                          'not of uint8, which cannot be drawn')
     path = getattr(sample, 'img_path', None)
-    padded_hw = tuple(inputs.shape[-2:])
     return Overlay(
         Path(path).name if path else f'image {index}', image,
-        [_cropped(routing, padded_hw, image.shape[:2])
+        [_cropped(routing, _size(inputs), _size(item['inputs']))
          for routing in routings.values()])
 
 
 def _cropped(routing: Routing | SoftRouting, padded_hw: tuple[int, int],
-             image_hw: tuple[int, ...]) -> ExpertMap:
+             image_hw: tuple[int, int]) -> ExpertMap:
     """The expert map without rows and columns that are all padding."""
     stride = token_map(routing.num_tokens, padded_hw)[-1]
     rows, columns = (-(-side // stride) for side in image_hw)
     return ExpertMap(expert_map(routing, padded_hw)[:rows, :columns], stride)
 
 
-def _add(tally: Tally, routing: Routing, labels: Tensor,
-         image_hw: tuple[int, int], inputs: Tensor) -> None:
-    leading, height, width, stride = token_map(
-        routing.num_tokens, tuple(inputs.shape[-2:]))
+def _add(tally: Tally, routing: Routing | SoftRouting, labels: Tensor,
+         image_hw: tuple[int, int], padded_hw: tuple[int, int]) -> None:
+    """Count an image, without rows and columns that are all padding."""
+    assert isinstance(routing, Routing)
+    leading, height, width, stride = token_map(routing.num_tokens, padded_hw)
     shares_HWE = expert_shares(routing)[leading:].view(height, width, -1)
-    map_hw = tuple(-(-side // stride) for side in image_hw)
+    rows, columns = (-(-side // stride) for side in image_hw)
     tally.add(
-        shares_HWE[:map_hw[0], :map_hw[1]],
-        patch_classes(labels, map_hw, stride, image_hw,
+        shares_HWE[:rows, :columns],
+        patch_classes(labels, (rows, columns), stride, image_hw,
                       tally.counts_LE.shape[0]))
 
 
@@ -247,11 +248,15 @@ def _count_costs(cfg: Config, model: BaseModel, inputs: Tensor,
                  found: Experts) -> None:
     # A sum over whole images says nothing of their number.
     image = inputs[:1]
-    config: dict[str, Any] = dense_twin(cfg.model.backbone)
     try:
-        twin = MODELS.build(config).to(image.device)
+        twin = MODELS.build(dense_twin(cfg.model.backbone)).to(image.device)
         found.costs = {'this model': complexity(model.backbone, image),
                        'dense twin': complexity(twin, image)}
     except Exception as error:
         found.notes.append('the backbone was not counted: '
                            f'{type(error).__name__}: {error}')
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return image.shape[-2], image.shape[-1]

@@ -26,6 +26,7 @@ SHARES = (('entropy', '#2f7ed8', 'solid'), ('dropped', '#e8762d', 'solid'),
           ('unrouted', '#2ca25f', 'dot'))
 GREY = '#888888'
 ALWAYS_SHOWN = 60  # marks of a curve, above which it is a line alone
+NAME_HEIGHT = 14  # of a stage, in pixels
 MAX_LISTED = 16  # experts in a legend
 ITERATION = dict(text='iteration', standoff=8)
 HEIGHT, LAYER_HEIGHT, ROW_HEIGHT = 340, 560, 20
@@ -118,7 +119,7 @@ def layer_figure(run: Run, layer: str, dead_below: float) -> dict[str, Any]:
     figure.update_yaxes(title='dead', row=3, dtick=max(1, len(loads) // 2),
                         range=[0, max(len(loads), 1)])
     # As far as training went, not as far as it routed.
-    figure.update_xaxes(range=[0, run.scalars.last_iteration()])
+    figure.update_xaxes(range=[0, 1.02 * run.scalars.last_iteration()])
     figure.update_xaxes(title=ITERATION, row=3)
     _mark_stages(figure, [run])
     return _json(figure)
@@ -171,7 +172,8 @@ def _figure(label: str) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(template=None, height=HEIGHT, hovermode='x unified')
     figure.update_xaxes(title=ITERATION, rangemode='tozero')
-    figure.update_yaxes(title=escape(label), automargin=True)
+    figure.update_yaxes(title=dict(text=escape(label), standoff=8),
+                        automargin=True)
     return figure
 
 
@@ -190,9 +192,11 @@ def _marks(curve: Curve) -> dict[str, str]:
 
 
 def _mark_stages(figure: go.Figure, runs: Sequence[Run]) -> None:
-    """A line where a stage begins, in the colour of its run, and its name."""
-    for number, run in enumerate(runs):
-        colour = GREY if len(runs) == 1 else COLOURS[number % len(COLOURS)]
+    """A line where a stage begins, and its name: in the colour of its run,
+    unless all runs have the same stages."""
+    same = all(run.log.stages == runs[0].log.stages for run in runs)
+    for number, run in enumerate(runs[:1] if same else runs):
+        colour = GREY if same else COLOURS[number % len(COLOURS)]
         for stage in run.log.stages:
             figure.add_shape(
                 type='line', x0=stage.begin, x1=stage.begin, y0=0, y1=1,
@@ -200,8 +204,9 @@ def _mark_stages(figure: go.Figure, runs: Sequence[Run]) -> None:
                 line=dict(color=colour, dash='dash', width=1))
             figure.add_annotation(
                 x=stage.begin, y=1, xref='x', yref='paper', xanchor='left',
-                yanchor='bottom', yshift=14 * number, showarrow=False,
-                text=escape(stage.name), font=dict(color=colour, size=11))
+                yanchor='bottom', yshift=NAME_HEIGHT * number,
+                showarrow=False, text=escape(stage.name),
+                font=dict(color=colour, size=11))
 
 
 def _json(figure: go.Figure) -> dict[str, Any]:

@@ -36,8 +36,10 @@ function draw(div) {
   const layout = chart.layout;
   for (const [path, value] of Object.entries(colours(layout))) put(layout, path, value);
   const plot = layout.height - 110;
+  // Names of stages, those of each run above the others.
+  const names = Math.max(0, ...(layout.annotations ?? []).map((one) => one.yshift));
   Object.assign(layout, {
-    autosize: true, margin: {l: 56, r: 12, t: 34, b: 60},
+    autosize: true, margin: {l: 56, r: 12, t: 34 + names, b: 60},
     legend: {orientation: 'h', x: 0, y: -48 / plot, yanchor: 'top', traceorder: 'normal'},
     dragmode: touch.matches ? false : 'zoom',
   });
