@@ -96,7 +96,7 @@ def make_config(path: Path, work_dir: Path, iters: int,
     cfg.work_dir = str(work_dir)
     # One report of all runs, in the end.
     cfg.default_hooks.report.enabled = False
-    cfg.train_cfg.max_iters = iters
+    cfg.train_cfg.update(max_iters=iters, val_interval=iters)
     cfg.param_scheduler[0].end = warm_up = min(30, iters // 2)
     cfg.param_scheduler[1].update(begin=warm_up, end=max(iters, warm_up + 1))
     data.apply(cfg)

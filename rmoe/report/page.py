@@ -34,7 +34,7 @@ def render(runs: Sequence[Run], experts: Sequence[Experts],
     """
     page = _Page()
     context = dict(
-        version=__version__, runs=runs, tables=tables,
+        version=__version__, runs=runs,
         scores=tables.score_table(runs), costs=tables.cost_table(runs),
         twin=tables.dense_twin_of(runs), about=list(map(_about, runs)),
         score_charts=[page.chart(figures.score_figure(runs, name))

@@ -112,9 +112,11 @@ def test_a_detector_has_a_background(tmp_path):
     assert overlay.maps[0].experts.shape == (3, 4)
     assert overlay.image.shape == (48, 64, 3)
     # Two layers of 12 patches in each of four images. By hand: the disk
-    # fills one of them, the square four.
+    # covers most of one of them, the square of two and half of a third,
+    # where it comes before the background.
+    assert len(found.tokens_LE) == 2
     for tokens_LE in found.tokens_LE.values():
-        assert tokens_LE.sum(1).tolist() == [4, 16, 28]
+        assert tokens_LE.sum(1).tolist() == [4, 12, 32]
 
 
 @pytest.mark.parametrize('change, message', [

@@ -69,7 +69,7 @@ def test_nothing_was_logged(tmp_path):
 
 
 def test_a_config_that_cannot_be_read_is_no_reason_to_fail(tmp_path):
-    write_run(tmp_path, config='import nothing_like_this\n')
+    write_run(tmp_path, config='a = nothing_like_this\n')
     text = Page(write_report([tmp_path])).text
     assert 'the config cannot be read' in text
     assert 'nothing_like_this' in text
