@@ -4,7 +4,7 @@ from pathlib import Path
 
 LAYER = 'backbone.stages.2.blocks.1.ffn'
 LOG = '''\
-2030/01/01 00:00:00 - mmengine - INFO - 
+2030/01/01 00:00:00 - mmengine - INFO -\x20
 ------------------------------------------------------------
 System environment:
     sys.platform: linux

@@ -15,7 +15,7 @@ from run_folder import (
 from rmoe.report.work_dir import read_runs
 
 pytest.importorskip('plotly')
-from rmoe.report import figures  # noqa: E402
+from rmoe.report import figures
 
 
 def traces(figure):
