@@ -94,6 +94,9 @@ def make_config(path: Path, work_dir: Path, iters: int,
                 data: DataSet) -> Config:
     cfg = Config.fromfile(path)
     cfg.work_dir = str(work_dir)
+    # mmengine gives every runner of a process the visualizer of this name,
+    # which writes into the folder of the first.
+    cfg.visualizer.name = str(work_dir)
     # One report of all runs, in the end.
     cfg.default_hooks.report.enabled = False
     cfg.train_cfg.update(max_iters=iters, val_interval=iters)
