@@ -38,6 +38,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['rmoe', 'rmoe.*']),
+    package_data={'rmoe.report': ['assets/*']},
     cmdclass={'build_py': BuildWithConfigs},
     # torch and OpenMMLab are not listed, because pip would replace the versions
     # that an environment has. ``import rmoe`` and tools/doctor.py say what is
@@ -45,6 +46,7 @@ setup(
     install_requires=['numpy', 'safetensors', 'matplotlib', 'msgpack'],
     extras_require={
         'openmmlab': [*requirements('mmcv'), *requirements('openmmlab')],
+        'report': requirements('report'),
         'deploy': ['onnx', 'onnxruntime', 'onnxscript'],
         'dev': [*requirements('test'), *requirements('dev')],
     },

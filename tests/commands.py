@@ -30,7 +30,8 @@ def options(work, name, *more):
     return ['--work-dir', work / name, '--cfg-options', *data,
             'train_cfg.max_iters=4', 'train_dataloader.batch_size=2',
             'default_hooks.checkpoint.interval=2',
-            'default_hooks.logger.interval=1', *more]
+            'default_hooks.logger.interval=1',
+            'default_hooks.report.enabled=False', *more]
 
 
 def miou(folder: Path) -> float:

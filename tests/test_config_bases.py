@@ -145,6 +145,7 @@ def short_run(cfg, work_dir, root, batches):
     """``batches`` training batches and as many pictures to evaluate."""
     cfg.work_dir = str(work_dir)
     cfg.experiment_name = work_dir.name
+    cfg.default_hooks.report.enabled = False
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)

@@ -60,3 +60,6 @@ def test_configs_are_inside_the_package(tmp_path):
     assert shipped == {path.relative_to(built / 'configs')
                        for path in (built / 'configs').rglob('*.py')}
     assert (built / 'engine/residual_moe_hook.py').exists()
+    # what a report is made of
+    assert {path.name for path in (ROOT / 'rmoe/report/assets').iterdir()} == {
+        path.name for path in (built / 'report/assets').iterdir()} != set()

@@ -54,17 +54,19 @@ class Environment:
     constraints: str = 'build.txt'
 
 
-NEWEST = ('torch.txt',), ('mmcv.txt', 'openmmlab.txt', 'run.txt')
+NEWEST = ('torch.txt',), ('mmcv.txt', 'openmmlab.txt', 'run.txt',
+                           'report.txt')
 ENVIRONMENTS = {
     'run': Environment('.venv', NEWEST),
     'test': Environment('.venv', (*NEWEST, ('test.txt', 'dev.txt'))),
     'oldest': Environment(
         '.venv-oldest', (('torch-oldest.txt',),
                          ('mmcv.txt', 'openmmlab.txt', 'run.txt',
-                          'test.txt')),
+                          'report.txt', 'test.txt')),
         ('python3.10', 'python3.11'), 'oldest.txt'),
     'fork': Environment(
-        '.venv-fork', (('torch.txt',), ('fork.txt', 'run.txt', 'test.txt'))),
+        '.venv-fork', (('torch.txt',),
+                       ('fork.txt', 'run.txt', 'report.txt', 'test.txt'))),
 }
 
 

@@ -28,6 +28,7 @@ from rmoe.datasets.demo import DataSet, find_data, make_scenes
 from rmoe.engine.moe_loss_hook import install as collect_auxiliary_losses
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity
+from rmoe.report import DEFAULT_NAME, missing_packages, write_report
 from rmoe.visualization.recording import load_shares, record_routing
 from rmoe.visualization.segmentor import draw_segmentor
 
@@ -82,6 +83,7 @@ def main() -> None:
     draw(moe_cfg, moe, picture)
     say(f'picture: {picture}\nlogs and checkpoints: {args.work_dir}\n'
         f'{time.time() - begin:.0f} s in all')
+    say(report([moe_cfg, dense_cfg], args.work_dir / DEFAULT_NAME))
 
 
 def say(text: str) -> None:
@@ -92,7 +94,12 @@ def make_config(path: Path, work_dir: Path, iters: int,
                 data: DataSet) -> Config:
     cfg = Config.fromfile(path)
     cfg.work_dir = str(work_dir)
-    cfg.train_cfg.max_iters = iters
+    # mmengine gives every runner of a process the visualizer of this name,
+    # which writes into the folder of the first.
+    cfg.visualizer.name = str(work_dir)
+    # One report of all runs, in the end.
+    cfg.default_hooks.report.enabled = False
+    cfg.train_cfg.update(max_iters=iters, val_interval=iters)
     cfg.param_scheduler[0].end = warm_up = min(30, iters // 2)
     cfg.param_scheduler[1].update(begin=warm_up, end=max(iters, warm_up + 1))
     data.apply(cfg)
@@ -222,6 +229,15 @@ def draw(cfg: Config, checkpoint: Path, path: Path) -> None:
     runner.model.dataset_meta = dataset.metainfo
     draw_segmentor(runner.model.eval(), dataset[0], path, loads,
                    title='which expert took each patch')
+
+
+def report(configs: list[Config], path: Path) -> str:
+    """Write the report of both runs; what to say of it."""
+    if missing := missing_packages():
+        return f'no report: {missing}'
+    with quiet():
+        write_report([Path(cfg.work_dir) for cfg in configs], path)
+    return f'report: {path}'
 
 
 if __name__ == '__main__':

@@ -20,4 +20,5 @@ default_hooks = dict(
         save_best='accuracy/top1'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     class_check=dict(type='rmoe.ClassCheckHook'),
-    cost=dict(type='rmoe.CostHook'))
+    cost=dict(type='rmoe.CostHook'),
+    report=dict(type='rmoe.ReportHook'))

@@ -20,4 +20,5 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
     label_check=dict(type='rmoe.LabelCheckHook'),
-    cost=dict(type='rmoe.CostHook'))
+    cost=dict(type='rmoe.CostHook'),
+    report=dict(type='rmoe.ReportHook'))

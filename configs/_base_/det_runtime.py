@@ -20,4 +20,5 @@ default_hooks = dict(
         save_best='coco/bbox_mAP'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
-    cost=dict(type='rmoe.CostHook'))
+    cost=dict(type='rmoe.CostHook'),
+    report=dict(type='rmoe.ReportHook'))

@@ -15,12 +15,13 @@ from rmoe.engine.expert_mean_hooks import (
 )
 from rmoe.engine.moe_loss_hook import MoELossHook
 from rmoe.engine.optim_constructor import LayerDecayOptimWrapperConstructor
+from rmoe.engine.report_hook import ReportHook
 from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.routing_stats_hook import RoutingStatsHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'BalanceBiasHook', 'CheckpointHook', 'CostHook',
     'ExpertAveragingHook', 'LayerDecayOptimWrapperConstructor',
-    'MoELossHook', 'ResidualMoEHook', 'RoutingStatsHook',
+    'MoELossHook', 'ReportHook', 'ResidualMoEHook', 'RoutingStatsHook',
     'SharedMomentsHook', 'ZeroMeanHook'
 ]

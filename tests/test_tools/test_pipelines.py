@@ -93,6 +93,7 @@ def classifier(work):
         type='rmoe.Accuracy', topk=(1, ))
     cfg.default_hooks.pop('visualization')
     cfg.default_hooks.pop('label_check')
+    cfg.default_hooks.report.enabled = False
     return cfg
 
 

@@ -1,0 +1,119 @@
+"""What a run logged as numbers, by iteration."""
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MOE = 'moe/'
+# Of a validation line, what is no score.
+NO_SCORES = ('data_time', 'time', 'step', 'iter', 'epoch', 'memory')
+
+# The values of a quantity by iteration, in order.
+Curve = dict[int, float]
+
+
+@dataclass
+class Scalars:
+    """The numbers of a run.
+
+    Attributes:
+        train: by name (``loss``, ``time``, ``memory``, ...), what training
+            logged.
+        scores: by name, what validation found.
+        layers: by name of the MoE layer and of the quantity (``load_0``,
+            ``entropy``, ``dropped``, ``unrouted``), what RoutingStatsHook
+            logged.
+    """
+    train: dict[str, Curve] = field(default_factory=dict)
+    scores: dict[str, Curve] = field(default_factory=dict)
+    layers: dict[str, dict[str, Curve]] = field(default_factory=dict)
+
+    def curves(self) -> Iterator[Curve]:
+        yield from self.train.values()
+        yield from self.scores.values()
+        for layer in self.layers.values():
+            yield from layer.values()
+
+    def losses(self) -> dict[str, Curve]:
+        """All losses but the total."""
+        return {name: curve for name, curve in self.train.items()
+                if 'loss' in name and name != 'loss'}
+
+    def task_loss(self) -> Curve:
+        """The loss without ``loss_moe_*``, which a dense model has not."""
+        auxiliary = [curve for name, curve in self.train.items()
+                     if name.startswith('loss_moe_')]
+        return {step: value - sum(curve.get(step, 0.) for curve in auxiliary)
+                for step, value in self.train.get('loss', {}).items()}
+
+    def last_iteration(self) -> int:
+        return max((max(curve) for curve in self.curves() if curve),
+                   default=0)
+
+
+def read_scalars(files: Iterable[Path], epoch_length: int | None) -> Scalars:
+    """The numbers of all starts of a run.
+
+    A start takes the place of all that earlier ones logged from its first
+    iteration on: a resumed run did that again, and one that began anew is
+    another run in the same folder. Lines that a kill left unfinished are
+    passed over.
+
+    Args:
+        files: ``scalars.json`` of each start, the oldest first.
+        epoch_length: iterations of an epoch, where validation was logged by
+            epoch; None where nobody knows.
+    """
+    found = Scalars()
+    for file in files:
+        lines = list(_lines(file))
+        first = next((line['step'] for line in lines if 'loss' in line), None)
+        if first is not None:
+            _drop_from(found, first)
+        last = 0
+        for line in lines:
+            step = line['step']
+            if any(key.startswith(MOE) for key in line):
+                _add_layers(found.layers, line, step)
+            elif 'loss' in line:
+                last = step
+                _add(found.train, line, step)
+            elif step:  # a validation without training has 0
+                # Whoever logs by iteration validates at or after the last
+                # one that was logged.
+                if step < last:
+                    step = step * epoch_length if epoch_length else last
+                _add(found.scores, line, step, NO_SCORES)
+    return found
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for text in file.read_text(errors='replace').splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get('step'), int):
+            yield line
+
+
+def _drop_from(found: Scalars, first: int) -> None:
+    for curve in found.curves():
+        for step in [step for step in curve if step >= first]:
+            del curve[step]
+
+
+def _add(curves: dict[str, Curve], line: Mapping[str, Any], step: int,
+         left_out: tuple[str, ...] = ('step', 'iter', 'epoch')) -> None:
+    for name, value in line.items():
+        if name not in left_out and isinstance(value, (int, float)):
+            curves.setdefault(name, {})[step] = float(value)
+
+
+def _add_layers(layers: dict[str, dict[str, Curve]], line: Mapping[str, Any],
+                step: int) -> None:
+    for key, value in line.items():
+        if key.startswith(MOE):
+            layer, _, what = key.removeprefix(MOE).rpartition('/')
+            layers.setdefault(layer, {}).setdefault(what, {})[step] = value
