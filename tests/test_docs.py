@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 FENCE = re.compile(r'^( *)```(\w*)\s*$')
 MARKER = re.compile(r'^\s*<!-- (needs|config|runs as)(?:: (.*))? -->\s*$')
+# Pages of which no block is run, and what it would take.
+NEEDS = {'results.md': 'the data of the experiments, and hours'}
 OWN_TEST = {'anywhere.md': 'tests/test_anywhere/test_docs.py'}
 # Commands that are not the project's.
 OTHERS = {'cd', 'export', 'git', 'pip', 'pytest', 'torchrun', 'printf', 'cat',
@@ -67,8 +69,11 @@ def read_blocks(page: Path) -> list[Block]:
                 break
             body.append(inner.removeprefix(indent))
         marker = MARKER.match(before)
+        kind, why = marker.groups('') if marker else ('', '')
+        if page.name in NEEDS:
+            kind, why = 'needs', NEEDS[page.name]
         blocks.append(Block(page, number, language, '\n'.join(body) + '\n',
-                            *(marker.groups('') if marker else ('', ''))))
+                            kind, why))
         before = ''
     return blocks
 
@@ -76,20 +81,24 @@ def read_blocks(page: Path) -> list[Block]:
 BLOCKS = {page: read_blocks(page) for page in PAGES}
 CODE = [block for blocks in BLOCKS.values() for block in blocks
         if block.language in ('bash', 'python')]
-# Pages with blocks that are run here.
-RUNNING = [page for page, blocks in BLOCKS.items()
-           if page.name not in OWN_TEST and any(
-               block.language in ('bash', 'python') and
-               block.kind in ('', 'runs as') for block in blocks)]
+# Pages whose blocks are run here, those without a marker too.
+RUNNING = [ROOT / 'docs' / name for name in (
+    'first_run.md', 'my_checkpoint.md', 'inside.md')]
 
 
 def of(block):
     return block.where
 
 
-def test_the_blocks_are_found():
-    assert len(CODE) > 60
-    assert all(block.why for block in CODE if block.kind == 'needs')
+@pytest.mark.parametrize('block', CODE, ids=of)
+def test_blocks_are_run_or_say_why_not(block):
+    assert block.why or block.kind not in ('needs', 'runs as')
+    assert block.kind or block.page in RUNNING or (
+        block.page.name in OWN_TEST), (
+        f'{block.where}: put a comment before the block, see the head of '
+        'tests/test_docs.py')
+    if block.language == 'python':
+        ast.parse(block.code.replace(', ...', ''))
 
 
 @pytest.mark.parametrize('page', OWN_TEST)
