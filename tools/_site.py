@@ -1,11 +1,13 @@
 """What mkdocs.yml does not do by itself; mkdocs calls these functions.
 
-Pages made from docstrings: "Every option" shows the classes that a config can
-name, found by their ``register_module`` in the source, and the API reference
-has a page for each package. Links to files outside docs/, relative as GitHub
-wants them, lead to the repository.
+The notebook becomes a page. Other pages are made from docstrings: "Every
+option" shows the classes that a config can name, found by their
+``register_module`` in the source, and the API reference has a page for each
+package. Links to files outside docs/, relative as GitHub wants them, lead to
+the repository.
 """
 import ast
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = 'tutorial'
 OUTSIDE = re.compile(r'\[([^\]]*)\]\((\.\./[^)\s#]*)(#[^)\s]*)?\)')
 log = logging.getLogger('mkdocs.hooks.rmoe')
 
@@ -59,6 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {f'options/{name}.md': _options_page(title, text, classes)
              for name, title, text, classes in _options()}
     pages |= {f'api/{name}.md': _package_page(name) for name in _packages()}
+    pages[f'{NOTEBOOK}.md'] = _notebook_page()
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -66,6 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, config: MkDocsConfig, page: Any,
                      files: Files) -> str:
+    markdown = markdown.replace(f']({NOTEBOOK}.ipynb)', f']({NOTEBOOK}.md)')
     if page.file.generated_by:
         return markdown  # it links to other pages alone
 
@@ -83,6 +88,20 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, page: Any,
         return f'`{name}`' if text_is_path else f'{text} (`{name}`)'
 
     return OUTSIDE.sub(lead_out, markdown)
+
+
+def _notebook_page() -> str:
+    """Its text and its code; the notebook itself is beside the page."""
+    cells = json.loads((ROOT / f'docs/{NOTEBOOK}.ipynb').read_text())['cells']
+    parts = []
+    for cell in cells:
+        text = ''.join(cell['source'])
+        parts.append(text if cell['cell_type'] == 'markdown'
+                     else f'```python\n{text}\n```')
+    # Beside the title: raw HTML is not looked at by the check of links.
+    parts.insert(1, f'<a href="../{NOTEBOOK}.ipynb">Download this page as a '
+                 'notebook.</a>')
+    return '\n\n'.join(parts) + '\n'
 
 
 def _packages() -> list[str]:
