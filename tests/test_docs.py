@@ -3,7 +3,7 @@
 A comment before a block says what becomes of it:
 
     <!-- needs: WHAT -->      not run, for want of data, hardware or a network
-    <!-- config -->           a part of a config: names and arguments are checked
+    <!-- config -->           a part of a config: names, arguments are checked
     <!-- runs as: COMMAND --> COMMAND is run instead: the same at a small size
     (none)                    run, in an empty folder, after those before it
 
