@@ -8,7 +8,7 @@ SETUP := @$(PYTHON) $(ROOT)tools/bootstrap.py
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 $(TESTS) $(ARGS)
 TESTS ?= tests
 
-.PHONY: env test test-oldest test-fork lint demo clean
+.PHONY: env test test-oldest test-fork lint demo docs clean
 
 env:
 	$(SETUP) test
@@ -38,6 +38,14 @@ lint: env
 		setup.py
 	@cd $(ROOT) && .venv/bin/python -m mypy rmoe
 
+# The site, in site/: a broken link is an error. RMOE_REPOSITORY=URL is where
+# links to files outside docs/ lead.
+docs:
+	$(SETUP) docs
+	@cd $(ROOT) && NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs \
+		build --strict --quiet $(ARGS)
+	@echo 'open $(ROOT)site/index.html'
+
 demo:
 	$(SETUP)
 	@cd $(ROOT) && .venv/bin/python tools/demo.py \
@@ -45,4 +53,4 @@ demo:
 
 clean:
 	rm -rf $(ROOT).venv $(ROOT).venv-oldest $(ROOT).venv-fork \
-		$(ROOT)work_dirs
+		$(ROOT).venv-docs $(ROOT)site $(ROOT)work_dirs

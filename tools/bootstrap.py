@@ -8,6 +8,7 @@ because nothing here names an index.
     python3 tools/bootstrap.py test      # ... and what make test needs
     python3 tools/bootstrap.py oldest    # .venv-oldest: the oldest libraries
     python3 tools/bootstrap.py fork      # .venv-fork: the maintained fork
+    python3 tools/bootstrap.py docs      # .venv-docs: what make docs needs
     python3 tools/bootstrap.py full      # .venv, and mmcv compiled beside it
 
 A second run returns at once. ``full`` builds mmcv with its own operators once,
@@ -47,11 +48,13 @@ class Environment:
         steps: files of requirements/ that are installed together, in order.
         pythons: commands that may make it, the best first.
         constraints: a file of requirements/ that every step is held to.
+        has_rmoe: whether rmoe is installed there too.
     """
     folder: str
     steps: tuple[tuple[str, ...], ...]
     pythons: tuple[str, ...] = ()
     constraints: str = 'build.txt'
+    has_rmoe: bool = True
 
 
 NEWEST = ('torch.txt',), ('mmcv.txt', 'openmmlab.txt', 'run.txt',
@@ -67,6 +70,8 @@ ENVIRONMENTS = {
     'fork': Environment(
         '.venv-fork', (('torch.txt',),
                        ('fork.txt', 'run.txt', 'report.txt', 'test.txt'))),
+    # It reads rmoe's source and imports nothing of it.
+    'docs': Environment('.venv-docs', (('docs.txt',),), has_rmoe=False),
 }
 
 
@@ -106,8 +111,9 @@ class Setup:
             what = ', '.join(name.removesuffix('.txt') for name in files)
             self.pip(what, *(part for name in files
                              for part in ('-r', REQUIREMENTS / name)))
-        self.pip('rmoe (editable)', '--no-build-isolation', '-e', ROOT)
-        self.use_headless_opencv_if_needed()
+        if self.environment.has_rmoe:
+            self.pip('rmoe (editable)', '--no-build-isolation', '-e', ROOT)
+            self.use_headless_opencv_if_needed()
         (self.venv / 'rmoe-ready').write_text(fingerprint(self.environment))
         say(f'{self.environment.folder} is ready, after '
             f'{time.time() - started:.0f} s')

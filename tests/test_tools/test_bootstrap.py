@@ -65,6 +65,12 @@ def test_nothing_is_compiled(root, commands):
     assert 'mmcv-lite==' in installed
 
 
+def test_the_site_needs_nothing_of_the_project(root, commands):
+    make('docs')
+    assert not any('-e' in command for command in commands)
+    assert any('docs.txt' in part for part in commands[-1])
+
+
 def test_each_environment_is_held_to_its_constraints(root, commands):
     make('oldest')
     for command in commands[1:]:
