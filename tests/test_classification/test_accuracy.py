@@ -54,5 +54,6 @@ def test_bad_topk(topk):
 
 def test_more_places_than_classes():
     metric = Accuracy(topk=(1, 5))
-    with pytest.raises(ValueError, match=r'topk=\(1, 5\) of 4 classes'):
+    with pytest.raises(ValueError, match=r'topk=\(1, 5\) asks for more than '
+                       'the 4 classes'):
         metric.process(None, samples())
