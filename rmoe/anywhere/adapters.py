@@ -159,11 +159,13 @@ def _check_core(ours: Mapping[str, list[float]],
                              'that it was trained on')
         here = torch.tensor(ours[name])
         there = torch.tensor(values)
-        if not torch.allclose(here, there, rtol=TOLERANCE, atol=1e-6):
+        close = torch.isclose(here, there, rtol=TOLERANCE, atol=1e-6)
+        if not close.all():
+            differs = int(close.logical_not().nonzero()[0])
             raise ValueError(
                 f'{path} was trained on other weights than the model has: '
-                f'the first value of {name} is {here[0]:.6g} in the model and '
-                f'was {there[0]:.6g} in training. Load the dense checkpoint '
+                f'a value of {name} is {here[differs]:.6g} in the model and '
+                f'was {there[differs]:.6g} in training. Load the dense checkpoint '
                 'first, then the adapter')
 
 

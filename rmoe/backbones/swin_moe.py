@@ -386,9 +386,10 @@ def _check_structure(depths: Sequence[int], num_heads: Sequence[int],
                          f'{patch_size}')
     if any(stride != 2 for stride in strides[1:]):
         raise ValueError(f'strides={strides}: merging steps have stride 2')
-    for name, values in (('out_indices', out_indices),
-                         ('frozen_stages', [max(frozen_stages - 1, 0)])):
-        for value in values:
-            if not 0 <= value < stages:
-                raise ValueError(f'{name} points at stage {value}, but the '
-                                 f'{stages} stages are numbered from 0')
+    for value in out_indices:
+        if not 0 <= value < stages:
+            raise ValueError(f'out_indices points at stage {value}, but the '
+                             f'{stages} stages are numbered from 0')
+    if not -1 <= frozen_stages <= stages:
+        raise ValueError(f'frozen_stages={frozen_stages} must lie between -1 '
+                         f'and the {stages} stages')

@@ -332,9 +332,9 @@ def _check_blocks(out_indices: Sequence[int], num_layers: int,
     Raises:
         ValueError: for a block that does not exist.
     """
-    if frozen_stages > num_layers:
-        raise ValueError(f'frozen_stages={frozen_stages} is more than the '
-                         f'{num_layers} blocks there are')
+    if not -1 <= frozen_stages <= num_layers:
+        raise ValueError(f'frozen_stages={frozen_stages} must lie between -1 '
+                         f'and the {num_layers} blocks')
     for index in out_indices:
         if not -num_layers <= index < num_layers:
             raise ValueError(f'out_indices={tuple(out_indices)} points at '

@@ -70,9 +70,10 @@ def _total_norm(grads: list[Tensor], order: float) -> Tensor:
     operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     parts = []
     for (mesh, sharded), local in layouts.items():
-        # The last processes have an empty part of a short parameter.
-        norms = torch._foreach_norm([one for one in local if one.numel()],
-                                    order)
+        # The last processes have an empty part of a short parameter, and may
+        # have nothing else of this layout.
+        filled = [one for one in local if one.numel()]
+        norms = torch._foreach_norm(filled, order) if filled else []
         whole = torch.stack([*norms, local[0].new_zeros(())])
         part = whole.max() if largest else (whole**order).sum()
         for dimension, divided in enumerate(sharded):

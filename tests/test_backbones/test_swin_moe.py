@@ -222,7 +222,8 @@ def test_layer_depth():
     (dict(moe=dict(layers=((), (1, ), ()), expert_mismatch='drop')),
      "expert_mismatch='drop'"),
     (dict(out_indices=(3, )), 'out_indices points at stage 3'),
-    (dict(frozen_stages=4), 'frozen_stages'),
+    (dict(frozen_stages=4), 'frozen_stages=4 must lie between -1 and the 3'),
+    (dict(frozen_stages=-2), 'frozen_stages=-2 must lie between -1'),
     (dict(strides=(2, 2, 2)), 'patch_size'),
     (dict(num_heads=(1, 2)), 'of one length'),
 ])

@@ -44,3 +44,10 @@ def test_not_finite():
 def test_nothing_to_clip():
     from rmoe.parallel.clipping import clip_grad_norm_
     assert clip_grad_norm_(parameters()[-1], 1.) == 0
+
+
+def test_a_process_may_have_an_empty_part_of_all_there_is():
+    from rmoe.parallel.clipping import clip_grad_norm_
+    empty = torch.nn.Parameter(torch.zeros(0, 3))
+    empty.grad = torch.zeros(0, 3)
+    assert clip_grad_norm_(empty, 1.) == 0
