@@ -165,8 +165,8 @@ def _check_core(ours: Mapping[str, list[float]],
             raise ValueError(
                 f'{path} was trained on other weights than the model has: '
                 f'a value of {name} is {here[differs]:.6g} in the model and '
-                f'was {there[differs]:.6g} in training. Load the dense checkpoint '
-                'first, then the adapter')
+                f'was {there[differs]:.6g} in training. Load the dense '
+                'checkpoint first, then the adapter')
 
 
 def _check_shapes(model: nn.Module, state: Mapping[str, Tensor],
