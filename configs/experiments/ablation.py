@@ -17,6 +17,7 @@ steps = {
 }
 steps['non-moe'] = '../vit_moe/vit-tiny-patch16-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 short = {
+    'model.backbone.drop_path_rate': 0.1,
     'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper',
     'param_scheduler.1.end': 600,
     'train_cfg.max_iters': 600,
