@@ -43,7 +43,7 @@ lint: env
 docs:
 	$(SETUP) docs
 	@cd $(ROOT) && NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs \
-		build --strict --quiet $(ARGS)
+		build --strict $(ARGS)
 	@echo 'open $(ROOT)site/index.html'
 
 demo:

@@ -249,7 +249,7 @@ def test_parts_of_configs_are_right(block):
 
 def plain(line: str) -> str:
     """Without numbers, bars of progress and widths of columns."""
-    line = re.sub(r'\[[# ]*\]', '[]', line)
+    line = re.sub(r'\[[# ]*\]|(?<=dead )\[[\d, ]*\]', '[]', line)
     line = re.sub(r'[-+]?\d[\d.,]*(e[+-]\d+)?', '#', line)
     return re.sub(r'\s+', ' ', line).strip()
 

@@ -90,6 +90,12 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, page: Any,
     return OUTSIDE.sub(lead_out, markdown)
 
 
+def on_page_content(html: str, page: Any, config: MkDocsConfig, files: Files
+                    ) -> str:
+    """Docstrings name things in the manner of Sphinx: :class:`Routing`."""
+    return re.sub(r':(?:attr|class|func|meth|mod):(?=<code>)', '', html)
+
+
 def _notebook_page() -> str:
     """Its text and its code; the notebook itself is beside the page."""
     cells = json.loads((ROOT / f'docs/{NOTEBOOK}.ipynb').read_text())['cells']

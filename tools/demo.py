@@ -58,6 +58,8 @@ def main() -> None:
         if getattr(args, name) < 1:
             raise ValueError(f'--{name.replace("_", "-")}='
                              f'{getattr(args, name)} must be at least 1')
+    # tools/upcycle.py runs in another folder.
+    args.work_dir = args.work_dir.resolve()
     begin = time.time()
     data = (find_data(args.data) if args.data
             else make_scenes(args.work_dir / 'scenes'))
