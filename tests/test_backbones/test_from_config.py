@@ -16,7 +16,8 @@ from rmoe.moe import moe_layers
 
 
 def config(**backbone) -> Config:
-    return Config(dict(model=dict(backbone=dict(BACKBONE, **backbone))))
+    return Config(dict(default_scope='mmseg',
+                       model=dict(backbone=dict(BACKBONE, **backbone))))
 
 
 def test_backbone_and_its_twin():
