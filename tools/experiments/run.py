@@ -142,6 +142,10 @@ class Trainer:
         path = self.args.plan.parent / self.plan.steps[step]
         cfg = Config.fromfile(path)
         options = dict(self.plan.get('options', {}).get(step, {}))
+        # Hundreds of runs are looked at in tables; tools/report.py writes one
+        # at any time.
+        if 'report' in cfg.get('default_hooks', {}):
+            cfg.default_hooks.report.enabled = False
         cfg.merge_from_dict(options)
         cfg.merge_from_dict(self.args.cfg_options or {})
         cfg.merge_from_dict({'randomness.seed': seed})
