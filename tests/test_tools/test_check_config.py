@@ -108,7 +108,7 @@ BROKEN = {
         ['model.backbone.moe.router.type=BiasBalancedRouter'],
         r'without dict\(type=.rmoe\.BalanceBiasHook'),
     'stages': (['custom_hooks.0.stages.1.end=0.1'],
-               r"stage 'joint' ends at iteration 60, not after 120"),
+               r"stage 'joint' ends at iteration 60, which is not after 120"),
     'MoE blocks': (['model.backbone.moe.layers=((),(),(9,),())'],
                    r'moe\.layers\[2\] names block 9'),
     'hooks without experts': (['model.backbone.moe=None'],
