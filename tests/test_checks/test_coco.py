@@ -153,7 +153,7 @@ def test_boxes_outside_and_without_area(tmp_path):
     changed(tmp_path, change)
     notes = check_data(coco_config(tmp_path), ('train', ))
     assert notes[0].endswith(
-        'mmdet drops 5 of 8 annotations without a word: 2 without area; 1 '
+        'mmdet drops 5 of 8 annotations silently: 2 without area; 1 '
         'outside their image; 1 marked "ignore"; 1 of images that it does '
         'not list')
     assert '1 boxes reach more than a pixel beyond their image' in notes[1]

@@ -84,7 +84,7 @@ def test_images_of_a_coco_file(tmp_path):
     content['images'][3]['width'] = 65
     write(tmp_path, content)
     with pytest.raises(ValueError, match=r'3\.jpg is 64 x 48 pixels as mmcv '
-                       r'loads it, and .*train\.json says 65 x 48'):
+                       r'loads it, but .*train\.json says 65 x 48'):
         check_data(cfg, ('train', ))
 
 

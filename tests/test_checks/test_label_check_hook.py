@@ -118,7 +118,8 @@ def test_one_class_is_an_error_if_all_maps_were_read(mask_dataset):
     assert len(found) == 1 and 'were read of 4' in found[0]
     assert 'only class 0' in found[0]
     dataset = mask_dataset([[0]], [[0]], classes=2)
-    assert 'only class 0 (background): nothing is learnt' in error(dataset, 2)
+    assert ('only class 0 (background): nothing can be learnt'
+            in error(dataset, 2))
 
 
 def test_heads_of_masks_learn_from_one_class(mask_dataset):
