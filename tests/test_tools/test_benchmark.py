@@ -214,7 +214,7 @@ def test_peers_do_the_same_work():
 
 @pytest.mark.parametrize('args, message', [
     (('layer', '--repeats', 0), '--repeats 0'),
-    (('memory', '--config', DENSE), 'not of a MoE segmentor')])
+    (('memory', '--config', DENSE), 'not the config of a MoE segmentor')])
 def test_what_cannot_be(args, message):
     with pytest.raises(SystemExit, match=message):
         command(benchmark, *args)

@@ -201,7 +201,7 @@ def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (('--minutes', 0), '--minutes 0.0 must be positive'),
-    (('--wheels', '/nowhere'), '--wheels /nowhere holds no wheel')])
+    (('--wheels', '/nowhere'), '--wheels /nowhere has no wheel')])
 def test_what_cannot_be(monkeypatch, capsys, args, message):
     with pytest.raises(SystemExit):
         arguments(monkeypatch, '--out', 'x', *args)
@@ -212,5 +212,5 @@ def test_a_folder_with_something_in_it(tmp_path, monkeypatch):
     (tmp_path / 'kept').touch()
     monkeypatch.setattr(sys, 'argv', ['gpu_report.py', '--out',
                                       str(tmp_path)])
-    with pytest.raises(ValueError, match='has something in it'):
+    with pytest.raises(ValueError, match='is not empty'):
         gpu_report.main()

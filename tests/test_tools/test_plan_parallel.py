@@ -294,7 +294,8 @@ def test_the_command(configs, tmp_path, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--gpus', 0], '--gpus 0 must be at least 1'),
-    (['--gpus', 12], 'no whole nodes of 8: set --gpus-per-node'),
+    (['--gpus', 12], 'not a whole number of nodes with 8 GPUs each: set '
+     '--gpus-per-node'),
     (['--memory', -1], '--memory -1.0 must be greater'),
     (['--link', 0], '--link 0.0 must be greater'),
     (['--batch-size', 0], '--batch-size 0 must be greater'),
