@@ -90,7 +90,7 @@ PROBLEMS = {
         "mmcv's compiled ops do not import", REPLACE_MMCV),
     'a_stand_in_of_another_library': (
         replace(LITE, errors={}, stand_in=STAND_IN),
-        f"{STAND_IN} stands in for mmcv's operators and is not of rmoe",
+        f"{STAND_IN} stands in for mmcv's operators and is not that of rmoe",
         (f'rm {STAND_IN}', '/env/bin/python -m rmoe.mmcv_ops status')),
     'torch_too_old': (
         replace(GOOD, versions=VERSIONS | {

@@ -237,7 +237,7 @@ ROUTER = 'model.backbone.moe.router.type='
     ('noisy', ['--cfg-options', 'model.backbone.moe.num_experts=4'],
      'has 8 experts in the checkpoint and 4'),
     ('noisy', ['--layers', '((), (), (0, 1, 3), (1,))'],
-     r'is of a dense FFN in .*noisy\.pth and of a MoE'),
+     r'belongs to a dense FFN in .*noisy\.pth, but to a MoE'),
     ('noisy', ['--cfg-options', ROUTER + 'SoftRouter'],
      'router has the weights'),
     ('noisy', ['--cfg-options', ROUTER + 'ExpertChoiceRouter'],
