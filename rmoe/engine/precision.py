@@ -54,7 +54,7 @@ def set_precision(cfg: Config, amp: bool) -> str:
         wrapper.type = AMP
         wrapper.setdefault('loss_scale', 'dynamic')
         if not dtype:
-            why = f'because this {device} device has no bfloat16'
+            why = f'because there is no bfloat16 on this {device} device'
     elif not dtype and has_bfloat16:
         why += '; with --amp it is in bfloat16, in which experts are faster'
     return f'mixed precision is in {dtype or "float16"} by {AMP}, {why}'

@@ -54,7 +54,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             work dir.
     """
     if not folders:
-        raise ValueError('there is no work dir to report on: give at least '
+        raise ValueError('there is no work dir to report on: name at least '
                          'one')
     folders = [folder.resolve() for folder in folders]
     for folder in folders:

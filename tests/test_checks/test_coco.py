@@ -133,8 +133,8 @@ def test_categories_that_are_not_classes_are_counted(tmp_path):
     notes = check_data(coco_config(tmp_path, metainfo=dict(
         classes=('square', ))), ('train', ))
     assert notes == [
-        f'{tmp_path}/train.json: mmdet drops 4 of 8 annotations without a '
-        'word: 4 of categories that are not in metainfo.classes (disk: 4)']
+        f'{tmp_path}/train.json: mmdet drops 4 of 8 annotations silently: '
+        '4 of categories that are not in metainfo.classes (disk: 4)']
     changed(tmp_path, lambda content: content['annotations'].__delitem__(
         slice(1, None, 2)))
     fails(tmp_path, r'no box of .*train\.json is left for train_dataloader'
