@@ -1,4 +1,5 @@
-"""A head that a checkpoint cannot fill: told of, or refused."""
+"""A head that a checkpoint cannot fill is a warning before training, and an
+error before an evaluation and in a resumed run."""
 import copy
 
 import pytest

@@ -11,7 +11,7 @@ ROOT = Path(bootstrap.__file__).parents[1]
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A project whose commands are recorded and not run."""
+    """A project in which commands are recorded instead of run."""
     (tmp_path / 'requirements').mkdir()
     for file in (ROOT / 'requirements').glob('*.txt'):
         (tmp_path / 'requirements' / file.name).write_text(file.read_text())

@@ -1,5 +1,5 @@
-"""One batch before a long run: good configs pass, and every broken one gets
-a message of its own."""
+"""Correct configs pass check_config.py, and every broken one gets a message of
+its own."""
 import re
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def good(capsys, config, *options):
 
 
 def problems(capsys, config, *options):
-    """What is listed at the end of a config that is not good."""
+    """Return the problems that are listed at the end for a broken config."""
     with pytest.raises(SystemExit) as error:
         command(check_config, config, '--iters', 1, '--cfg-options', *options)
     assert error.value.code == 1
@@ -63,7 +63,7 @@ def test_a_good_config(work, configs, capsys, upcycled, tmp_path,
     assert 'weights 37.6 MB, optimizer 75.1 MB, gradients 37.6 MB' in joint
     core = out[out.index('stage core'):out.index('stage joint')]
     assert 'optimizer 24.6 MB, gradients 12.3 MB' in core
-    # Nothing is left behind.
+    # No files are left behind.
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,7 +170,7 @@ def test_a_backbone_in_a_checkpoint_of_a_whole_model(work, configs, capsys,
 
 def test_a_checkpoint_with_another_head(work, configs, capsys,
                                         dense_checkpoint):
-    """That is how fine-tuning begins: said, and no problem."""
+    """Fine-tuning begins in this way, so it is reported but is no problem."""
     cfg = Config.fromfile(configs['moe'])
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.pop('metainfo')

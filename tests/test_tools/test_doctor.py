@@ -40,7 +40,7 @@ NO_NMS = {'torchvision': 'AttributeError: no operator torchvision::nms'}
 
 
 def without(facts: doctor.Facts, *names: str) -> doctor.Facts:
-    """The facts where these packages were never installed."""
+    """The facts of an installation without these packages."""
     return replace(
         facts, modules=facts.modules - set(names),
         versions={k: v for k, v in facts.versions.items() if k not in names},

@@ -1,4 +1,4 @@
-"""Which classes and places experts take, of a model and a data set."""
+"""The classes and places that each expert gets, for a model and a data set."""
 import json
 import math
 from collections import Counter
