@@ -23,7 +23,7 @@ class RoutingStatsHook(Hook):
     Args:
         interval: number of iterations between reports, over which the load is
             counted.
-        dead_below: an expert is dead if in this time it got less than this
+        dead_below: an expert is dead if in this time it got at most this
             fraction of its fair share, which is 1 / number of experts.
 
     Raises:
