@@ -1,4 +1,5 @@
-"""What tools/train.py and tools/test.py share: flags, config, processes."""
+"""Functions that several tools share: they add the common flags, read the
+config, start processes and report errors."""
 import argparse
 import os
 import sys
@@ -13,21 +14,22 @@ from rmoe.parallel.data_parallel import choose_wrapper
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--work-dir',
-                        help='folder for logs, checkpoints and results; '
-                        './work_dirs/<config name> if neither this nor the '
-                        'config names one')
+                        help='folder for logs, checkpoints and results; the '
+                        "default is the config's, or else "
+                        './work_dirs/<config name>')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of the config: key=value '
                         'pairs such as model.backbone.moe.num_experts=4 or '
                         'key="[(a,b),(c,d)]"')
     parser.add_argument('--launcher', default='none',
                         choices=['none', 'pytorch', 'slurm', 'mpi'])
-    # torch.distributed.launch passes one spelling or the other.
+    # torch.distributed.launch passes one of the two spellings, depending on the
+    # version of torch.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config with the overrides of the command line in it."""
+    """Read the config, and apply the overrides of the command line to it."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -41,10 +43,11 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def start_processes(cfg: Config) -> str:
-    """Start the group of ``cfg.launcher``, and wrap the model for it.
+    """Start the process group for ``cfg.launcher``, and choose the model
+    wrapper for it.
 
     Returns:
-        What is to be logged; see :func:`rmoe.parallel.launch.start`.
+        A line for the log; see :func:`rmoe.parallel.launch.start`.
     """
     note = launch.start(cfg.launcher, (cfg.get('env_cfg') or {}).get(
         'dist_cfg'))
@@ -54,7 +57,8 @@ def start_processes(cfg: Config) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a tool; what the user can mend is one message, not a traceback."""
+    """Run a tool. An error that the user can fix is shown as one message
+    without a traceback."""
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -68,9 +72,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """What the user is told; '' where it takes a traceback."""
+    """The message for the user; '' if the error should have a traceback."""
     if os.environ.get('RMOE_TRACEBACK') or not isinstance(
             error, (FileNotFoundError, ValueError)):
         return ''
     rank = f'rank {number}: ' if (number := launch.get_rank()) else ''
-    return f'error: {rank}{error}\n(RMOE_TRACEBACK=1 shows where)'
+    return f'error: {rank}{error}\n(RMOE_TRACEBACK=1 shows the traceback)'

@@ -1,10 +1,11 @@
-"""What mkdocs.yml does not do by itself; mkdocs calls these functions.
+"""Makes pages of the documentation site that are not in docs/. mkdocs calls
+these functions, because mkdocs.yml names this file under ``hooks``.
 
 The notebook becomes a page. Other pages are made from docstrings: "Every
-option" shows the classes that a config can name, found by their
-``register_module`` in the source, and the API reference has a page for each
-package. Links to files outside docs/, relative as GitHub wants them, lead to
-the repository.
+option" shows the classes that a config can name, which are found in the source
+by their ``register_module``, and the API reference has a page for each package.
+In docs/, links to files of the repository outside docs/ are relative, so that
+they work on GitHub; on the site they lead to the repository.
 """
 import ast
 import json
@@ -46,7 +47,7 @@ OPTIONS = (
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Put the pages that are made here into the navigation."""
+    """Add the pages that are made here to the navigation."""
     options = {'Every option': [{title: f'options/{name}.md'}
                                 for name, title, _, _ in OPTIONS]}
     api = {'API reference': [{f'rmoe.{name}': f'api/{name}.md'}
@@ -72,7 +73,7 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, page: Any,
                      files: Files) -> str:
     markdown = markdown.replace(f']({NOTEBOOK}.ipynb)', f']({NOTEBOOK}.md)')
     if page.file.generated_by:
-        return markdown  # it links to other pages alone
+        return markdown  # Such a page has only links to other pages.
 
     def lead_out(match: re.Match) -> str:
         text, target, anchor = match.groups()
@@ -92,19 +93,22 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, page: Any,
 
 def on_page_content(html: str, page: Any, config: MkDocsConfig, files: Files
                     ) -> str:
-    """Docstrings name things in the manner of Sphinx: :class:`Routing`."""
+    """Remove Sphinx's roles, such as the first part of :class:`Routing`, which
+    docstrings have and mkdocs does not know."""
     return re.sub(r':(?:attr|class|func|meth|mod):(?=<code>)', '', html)
 
 
 def _notebook_page() -> str:
-    """Its text and its code; the notebook itself is beside the page."""
+    """The text and code of the notebook as Markdown, with a link to the
+    notebook itself."""
     cells = json.loads((ROOT / f'docs/{NOTEBOOK}.ipynb').read_text())['cells']
     parts = []
     for cell in cells:
         text = ''.join(cell['source'])
         parts.append(text if cell['cell_type'] == 'markdown'
                      else f'```python\n{text}\n```')
-    # Beside the title: raw HTML is not looked at by the check of links.
+    # The link stands below the title. It is raw HTML, which mkdocs does not
+    # check for broken links.
     parts.insert(1, f'<a href="../{NOTEBOOK}.ipynb">Download this page as a '
                  'notebook.</a>')
     return '\n\n'.join(parts) + '\n'
@@ -116,7 +120,8 @@ def _packages() -> list[str]:
 
 
 def _package_page(name: str) -> str:
-    """Every public name of a package, module by module."""
+    """The page of the API reference with every public name of a package, by
+    module."""
     modules = '\n'.join(
         f'::: {module}\n' for module in _modules(f'rmoe.{name}'))
     return f'# rmoe.{name}\n\n{modules}'
@@ -133,8 +138,9 @@ def _modules(package: str) -> Iterator[str]:
 
 
 def _options() -> Iterator[tuple[str, str, str, list[str]]]:
-    """Name, title, introduction and classes of each page; each class is on
-    the first page that asks for it."""
+    """The name, title, introduction and classes of each page of "Every option".
+    Each class is on the first page that asks for it, and the page that asks
+    for all ('*') gets the rest."""
     left = dict(_registered())
     order = sorted(OPTIONS, key=lambda page: page[3] == ('*', ))
     found = {}
@@ -154,7 +160,7 @@ def _is_wanted(module: str, wanted: tuple[str, ...]) -> bool:
 
 
 def _registered() -> Iterator[tuple[str, str]]:
-    """Path and module of every class with a ``register_module``."""
+    """The path and module of every class with a ``register_module``."""
     for module in _modules('rmoe'):
         path = ROOT / module.replace('.', '/')
         file = path.with_suffix('.py')
@@ -170,7 +176,8 @@ def _registered() -> Iterator[tuple[str, str]]:
 def _options_page(title: str, text: str, classes: list[str]) -> str:
     shown = '\n'.join(
         f'::: {path}\n    options:\n      members: false\n'
-        # The API reference has them too, and is where links to them lead.
+        # The same classes are in the API reference, and links to them shall
+        # lead there.
         '      skip_local_inventory: true\n'
         for path in classes)
     return (f'# {title}\n\n{text} In a config the type of a class is its '

@@ -1,4 +1,5 @@
-"""A step of a pipeline: a config, trained to its end from a checkpoint."""
+"""Runs a step of a pipeline: trains a config to its end, starting from a
+checkpoint, unless this was done before."""
 import json
 import subprocess
 from contextlib import suppress
@@ -11,9 +12,10 @@ from mmengine.config import Config
 
 from rmoe.upcycling import read_checkpoint, state_dict_of, write_atomically
 
-# What decides a result, beside the config.
+# The files of the repository, beside the config, on which a result depends.
 RUN = ('train.py', '../rmoe')
-# Distributions; mmcv has two, and all but torch one more of the fork.
+# The names of distributions on which a result depends. mmcv has two, and all of
+# OpenMMLab have another one in the fork.
 LIBRARIES = ('rmoe', 'torch', 'mmengine', 'mmcv', 'mmcv-lite',
              'mmsegmentation', 'mmdet', 'onedl-mmengine', 'onedl-mmcv',
              'onedl-mmsegmentation', 'onedl-mmdetection')
@@ -25,8 +27,8 @@ def given(checkpoint: Path) -> dict:
         raise FileNotFoundError(f'--dense {checkpoint} does not exist')
     cost = checkpoint.with_name('cost.json')
     if not cost.exists():
-        print(f'  what {checkpoint} cost is not known (no {cost}): it is not '
-              'counted')
+        print(f'  the cost of {checkpoint} is not known, because there is no '
+              f'{cost}: it is not counted')
     return dict(checkpoint=str(checkpoint.resolve()), metrics={},
                 cost=json.loads(cost.read_text()) if cost.exists() else None)
 
@@ -36,15 +38,15 @@ def finish(cfg: Config, start: str | None, folder: Path, gpus: int,
     """Train one step to its end, unless that was done before.
 
     Args:
-        cfg: of the step; it gets where to start from.
-        start: checkpoint of the step before, or None.
-        folder: work dir; ``step.json`` says what was run there.
-        gpus: processes.
-        label: what lines about its progress begin with.
+        cfg: the config of the step. It is changed to start from ``start``.
+        start: the checkpoint of the step before, or None.
+        folder: the work dir. The record of the step is ``step.json`` in it.
+        gpus: the number of processes.
+        label: the text before each line about the progress.
 
     Returns:
-        What ``step.json`` has: config, commit, versions, checkpoint, metrics
-        and cost.
+        The content of ``step.json``: config, commit, versions, checkpoint,
+        metrics and cost.
 
     Raises:
         ValueError: if the folder holds a run of another config, or training
@@ -52,7 +54,8 @@ def finish(cfg: Config, start: str | None, folder: Path, gpus: int,
     """
     cfg.load_from = None
     if start:
-        # A bare backbone has no whole model to load.
+        # The file may be that of a whole model or of a backbone alone. The
+        # latter can only be loaded by the backbone.
         whole = any(key.startswith('backbone.')
                     for key in state_dict_of(read_checkpoint(start)))
         cfg.load_from = start if whole else None
@@ -78,8 +81,9 @@ def finish(cfg: Config, start: str | None, folder: Path, gpus: int,
           label=label)
     checkpoint = str(Path(last.read_text()).resolve())
     score = last_validation(folder)
-    # Stopped between its last checkpoint and its validation? Loggers and
-    # checkpoints count alike, epochs or iterations.
+    # If the training was stopped between its last checkpoint and the validation
+    # of it, the scores are missing or older. The step in the log and the number
+    # in the name of the checkpoint both count epochs, or both iterations.
     if str(score.get('step')) != Path(checkpoint).stem.rpartition('_')[2]:
         evaluate(config, checkpoint, folder / 'test', gpus=gpus)
         score = test_scores(folder / 'test')
@@ -92,7 +96,8 @@ def finish(cfg: Config, start: str | None, folder: Path, gpus: int,
 
 
 def commit() -> str:
-    """Of the code that runs; '+' if it was changed since."""
+    """The commit of the code that runs, with a '+' if files were changed since.
+    Empty if there is no git repository."""
     def git(*args: str) -> str:
         return subprocess.run(['git', '-C', str(TOOLS), *args], text=True,
                               capture_output=True).stdout.strip()
@@ -100,12 +105,12 @@ def commit() -> str:
         head = git('rev-parse', 'HEAD')
         return head and head + ('+' if git(
             'status', '--porcelain', '-uno', '--', *RUN) else '')
-    except OSError:  # no git here
+    except OSError:  # The command git is not installed.
         return ''
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed of the libraries that a result depends on."""
+    """The versions of the installed libraries on which a result depends."""
     found = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -114,7 +119,8 @@ def versions() -> dict[str, str]:
 
 
 def total(costs: list[dict]) -> dict:
-    """Sums over steps; of memory the largest."""
+    """The costs of a pipeline: sums over its steps, and the largest peak of
+    memory."""
     return dict(
         {key: sum(cost[key] for cost in costs)
          for key in ('seconds', 'samples', 'flops')},

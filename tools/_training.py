@@ -1,4 +1,4 @@
-"""Start tools/train.py from another tool, and read what it logged."""
+"""Starts tools/train.py and other tools from a tool, and reads their logs."""
 import json
 import subprocess
 import sys
@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TOOLS = Path(__file__).parent
-# Of a classifier, a segmentor, a detector.
+# The main scores of a classifier, a segmentor and a detector.
 SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP')
 
 
 def train(config: Path, folder: Path, *flags: str, gpus: int = 1,
           label: str = '  ') -> None:
-    """Run tools/train.py in a process of its own; show its iterations, keep
-    all it says in ``folder/train.log``.
+    """Run tools/train.py in a process of its own. Its iterations are shown, and
+    its whole output goes to ``folder/train.log``.
 
     Args:
-        config: a whole config.
-        folder: work dir.
+        config: the file of a whole config.
+        folder: the work dir.
         flags: further flags of tools/train.py.
-        gpus: processes on this machine; more than one run distributed.
-        label: what is shown before each line.
+        gpus: the number of processes on this machine. With more than one the
+            training is distributed.
+        label: the text before each line that is shown.
 
     Raises:
-        ValueError: if training fails, with what it said last.
+        ValueError: if the training fails, with its error or its last line of
+            output.
     """
     start_tool('train.py', folder / 'train.log', str(config), '--work-dir',
                str(folder), *flags, *launcher(gpus), label=label,
@@ -32,11 +34,11 @@ def train(config: Path, folder: Path, *flags: str, gpus: int = 1,
 
 def evaluate(config: Path, checkpoint: str, folder: Path, gpus: int = 1
              ) -> None:
-    """Run tools/test.py in a process of its own, with ``folder`` as work
-    dir; all it says is in ``folder/test.log``.
+    """Run tools/test.py in a process of its own, with ``folder`` as work dir.
+    Its output goes to ``folder/test.log``.
 
     Raises:
-        ValueError: if it fails, with what it said last.
+        ValueError: if it fails, with its error or its last line of output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     start_tool('test.py', folder / 'test.log', str(config), checkpoint,
@@ -45,7 +47,7 @@ def evaluate(config: Path, checkpoint: str, folder: Path, gpus: int = 1
 
 
 def launch(gpus: int) -> list[str]:
-    """Python's arguments that start so many processes of a tool."""
+    """The arguments of Python that start ``gpus`` processes of a tool."""
     return [] if gpus == 1 else ['-m', 'torch.distributed.run',
                                  '--standalone', f'--nproc_per_node={gpus}']
 
@@ -57,17 +59,17 @@ def launcher(gpus: int) -> list[str]:
 
 def start_tool(tool: str, log: Path, *args: str, label: str = '  ',
                launch: Sequence[str] = ()) -> None:
-    """Run a tool in a process of its own; show its training iterations.
+    """Run a tool in a process of its own, and show its training iterations.
 
     Args:
-        tool: file name in tools/.
-        log: file that gets all it says.
+        tool: the file name in tools/.
+        log: the file for its whole output.
         args: its command line.
-        label: what is shown before each line.
-        launch: Python's arguments before the tool.
+        label: the text before each line that is shown.
+        launch: arguments of Python before the tool.
 
     Raises:
-        ValueError: if it fails, with what it said last.
+        ValueError: if it fails, with its error or its last line of output.
     """
     command = [sys.executable, *launch, str(TOOLS / tool), *args]
     said = reason = ''
@@ -84,20 +86,20 @@ def start_tool(tool: str, log: Path, *args: str, label: str = '  ',
                     print(label + ' '.join(line.split(mark)[1].split())[:76],
                           flush=True)
     if process.returncode:
-        raise ValueError(f'{tool} failed ({reason or said}); all it said is '
-                         f'in {log}')
+        raise ValueError(f'{tool} failed ({reason or said}); its whole output '
+                         f'is in {log}')
 
 
 def scalars(folder: Path) -> list[dict]:
-    """What the last run in a work dir logged, line by line."""
+    """The lines that the last run in a work dir logged to scalars.json."""
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
     return [json.loads(line) for line in logs[-1].read_text().splitlines()
             if line]
 
 
 def last_validation(folder: Path) -> dict[str, float]:
-    """Of the last run in a work dir; empty if there was none after its last
-    training iteration that was logged."""
+    """The scores of the last validation in a work dir. Empty if the last run
+    did not validate after the last iteration that it logged."""
     for line in reversed(scalars(folder)):
         if any(key in line for key in SCORES):
             return line
@@ -107,7 +109,7 @@ def last_validation(folder: Path) -> dict[str, float]:
 
 
 def test_scores(folder: Path) -> dict[str, float]:
-    """What tools/test.py found, with ``folder`` as its work dir."""
+    """The scores that tools/test.py wrote, with ``folder`` as its work dir."""
     results = [json.loads(path.read_text()) for path in sorted(
         folder.glob('*/*.json'))]
     return results[-1]

@@ -1,18 +1,19 @@
-"""Build the project's own environments: used by ``make``.
+"""Build the virtual environments of the project. ``make`` calls this script.
 
-Runs on a bare Python 3.10 to 3.13 (standard library only) and compiles
-nothing. pip's own configuration (mirrors, proxies, certificates) is respected
-because nothing here names an index.
+It runs on Python 3.10 to 3.13 with the standard library only, and compiles
+nothing, except for ``full``. pip's own configuration (mirrors, proxies,
+certificates) applies, because nothing here names an index.
 
     python3 tools/bootstrap.py           # .venv: what make demo needs
-    python3 tools/bootstrap.py test      # ... and what make test needs
+    python3 tools/bootstrap.py test      # .venv: also what make test needs
     python3 tools/bootstrap.py oldest    # .venv-oldest: the oldest libraries
     python3 tools/bootstrap.py fork      # .venv-fork: the maintained fork
     python3 tools/bootstrap.py docs      # .venv-docs: what make docs needs
-    python3 tools/bootstrap.py full      # .venv, and mmcv compiled beside it
+    python3 tools/bootstrap.py full      # .venv, and compiled mmcv beside it
 
 A second run returns at once. ``full`` builds mmcv with its own operators once,
-with a C++ compiler and in 10 to 26 minutes, and keeps it in a user cache.
+which needs a C++ compiler and takes 10 to 26 minutes, and keeps the result in
+the user's cache.
 """
 import argparse
 import contextlib
@@ -33,22 +34,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'requirements'
 MMCV_VERSION = '2.1.0'
-# torch 2.14's headers are C++20; mmcv's setup.py asks for C++17. The last
-# -std on a command line wins.
+# The headers of torch 2.14 need C++20, but mmcv's setup.py asks for C++17. This
+# wrapper adds another -std, and compilers take the last one.
 COMPILER_WRAPPER = '#!/bin/sh\nexec {compiler} "$@" -std=c++20\n'
-FULL_MMCV = 'mmcv-full'  # in .venv; in front on PYTHONPATH it replaces lite
+# The folder in .venv with the compiled mmcv. If it comes first on PYTHONPATH,
+# it is imported instead of mmcv-lite.
+FULL_MMCV = 'mmcv-full'
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What to install where.
+    """The description of a virtual environment.
 
     Attributes:
-        folder: of the virtual environment.
-        steps: files of requirements/ that are installed together, in order.
-        pythons: commands that may make it, the best first.
-        constraints: a file of requirements/ that every step is held to.
-        has_rmoe: whether rmoe is installed there too.
+        folder: its folder.
+        steps: the installations in order. Each is a group of files of
+            requirements/ that are installed together.
+        pythons: the commands of Python that may make it, the best first. Empty
+            for the Python that runs this script.
+        constraints: the file of requirements/ with pip's constraints for every
+            step.
+        has_rmoe: whether rmoe is installed too.
     """
     folder: str
     steps: tuple[tuple[str, ...], ...]
@@ -70,13 +76,13 @@ ENVIRONMENTS = {
     'fork': Environment(
         '.venv-fork', (('torch.txt',),
                        ('fork.txt', 'run.txt', 'report.txt', 'test.txt'))),
-    # It reads rmoe's source and imports nothing of it.
+    # The site is made from the source of rmoe without importing it.
     'docs': Environment('.venv-docs', (('docs.txt',),), has_rmoe=False),
 }
 
 
 class Setup:
-    """Makes one environment."""
+    """Makes one virtual environment."""
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
@@ -92,7 +98,8 @@ class Setup:
                 self.make()
 
     def is_ready(self) -> bool:
-        """A larger environment in the same folder serves as well."""
+        """Whether the environment was made, or a larger one in the same
+        folder."""
         ready = {fingerprint(other) for other in ENVIRONMENTS.values()
                  if other.folder == self.environment.folder and
                  set(other.steps) >= set(self.environment.steps)}
@@ -119,23 +126,23 @@ class Setup:
             f'{time.time() - started:.0f} s')
 
     def maker(self) -> str:
-        """The Python that makes the environment: this one, unless others
-        are asked for."""
+        """The Python that makes the environment: the one that runs this script,
+        unless the environment asks for others."""
         if not self.environment.pythons:
             return sys.executable
         for name in self.environment.pythons:
-            # A version manager's command may be there and not work.
+            # A version manager may install a command that does not run.
             if shutil.which(name) and subprocess.run(
                     [name, '-c', ''], capture_output=True).returncode == 0:
                 return name
         raise fail(f'{self.environment.folder} needs one of '
-                   f'{", ".join(self.environment.pythons)}, and none runs.',
+                   f'{", ".join(self.environment.pythons)}, but none runs.',
                    'install one of them and run this again')
 
     def pip(self, what: str, *args: object) -> None:
         began = time.time()
-        # Every step is held to the constraints: torch alone would pull a
-        # setuptools without pkg_resources.
+        # The constraints apply to every step. Without them, the step that
+        # installs torch would also install a setuptools without pkg_resources.
         self.command(
             [self.python, '-m', 'pip', '--disable-pip-version-check',
              'install', '-c', REQUIREMENTS / self.environment.constraints,
@@ -143,18 +150,19 @@ class Setup:
         say(f'installed {what} in {time.time() - began:.0f} s')
 
     def use_headless_opencv_if_needed(self) -> None:
-        """opencv-python needs libGL, which a server often lacks."""
+        """Install the headless OpenCV if opencv-python cannot be imported. It
+        needs libGL, which servers often do not have."""
         if subprocess.run([self.python, '-c', 'import cv2'],
                           capture_output=True).returncode:
             version = subprocess.check_output(
                 [self.python, '-c', 'from importlib.metadata import version '
                  'as v;print(v("opencv-python"))'], text=True).strip()
-            self.pip('headless OpenCV files, for want of libGL',
+            self.pip('headless OpenCV files, because there is no libGL',
                      '--force-reinstall', '--no-deps',
                      f'opencv-python-headless=={version}')
 
     def compile_mmcv(self) -> None:
-        """Put mmcv with its operators into a folder of the environment."""
+        """Install mmcv with its operators into a folder of the environment."""
         target = self.venv / FULL_MMCV
         if target.exists():
             return
@@ -166,7 +174,8 @@ class Setup:
             scratch.replace(target)
 
     def mmcv_wheel(self) -> Path:
-        """The cached wheel for this torch and Python; built if missing."""
+        """The wheel for this torch and Python from the cache. It is built if it
+        is not there."""
         key = subprocess.check_output([self.python, '-c', (
             'import torch, sys, platform;'
             'print(f"torch{torch.__version__}-cp{sys.version_info[0]}'
@@ -188,8 +197,8 @@ class Setup:
                        'leave MMCV=full out, or install g++, e.g. on Debian '
                        'or Ubuntu: apt-get install build-essential')
         self.pip('what mmcv builds with', 'ninja', 'psutil')
-        # Build beside the cache entry, then rename: an interrupted build
-        # leaves nothing that looks finished.
+        # The wheel is built in a temporary folder and then moved, so that an
+        # interrupted build leaves no wheel that looks finished.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             wrapper = Path(scratch) / 'c++20'
             wrapper.write_text(COMPILER_WRAPPER.format(compiler=compiler))
@@ -210,8 +219,8 @@ class Setup:
 
     def command(self, command: list, label: str = '',
                 env: dict | None = None) -> None:
-        """Run quietly into the log; show one moving line; show the log's end
-        on failure."""
+        """Run a command with its output in the log. A line shows its progress,
+        and if it fails, the end of its output is shown."""
         begin, doing, done = time.time(), [''], threading.Event()
 
         def show() -> None:
@@ -239,14 +248,15 @@ class Setup:
             print(''.join(tail))
             raise fail(
                 f'this command failed: {" ".join(map(str, command))}',
-                'is the package registry there? (pip respects its own '
-                'configuration of index, proxy and certificates)\n[setup] '
-                f'nothing is half done: the same command goes on where this '
-                f'one stopped. The whole output is in {self.log}')
+                'check that the package registry can be reached (pip uses its '
+                'own configuration of index, proxy and certificates)\n[setup] '
+                f'nothing has to be cleaned up: the same command continues '
+                f'where this one stopped. The whole output is in {self.log}')
 
 
 def progress(line: str) -> str:
-    """What a line of pip's or of a build says of how far it is."""
+    """The progress that a line of output of pip or of a build reports; empty if
+    it reports none."""
     if at := re.search(r'\[(\d+)/(\d+)\]', line):
         return f'compiled {at[1]} of {at[2]} files,'
     if at := re.search(r'Downloading (\S+?)-\d\S* \((.+?)\)', line):
@@ -257,7 +267,8 @@ def progress(line: str) -> str:
 
 
 def fingerprint(environment: Environment) -> str:
-    """Changes whenever what this script would install changes."""
+    """A hash that changes whenever this script would install something
+    else."""
     files = [ROOT / 'setup.py', Path(__file__), *(
         REQUIREMENTS / name for name in (
             'build.txt', environment.constraints,
@@ -276,7 +287,8 @@ def working(python: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Two runs at once must not write the same environment or wheel."""
+    """Context with a lock on a file, so that two runs at the same time do not
+    write the same environment or wheel."""
     with open(path, 'w') as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,11 +1,11 @@
-"""The whole of rmoe in minutes: train a dense Swin, upcycle it, fine-tune it
-in stages, compare, and draw what the experts do.
+"""Show all of rmoe in minutes: train a dense Swin, upcycle it, fine-tune it in
+stages, compare the two, and draw which experts take which patches.
 
     python tools/demo.py                 # draws its own labelled scenes
     python tools/demo.py --data PATH     # a data set in mmseg's layout
 
-The dense model goes on for as long as the MoE model is fine-tuned, so that
-both have seen the same number of images in the end.
+The dense model is trained further for as many iterations as the MoE model is
+fine-tuned, so that both have seen the same number of images in the end.
 """
 import argparse
 import contextlib
@@ -33,7 +33,8 @@ from rmoe.visualization.recording import load_shares, record_routing
 from rmoe.visualization.segmentor import draw_segmentor
 
 TERMINAL = sys.stdout
-# Runners' log handlers hold on to it, so it is never closed.
+# The log handlers of runners keep a reference to this file, so it is never
+# closed.
 NOWHERE = open(os.devnull, 'w')
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = ROOT / 'configs/demo/swin-micro_upernet_scenes-128x128.py'
@@ -52,13 +53,15 @@ def main() -> None:
     parser.add_argument('--iters', type=int, default=500,
                         help='iterations of dense training')
     parser.add_argument('--finetune-iters', type=int, default=350,
-                        help='further iterations, dense and MoE alike')
+                        help='further iterations of the dense and of the MoE '
+                        'model')
     args = parser.parse_args()
     for name in ('iters', 'finetune_iters'):
         if getattr(args, name) < 1:
             raise ValueError(f'--{name.replace("_", "-")}='
                              f'{getattr(args, name)} must be at least 1')
-    # tools/upcycle.py runs in another folder.
+    # The path is made absolute, because tools/upcycle.py runs in another
+    # folder.
     args.work_dir = args.work_dir.resolve()
     begin = time.time()
     data = (find_data(args.data) if args.data
@@ -96,10 +99,10 @@ def make_config(path: Path, work_dir: Path, iters: int,
                 data: DataSet) -> Config:
     cfg = Config.fromfile(path)
     cfg.work_dir = str(work_dir)
-    # mmengine gives every runner of a process the visualizer of this name,
-    # which writes into the folder of the first.
+    # mmengine gives all runners of a process the same visualizer if its name is
+    # the same, and it would write into the folder of the first runner.
     cfg.visualizer.name = str(work_dir)
-    # One report of all runs, in the end.
+    # Instead, there is one report of all runs in the end.
     cfg.default_hooks.report.enabled = False
     cfg.train_cfg.update(max_iters=iters, val_interval=iters)
     cfg.param_scheduler[0].end = warm_up = min(30, iters // 2)
@@ -109,7 +112,7 @@ def make_config(path: Path, work_dir: Path, iters: int,
 
 
 def train(label: str, cfg: Config, load_from: Path | None = None) -> Path:
-    """Train, and return the last checkpoint."""
+    """Train a model, and return the path of the last checkpoint."""
     cfg.load_from = load_from and str(load_from)
     runner = quiet_runner(cfg)
     runner.register_hook(Progress(label), priority='LOWEST')
@@ -147,7 +150,8 @@ def quiet() -> contextlib.AbstractContextManager:
 
 
 class Progress(Hook):
-    """One moving line; on a pipe, a line every tenth."""
+    """Shows the progress of a training: in a terminal as one line that is
+    updated, otherwise as a line after every tenth of the training."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -193,7 +197,8 @@ def table(rows: list[tuple[str, Config, Path]], data: DataSet,
 
 
 def training_step(runner: Runner) -> Iterator[None]:
-    """Each next() is one forward, backward and optimizer step."""
+    """An iterator of which each next() runs one training step: forward pass,
+    backward pass and the update of the weights."""
     model = runner.model.train()
     if moe_layers(model):
         collect_auxiliary_losses(model)
@@ -207,20 +212,21 @@ def training_step(runner: Runner) -> Iterator[None]:
 
 def interleave(steps: dict[str, Iterator[None]],
                turns: int = 9) -> dict[str, float]:
-    """Median seconds of a step; the contenders take turns."""
+    """Median seconds of each of the steps, which are run in turns."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns):
         for name, step in steps.items():
             begin = time.perf_counter()
             next(step)
-            if turn:  # the first is a warm-up
+            if turn:  # The first turn is a warm-up.
                 times[name].append(time.perf_counter() - begin)
     return {name: median(values) for name, values in times.items()}
 
 
 @torch.no_grad()
 def draw(cfg: Config, checkpoint: Path, path: Path) -> None:
-    """The picture, with loads over the whole validation set."""
+    """Draw the routing of one image, with the loads over the whole validation
+    set."""
     cfg.load_from = str(checkpoint)
     runner = quiet_runner(cfg)
     with record_routing(runner.model) as records, quiet():
@@ -234,7 +240,7 @@ def draw(cfg: Config, checkpoint: Path, path: Path) -> None:
 
 
 def report(configs: list[Config], path: Path) -> str:
-    """Write the report of both runs; what to say of it."""
+    """Write the report of both runs, and return a line to print about it."""
     if missing := missing_packages():
         return f'no report: {missing}'
     with quiet():

@@ -1,6 +1,7 @@
-"""Say what is wrong with an installation, and what to type next.
+"""Say what is wrong with an installation, and which commands fix it.
 
-Runs on a bare Python 3.10+. The exit code is 1 if something is wrong.
+Runs on Python 3.10 and newer with the standard library only. The exit code is 1
+if something is wrong.
 
     python tools/doctor.py
 """
@@ -30,14 +31,28 @@ LOOKED_FOR = (*SHOWN, 'pkg_resources', 'ftfy', 'regex')
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found; packages go by the name one imports."""
+    """The facts about this Python and its packages. Keys are the names by which
+    packages are imported.
+
+    Attributes:
+        versions: the version of each package, and of Python.
+        owners: the distributions that have installed each package.
+        modules: the packages that can be found.
+        errors: the error of each import that fails.
+        stand_in: the Python file that is imported as mmcv._ext, '' if there
+            is none.
+        stand_in_of_rmoe: whether this file is that of rmoe.
+        read_only: whether pip cannot write where it would install.
+        gpu: the name of the GPU, '' if there is none.
+        executable: the path of this Python.
+    """
     versions: Mapping[str, str]
     owners: Mapping[str, tuple[str, ...]]
     modules: frozenset[str]
     errors: Mapping[str, str]
-    stand_in: str  # the Python file that is mmcv._ext
+    stand_in: str
     stand_in_of_rmoe: bool
-    read_only: bool  # where pip would install
+    read_only: bool
     gpu: str
     executable: str
 
@@ -48,7 +63,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the report; it is a problem if it names one."""
+    """One row of the report. It is a problem if ``problem`` is not empty, and
+    then ``remedy`` has the commands that fix it."""
     name: str
     value: str
     problem: str = ''
@@ -60,7 +76,7 @@ class Finding:
 
 
 def examine(facts: Facts) -> list[Finding]:
-    """Judge the facts; every rule of the doctor is called from here."""
+    """Judge the facts. Every rule of the doctor is called from here."""
     findings = [
         Finding('python', facts.versions['python']),
         *(package_finding(facts, package) for package in SHOWN),
@@ -72,10 +88,11 @@ def examine(facts: Facts) -> list[Finding]:
         undeclared_finding(facts, 'ftfy', 'mmseg', 'ftfy'),
         undeclared_finding(facts, 'regex', 'mmseg', 'regex'),
         Finding('GPU', facts.gpu or 'none (the CPU works too)')]
-    # Only who has to install something has to write there.
+    # A folder that pip cannot write to is a problem only if something has to
+    # be installed.
     if facts.read_only and not all(row.ok for row in findings):
         findings.insert(0, Finding('site-packages', 'read-only', (
-            'pip cannot write where this Python keeps its packages'), (
+            'pip cannot write to the folder of the packages of this Python'), (
             f'{shlex.quote(facts.executable)} -m venv --system-site-packages '
             '.venv-own  # sees what is installed',
             '.venv-own/bin/python tools/doctor.py  # and go on with that')))
@@ -105,7 +122,8 @@ def package_finding(facts: Facts, package: str) -> Finding:
 
 def required_finding(facts: Facts) -> Finding:
     missing = REQUIRED - facts.modules
-    # One of the two is enough: segmentation needs no detector.
+    # One of the two is enough, because segmentation needs no mmdet, and
+    # detection no mmseg.
     if not facts.modules & {'mmdet', 'mmseg'}:
         missing |= {'mmdet', 'mmseg'}
     if not missing:
@@ -128,7 +146,8 @@ def torch_finding(facts: Facts) -> Finding:
 
 
 def torchvision_finding(facts: Facts) -> Finding:
-    """Its operators must be of this torch: rmoe uses some of them."""
+    """Check that torchvision was built for this torch. Otherwise its operators,
+    of which rmoe uses some, are missing."""
     name = 'torchvision ops'
     if {'torch', 'torchvision'} - facts.modules or 'torch' in facts.errors:
         return Finding(name, 'not checked')
@@ -173,8 +192,9 @@ def ops_finding(facts: Facts) -> Finding:
     error = facts.errors.get('mmcv._ext', '')
     if facts.stand_in and not facts.stand_in_of_rmoe:
         return Finding('mmcv ops', "another library's", (
-            f"{facts.stand_in} stands in for mmcv's operators and is not of "
-            'rmoe: what it serves, and how, is unknown'), (
+            f"{facts.stand_in} stands in for mmcv's operators and is not "
+            'that of rmoe: which operators it has, and what they compute, is '
+            'unknown'), (
             f'rm {shlex.quote(facts.stand_in)}',
             f'{shlex.quote(facts.executable)} -m rmoe.mmcv_ops status'))
     if facts.stand_in:
@@ -196,7 +216,8 @@ def ops_finding(facts: Facts) -> Finding:
 
 def undeclared_finding(facts: Facts, module: str, package: str,
                        requirement: str) -> Finding:
-    """A module that the original packages import without requiring it."""
+    """Check for a module that one of the original packages imports without
+    declaring it as a requirement."""
     if module in facts.modules:
         return Finding(module, 'found')
     if package not in facts.modules or uses_fork(facts):
@@ -214,14 +235,16 @@ def install_missing(facts: Facts, missing: set[str]) -> tuple[str, ...]:
 
 
 def replace(facts: Facts, package: str) -> tuple[str, ...]:
-    """Commands that leave one sound copy of an OpenMMLab package."""
+    """The commands after which there is one working copy of an OpenMMLab
+    package."""
     found = ' '.join(facts.owners.get(package, (package,)))
     return (f'{facts.pip} uninstall -y {found}',
             f'{facts.pip} install {distribution(facts, package)}')
 
 
 def distribution(facts: Facts, package: str) -> str:
-    """What pip installs a package by; mmcv without a compiler."""
+    """The name, with the version, by which pip installs a package. For mmcv it
+    is one that needs no compiler."""
     if uses_fork(facts):
         return FORK[package]
     names = {'mmengine': 'mmengine', 'mmcv': 'mmcv-lite', 'mmdet': 'mmdet',
@@ -238,7 +261,9 @@ def is_fork(distribution: str) -> bool:
 
 
 def uses_fork(facts: Facts) -> bool:
-    """Which family to mend with: that of the frameworks, if there are any."""
+    """Whether missing packages should be taken from the fork. They should if
+    the installed mmdet and mmseg are those of the fork, or, without these, the
+    installed mmengine and mmcv."""
     found = {package: facts.owners.get(package, ()) for package in FORK}
     deciding = found['mmdet'] + found['mmseg'] or (
         found['mmengine'] + found['mmcv'])
@@ -250,8 +275,9 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def gather() -> Facts:
-    """Look at this machine and this Python."""
-    # A folder left over from an uninstall is found too, without an origin.
+    """Collect the facts about this machine and this Python."""
+    # A folder that is left over after a package was uninstalled is also found,
+    # but its spec has no origin.
     modules = frozenset(
         name for name in LOOKED_FOR
         if (spec := importlib.util.find_spec(name)) and spec.origin)
@@ -280,9 +306,10 @@ def import_error(module: str) -> str:
             warnings.simplefilter('ignore')
             importlib.import_module(module)
             if module == 'torchvision':
-                # It imports beside another torch, without its operators.
+                # If torchvision was built for another torch, it can be
+                # imported, but its operators are missing.
                 sys.modules['torch'].ops.torchvision.nms  # noqa: B018
-    except Exception as error:  # a broken package can raise anything
+    except Exception as error:  # A broken package can raise any exception.
         return ' '.join(f'{type(error).__name__}: {error}'.split())
     return ''
 
@@ -293,7 +320,7 @@ def stand_in_file() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     file = Path(spec.origin).with_name('_ext.py')
-    # Python takes a compiled module before a file of that name.
+    # If there is also a compiled module, Python imports that one.
     compiled = list(file.parent.glob('_ext.*.so'))
     return file if file.exists() and not compiled else None
 
@@ -306,7 +333,8 @@ def gpu() -> str:
 
 
 def report(findings: list[Finding]) -> str:
-    """The table, then the problems; those with one remedy stand together."""
+    """The report as text: the table, and then the problems. Problems with the
+    same remedy are listed together."""
     lines = [f'{"  " if row.ok else "! "}{row.name:<17}{row.value}'
              for row in findings]
     problems: dict[tuple[str, ...], list[str]] = {}

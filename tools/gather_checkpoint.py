@@ -1,10 +1,10 @@
-"""Make one plain file of a checkpoint that ranks wrote into a folder.
+"""Make one plain file of a checkpoint that all ranks wrote into a folder.
 
     python tools/gather_checkpoint.py work_dirs/NAME/iter_4000 OUT.pth
 
-The file is the one that CheckpointHook(sharded=False) would have written:
-weights, optimizer, schedulers and random states. It takes one process without
-a GPU and the memory of one copy. What is in the folder is never executed.
+The file is the one that CheckpointHook(sharded=False) would have written, with
+weights, optimizer, schedulers and random states. This takes one process, no
+GPU, and memory for one copy. No code in the folder is executed.
 """
 import argparse
 import os
@@ -26,8 +26,9 @@ def parse_args() -> argparse.Namespace:
                         help='folder that CheckpointHook(sharded=True) wrote')
     parser.add_argument('out', type=Path, help='.pth file to write')
     parser.add_argument('--weights-only', action='store_true',
-                        help='leave out the optimizer and, of averaged '
-                        'weights, those that training would go on from')
+                        help='leave out the optimizer and, if there are '
+                        'averaged weights, the other ones with which training '
+                        'would continue')
     return parser.parse_args()
 
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 class Progress:
-    """A line for every tenth."""
+    """Prints a line after every tenth of the bytes."""
 
     def __init__(self) -> None:
         self.tenths = 0

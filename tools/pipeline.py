@@ -1,5 +1,4 @@
-"""Run whole pipelines of the RMoE paper (2204.09636), and compare what they
-cost.
+"""Run whole pipelines of the RMoE paper (2204.09636), and compare their costs.
 
     python tools/pipeline.py configs/pipelines/swin-tiny_ade20k-512x512.py \\
         rmoe-i
@@ -11,9 +10,10 @@ of the step before: non-moe (dense upstream and downstream), moe (experts from
 the start), rmoe-d (dense upstream, upcycled downstream), rmoe-i (dense
 upstream, upcycled, a short stage on the upstream data, downstream).
 
-A step that two pipelines begin with is trained once. A run that was stopped
-goes on where it was; what has finished is not repeated. The cost of every step
-and of the pipelines, and their scores, are in costs.json of the work dir.
+If two pipelines begin with the same step, it is trained once. A run that was
+stopped continues from its last checkpoint, and finished steps are not repeated.
+The costs of every step and of the pipelines, and their scores, are written to
+costs.json in the work dir.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ from mmengine.config import Config, DictAction
 
 from rmoe.upcycling import write_atomically
 
-# The step that --dense stands for.
+# The step that the checkpoint of --dense replaces.
 DENSE = 'dense-upstream'
 COLUMNS = ('pipeline', 'score', 'hours', 'samples', 'PFLOPs', 'peak GB',
            'hours / non-moe', 'PFLOPs / non-moe')
@@ -46,7 +46,7 @@ def main() -> None:
     if args.dense and not any(family.pipelines[name][0] == DENSE
                               for name in names):
         raise ValueError(f'--dense {args.dense}: none of {names} starts from '
-                         'a dense checkpoint')
+                         'a dense checkpoint. Leave --dense out')
     work_dir = args.work_dir or Path('work_dirs') / args.family.stem
     work_dir.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
                         help='config with steps and pipelines, of '
                         'configs/pipelines')
     parser.add_argument('pipelines', nargs='+', metavar='PIPELINE',
-                        help="which to run, or 'all'")
+                        help="pipelines to run, or 'all'")
     parser.add_argument('--dense', type=Path, metavar='CHECKPOINT',
                         help='a dense checkpoint instead of the step '
                         f'{DENSE}; a cost.json beside it is counted')
@@ -88,7 +88,7 @@ def read_family(path: Path) -> Config:
 
 def options_of_steps(options: dict[str, Any], steps: dict[str, str]
                      ) -> dict[str, dict[str, Any]]:
-    """STEP.key=value, sorted by step."""
+    """The overrides STEP.key=value of the command line, by step."""
     sorted_out: dict[str, dict[str, Any]] = {step: {} for step in steps}
     for key, value in options.items():
         step, _, rest = key.partition('.')
@@ -103,7 +103,7 @@ def options_of_steps(options: dict[str, Any], steps: dict[str, str]
 def follow(family: Config, name: str, work_dir: Path,
            options: dict[str, dict[str, Any]], args: argparse.Namespace
            ) -> dict[str, dict]:
-    """Run the steps of one pipeline; their records by name."""
+    """Run the steps of one pipeline, and return their records by name."""
     chain: list[str] = []
     records: dict[str, dict] = {}
     start: str | None = None
@@ -122,7 +122,7 @@ def follow(family: Config, name: str, work_dir: Path,
 
 
 def keep(path: Path, name: str, steps: dict[str, dict]) -> None:
-    """Put a pipeline into costs.json."""
+    """Write the costs and scores of a pipeline into costs.json."""
     costs = json.loads(path.read_text()) if path.exists() else {}
     score = list(steps.values())[-1]['metrics']
     costs[name] = dict(
@@ -134,7 +134,7 @@ def keep(path: Path, name: str, steps: dict[str, dict]) -> None:
 
 
 def table(costs: dict[str, dict]) -> str:
-    """One line for each pipeline that has been run."""
+    """A table with one line for each pipeline that has been run."""
     rows = [COLUMNS]
     base = costs.get('non-moe', {}).get('total')
     for name, pipeline in costs.items():

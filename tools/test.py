@@ -47,7 +47,8 @@ def paint(cfg: Config, folder: str) -> None:
 
 
 def use_tta(cfg: Config) -> None:
-    """Wrap the model, and give every test dataset the other pipeline."""
+    """Wrap the model for test-time augmentation, and give every test data set
+    the pipeline for it."""
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
             raise ValueError(
@@ -58,7 +59,8 @@ def use_tta(cfg: Config) -> None:
 
 
 def set_pipeline(dataset: ConfigDict, pipeline: list) -> None:
-    """Of the innermost datasets: wrappers and concatenations are opened."""
+    """Set the pipeline of the data sets inside of wrappers and
+    concatenations."""
     parts = dataset.get('datasets') or [dataset.get('dataset')]
     if parts == [None]:
         dataset.pipeline = pipeline

@@ -17,13 +17,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('--resume', nargs='?', const='auto',
                         metavar='CHECKPOINT',
-                        help='go on from CHECKPOINT, or from the latest one '
-                        'in the work dir')
+                        help='continue from CHECKPOINT, or from the latest '
+                        'one in the work dir')
     parser.add_argument('--amp', action='store_true',
-                        help='automatic mixed precision: bfloat16 on the '
-                        'CPU and on a GPU that has it, else float16 by '
-                        'AmpOptimWrapper; optim_wrapper.dtype=float16 asks '
-                        'for float16')
+                        help='automatic mixed precision: in bfloat16 on the '
+                        'CPU and on a GPU that has it, otherwise in float16 '
+                        'by AmpOptimWrapper; with optim_wrapper.dtype=float16 '
+                        'a GPU always computes in float16')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size')
     add_common_arguments(parser)
@@ -42,7 +42,8 @@ def main() -> None:
             raise ValueError('--auto-scale-lr needs '
                              'auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
-    # A first run has nothing to resume, and starts from its load_from.
+    # With --resume but without a checkpoint in the work dir, this is the first
+    # run, which starts from load_from.
     if args.resume and (args.resume != 'auto'
                         or find_latest_checkpoint(cfg.work_dir)):
         cfg.resume = True

@@ -7,9 +7,9 @@
         --out moe4.pth --change-experts prune --images FOLDER
     python tools/upcycle.py moe.pth --config CONFIG --out folded.pth --fold
 
-Reads what docs/checkpoints.md lists; what is in a file is never executed.
-Beside the output it writes a report of every key, with the measured
-difference between the features before and after.
+It reads the checkpoints that docs/checkpoints.md lists, and executes no code in
+them. Beside the output it writes a report about every key, with the measured
+difference between the features before and after the conversion.
 """
 import argparse
 import ast
@@ -55,7 +55,8 @@ from rmoe.upcycling.channels import image_convolution
 from rmoe.version import __version__
 
 BACKBONE = 'backbone.'
-# A segmentor or detector has no use for a classifier's head.
+# The head of a classifier is left out, because a segmentor or detector cannot
+# use it.
 CLASSIFIER = 'head.'
 
 
@@ -70,41 +71,44 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True,
                         help='.pth or .safetensors file to write')
     parser.add_argument('--weights',
-                        help='which of the weights in the file, by the name '
-                        "they have there: 'student', 'state_dict', "
-                        "'momentum_encoder' (default: a teacher's or averaged "
-                        'ones where there are any)')
+                        help='which of the weights in the file to take, by '
+                        "their name in it: 'student', 'state_dict', "
+                        "'momentum_encoder' (default: those of a teacher or "
+                        'averaged ones, if there are any)')
     parser.add_argument('--to-dense', nargs='?', const='core',
                         choices=['core', 'mean', 'best'],
-                        help='write a file that the dense model loads: its '
-                        "cores, the experts' mean by load, or the expert that "
-                        'takes the most tokens')
+                        help='write a file that the dense model loads: with '
+                        "the cores, the experts' mean weighted by load, or "
+                        'the expert that gets the most tokens')
     parser.add_argument('--change-experts',
                         choices=['tile', 'slice', 'merge', 'prune'],
-                        help="from the file's number of experts to the "
-                        "config's: repeat, take the first, merge similar "
-                        'ones, or drop those with the least load')
+                        help="change the file's number of experts to the "
+                        "config's: repeat the experts, take the first ones, "
+                        'merge similar ones, or drop those with the least '
+                        'load')
     parser.add_argument('--fold', action='store_true',
-                        help='bake core + residual into plain experts, for '
-                        'inference: a file for the same config with '
-                        'moe.core=False')
+                        help='add core and residual of each expert into one '
+                        'plain expert, for inference. The file is for the '
+                        'same config with moe.core=False')
     parser.add_argument('--images',
-                        help='folder of pictures to measure loads and '
-                        'differences on (default: one random image)')
+                        help='folder of pictures on which loads and '
+                        'differences are measured (default: one random image)')
     parser.add_argument('--noise', type=float, default=0.,
-                        help='deviation of random residuals over that of the '
-                        "core's weights, zero mean over experts (default 0: "
-                        'the dense function exactly)')
+                        help='standard deviation of random residuals, as a '
+                        "fraction of that of the core's weights; their mean "
+                        'over experts is zero (default 0: the model computes '
+                        'exactly the dense function)')
     parser.add_argument('--cluster-routers', action='store_true',
-                        help='routers that start as the centres of clusters '
-                        'of the tokens of --images, instead of at random')
+                        help='start routers from the centres of clusters of '
+                        'the tokens of --images, instead of at random')
     parser.add_argument('--rank', type=int,
-                        help='rank of the residuals, instead of the config')
+                        help='rank of the residuals, instead of that in the '
+                        'config')
     parser.add_argument('--layers', type=ast.literal_eval,
-                        help='MoE blocks, instead of the config, '
+                        help='MoE blocks, instead of those in the config, '
                         'e.g. "((), (), (1, 3, 5), (1,))"')
     parser.add_argument('--seed', type=int, default=0,
-                        help='of router, noise and the test image')
+                        help='seed of routers, noise and the test image')
     parser.add_argument('--size', type=int, default=224,
                         help='side of the test images in pixels')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
@@ -131,7 +135,8 @@ def main() -> None:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     config = backbone_config(cfg)
-    # Without the time that importing a host library takes.
+    # The time is measured from here, so that it does not include the import of
+    # a host library.
     started = time.perf_counter()
     for option in ('rank', 'layers'):
         if getattr(args, option) is not None:
@@ -140,7 +145,8 @@ def main() -> None:
     with weightless():
         moe, dense = build_backbone(config), build_backbone(dense_twin(config))
     images = images_for(moe, args, cfg)
-    # Another library's backbone does not know what it can load.
+    # A backbone of another library has no architecture, which says which
+    # checkpoints it can load.
     dense.architecture = moe.architecture
     choice = choose_weights(content, moe.architecture, args.weights)
     if choice.line:
@@ -197,21 +203,23 @@ def main() -> None:
 
 def images_for(model: nn.Module, args: argparse.Namespace, cfg: Config
                ) -> list[Tensor]:
-    """Of --images, or a random one, with the channels that a model takes."""
+    """The images of --images, or a random one with the number of channels that
+    the model takes."""
     key = image_convolution(model)
     channels = model.state_dict()[key].shape[1] if key else 3
     if not args.images:
         return [torch.randn(1, channels, args.size, args.size)]
     if channels != 3:
         raise ValueError(f'--images {args.images} are read in three channels, '
-                         f'and the model takes {channels}: leave out --images')
+                         f'but the model takes {channels}: leave out --images')
     return list(load_images(args.images, args.size, cfg))
 
 
 def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
              images: list[Tensor], args: argparse.Namespace
              ) -> tuple[nn.Module, nn.Module, Report]:
-    """The dense model, the MoE model with its weights, and the report."""
+    """Upcycle: return the dense model, the MoE model with its weights, and the
+    report."""
     if count_experts(moe, state):
         raise ValueError(
             f'{args.checkpoint} is a MoE checkpoint already; --to-dense makes '
@@ -232,7 +240,8 @@ def make_moe(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
 def make_dense(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
                images: list[Tensor], how: str
                ) -> tuple[nn.Module, nn.Module, Report]:
-    """The MoE model, the dense model with its weights, and the report."""
+    """Make a dense model: return the MoE model, the dense model with weights
+    from it, and the report."""
     fitted, found = fit(moe, state)
     give_weights(moe, fitted)
     loads = None if how == 'core' else measure_loads(moe, images)
@@ -249,11 +258,12 @@ def make_dense(moe: nn.Module, dense: nn.Module, state: dict[str, Tensor],
 def change_experts(config: dict, moe: nn.Module, state: dict[str, Tensor],
                    images: list[Tensor], how: str
                    ) -> tuple[nn.Module, nn.Module, Report]:
-    """The MoE model as in the file, as in the config, and the report."""
+    """Change the number of experts: return the MoE model with the number in the
+    file, that with the number in the config, and the report."""
     count = count_experts(moe, state)
     if not count:
         raise ValueError('--change-experts needs a MoE checkpoint; this one '
-                         'is dense')
+                         'is dense. Without --change-experts it is upcycled')
     config = dict(config, moe=dict(config['moe'], num_experts=count))
     with weightless():
         before = build_backbone(config)
@@ -267,7 +277,8 @@ def change_experts(config: dict, moe: nn.Module, state: dict[str, Tensor],
 def make_folded(config: dict, moe: nn.Module, state: dict[str, Tensor],
                 args: argparse.Namespace
                 ) -> tuple[nn.Module, nn.Module, Report]:
-    """The MoE model, the one with folded experts, and the report."""
+    """Fold experts: return the MoE model, the one with folded experts, and the
+    report."""
     if not config['moe'].get('core', True):
         raise ValueError(
             f'{args.config} has moe.core=False, so there is no core to fold; '
@@ -279,8 +290,8 @@ def make_folded(config: dict, moe: nn.Module, state: dict[str, Tensor],
     for key, status in found.status.items():
         if status == 'upcycled':
             raise ValueError(
-                f'{key} is of a dense FFN in {args.checkpoint} and of a MoE '
-                f'layer in {args.config}: give the config that the '
+                f'{key} belongs to a dense FFN in {args.checkpoint}, but to a '
+                f'MoE layer in {args.config}: give the config that the '
                 'checkpoint was trained with')
         if status == 'converted':
             raise ValueError(
@@ -305,7 +316,8 @@ def make_folded(config: dict, moe: nn.Module, state: dict[str, Tensor],
 
 
 def plain_options(moe: dict) -> dict[str, Any]:
-    """Settings of a config's ``moe`` that change when experts are folded."""
+    """The settings in ``moe`` of a config that must be changed for folded
+    experts."""
     options: dict[str, Any] = dict(core=False)
     if moe.get('rank') is not None:
         options['rank'] = None
@@ -315,24 +327,25 @@ def plain_options(moe: dict) -> dict[str, Any]:
 
 
 def how_to_load(moe: dict, model: nn.Module) -> str:
-    """The flags that make the config fit the folded file, and what they
-    change."""
+    """A text with the flags that make the config fit the folded file, and with
+    a warning if they change results."""
     options = ' '.join(f'model.backbone.moe.{key}={value}'
                        for key, value in plain_options(moe).items())
     text = f'load it with --cfg-options {options}'
     if any(layer.core is not None and layer.unrouted == 'core'
            for layer in moe_layers(model).values()):
-        text += ('\nwarning: padded tokens, which the core transformed, now '
-                 'get nothing. Where batches are padded (detectors, images '
-                 'of several sizes) results can move a little; load the '
-                 'unfolded file and call rmoe.upcycling.fold(model) to keep '
-                 'them')
+        text += ('\nwarning: padded tokens, to which the core was applied, '
+                 'now get nothing. Where batches are padded (detectors, '
+                 'images of several sizes) results can change a little. To '
+                 'keep them, load the unfolded file and call '
+                 'rmoe.upcycling.fold(model)')
     return text
 
 
 def measure_cost(out: str, started: float, converted: float
                  ) -> dict[str, float]:
-    """What the conversion took, in seconds and over the written file."""
+    """The cost of the conversion: seconds, the size of the written file, and
+    the peak memory, also over that size."""
     size = os.path.getsize(out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == 'darwin' else 1024)

@@ -1,4 +1,5 @@
-# Runtime of classifiers: epochs instead of iterations, no host library.
+# The runtime settings of classifiers, which train by epochs and need neither
+# mmseg nor mmdet.
 default_scope = 'mmengine'
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -1,4 +1,5 @@
-# Epoch-based detection; default_runtime.py is for segmentation.
+# The runtime settings of detectors, which train by epochs. default_runtime.py
+# is for segmentation.
 default_scope = 'mmdet'
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -4,7 +4,7 @@ _base_ = [
     '../_base_/default_runtime.py',
     '../_base_/schedules/schedule_160k.py'
 ]
-# Hugging Face's weights need exact GELU.
+# The weights of Hugging Face were trained with the exact GELU.
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(

@@ -1,4 +1,4 @@
-# RMoE-I: its experts come from a short stage on the upstream data.
+# RMoE-I: its experts were trained in a short stage on the upstream data.
 _base_ = [
     './cvt-13-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     '../_base_/schedules/moe.py'

@@ -1,4 +1,5 @@
-# MoE from scratch, with plain experts: the upper bound of the RMoE paper.
+# MoE from scratch, with experts without a core: the upper bound of the RMoE
+# paper.
 _base_ = [
     './cvt-13_8xb128-300e_in1k-224x224.py',
     '../_base_/schedules/moe.py'

@@ -1,5 +1,5 @@
-# RMoE-I, intermediate stage: the dense twin's checkpoint upcycles as it is
-# loaded. Length and rates: see imagenet_30e_intermediate.py.
+# The intermediate stage of RMoE-I: the checkpoint of the dense twin is upcycled
+# as it loads. imagenet_30e_intermediate.py has the length and the rates.
 _base_ = [
     '../_base_/models/classifier_cvt.py', '../_base_/datasets/imagenet.py',
     '../_base_/cls_runtime.py',

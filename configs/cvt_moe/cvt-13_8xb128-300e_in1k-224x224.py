@@ -1,4 +1,5 @@
-# CvT warms up for 5 epochs; the rate is that of its code, 0.00025 for 256 images.
+# CvT warms up for 5 epochs. The learning rate is that in its code, 0.00025 for
+# 256 images.
 _base_ = [
     '../_base_/models/classifier_cvt.py', '../_base_/datasets/imagenet.py',
     '../_base_/cls_runtime.py', '../_base_/schedules/imagenet_300e.py'

@@ -1,5 +1,5 @@
-# RMoE-I, intermediate stage: the dense twin's checkpoint upcycles as it is
-# loaded. The paper gives neither length nor rates: they are our choice.
+# The intermediate stage of RMoE-I: the checkpoint of the dense twin is upcycled
+# as it loads. The paper does not give length and rates; they are our choice.
 _base_ = ['./cvt-xtiny_1xb64-7e_tiny-imagenet-100-64x64.py', '../_base_/schedules/rmoe_i_intermediate.py']
 model = dict(backbone=dict(moe=dict(layers=((), (1, ), (1, 3, 5)), num_experts=8)))
 optim_wrapper = dict(optimizer=dict(lr=0.0002))

@@ -1,4 +1,4 @@
-# From the upstream run of the same backbone; see configs/pipelines.
+# Starts from the upstream run of the same backbone; see configs/pipelines.
 _base_ = [
     '../_base_/models/upernet_cvt.py', '../_base_/datasets/camvid.py',
     '../_base_/default_runtime.py', '../_base_/schedules/camvid_1k.py'

@@ -4,7 +4,7 @@ _base_ = [
     '../_base_/det_runtime.py',
     '../_base_/schedules/coco_1x.py'
 ]
-# Hugging Face's weights need exact GELU.
+# The weights of Hugging Face were trained with the exact GELU.
 model = dict(
     backbone=dict(
         act_cfg=dict(type='GELU'),

@@ -1,4 +1,4 @@
-# The MoE half of `make demo`: upcycled, then fine-tuned in stages.
+# The MoE model of `make demo`, which is upcycled and then fine-tuned in stages.
 _base_ = [
     './swin-micro_upernet_scenes-128x128.py',
     '../_base_/schedules/rmoe_d.py'

@@ -1,4 +1,4 @@
-# The dense half of `make demo`: minutes on two CPU cores.
+# The dense model of `make demo`, which trains in minutes on two CPU cores.
 _base_ = [
     '../_base_/models/upernet_swin.py', '../_base_/datasets/scenes.py',
     '../_base_/default_runtime.py'

@@ -1,8 +1,9 @@
-# What helps RMoE-D, or hurts it: ViT-Ti with ImageNet-21k weights, upcycled
-# straight to CamVid, 600 of the configs' 1,000 iterations. 'joint' trains
-# everything from the first iteration; the others are 'joint' with one change,
-# 'staged', 'core-joint-e4' and 'k2-bpr-0.5' with more. What comes of the K = 2
-# is then evaluated at many capacities (V-MoE, 2106.05974).
+# Measures which choices help RMoE-D and which hurt it. A ViT-Ti with
+# ImageNet-21k weights is upcycled and trained on CamVid for 600 iterations
+# instead of the 1,000 of its config. 'joint' trains everything from the first
+# iteration. The others are 'joint' with one change; 'staged', 'core-joint-e4'
+# and 'k2-bpr-0.5' have several. The models with K = 2 are then evaluated at
+# many capacities (V-MoE, 2106.05974).
 names = ('non-moe', 'core-joint', 'core-joint-e4', 'core-half-joint', 'joint',
          'staged', 'residual-joint', 'balance-0', 'balance-0.001', 'bias-balanced',
          'no-router-noise', 'noise-0.01', 'align-none', 'no-core',
@@ -32,7 +33,7 @@ joint = {**short, 'custom_hooks': losses}
 
 
 def staged(*stages):
-    """These stages, then all trains."""
+    """Options for these stages, after which everything trains."""
     return dict(
         joint,
         custom_hooks=[
@@ -57,7 +58,7 @@ options = {
         dict(
             name='residual', roles=('residual', 'router', 'head'), end=0.4)),
     'core-joint': core_joint,
-    # Two that are ahead each by itself.
+    # Combines 'core-joint' and 'e4', which are each ahead of 'joint'.
     'core-joint-e4': {**core_joint, moe + 'num_experts': 4},
     'core-half-joint': staged(
         dict(name='core', roles=('core', 'head'), end=0.5)),
@@ -85,14 +86,16 @@ options = {
         **joint,
         'optim_wrapper.paramwise_cfg.roles.router.lr_mult': 0.1
     },
-    # Nothing to choose, but core and residual both move: what this gains is not
-    # the experts'.
+    # With one expert the router has nothing to choose, but core and residual
+    # are both updated. So what this gains over dense does not come from
+    # experts.
     'e1': {**joint, moe + 'num_experts': 1},
     'e2': {**joint, moe + 'num_experts': 2},
     'e4': {**joint, moe + 'num_experts': 4},
     'e16': {**joint, moe + 'num_experts': 16},
     'k2': router(top_k=2),
-    # Trained as it is to be used: half of the choices find room.
+    # Trained with the capacity that it is used with, which is enough for half
+    # of the choices.
     'k2-bpr-0.5': {
         **router(top_k=2, capacity_factor=0.5, priority='bpr'),
         moe + 'unrouted': 'zero'
@@ -101,8 +104,8 @@ options = {
     'rank-16': {**joint, moe + 'rank': 16},
     'last-blocks': {**joint, moe + 'layers': (9, 10, 11)},
     'all-blocks': {**joint, moe + 'layers': tuple(range(12))},
-    # What tools/analysis_tools/select_layers.py --batches 16 chose for
-    # 'non-moe', seed 0.
+    # The layers that tools/analysis_tools/select_layers.py --batches 16 chose
+    # for 'non-moe' with seed 0.
     'gradient-chosen': {**joint, moe + 'layers': (0, 1, 2)},
     # The other routers of 2401.15969.
     **{
@@ -116,7 +119,8 @@ options = {
         }.items()
     }
 }
-# Residuals as noise, of this deviation over the core's weights.
+# Residuals start as noise, with this fraction of the deviation of the core's
+# weights.
 upcycle = {'noise-0.01': ['--noise', '0.01']}
 analyse = {
     'joint': ['specialisation'],

@@ -1,9 +1,10 @@
-# What makes experts pay on ViT-Ti and CamVid? Every variant starts from the
-# weights of 'start', head included, and sees the images of its seed in the
-# same order with the same augmentation: pairs differ in nothing else. There is
-# no stochastic depth but in two: routers draw random numbers too, so that other paths
-# would be dropped. 600 of the configs' 1,000 iterations, the rate falling to
-# zero at the end. Five seeds.
+# Measures what makes experts worth their cost, with ViT-Ti on CamVid. Every
+# variant starts from the weights of 'start', with its head, and gets the images
+# of its seed in the same order with the same augmentation, so that runs with
+# the same seed differ in nothing else. Only two variants have stochastic depth:
+# routers draw random numbers too, so that it would drop other paths than in the
+# dense model. There are 600 iterations instead of the 1,000 of the config, with
+# a learning rate that falls to zero at the end, and five seeds.
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
     'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
@@ -31,10 +32,10 @@ experts = 'model.backbone.moe.num_experts'
 align = 'model.backbone.moe.align'
 keys = 'optim_wrapper.paramwise_cfg.custom_keys'
 residuals = 'optim_wrapper.paramwise_cfg.roles.residual'
-# The dense weights of the FFNs that are MoE in the others.
+# The names of the dense FFNs that are MoE in other variants.
 blocks = [f'layers.{block}.ffn.layers.' for block in (7, 9, 11)]
 norms = {'norm': dict(decay_mult=0.)}
-# A last fifth at a hundredth of the rate.
+# The last fifth of the training has a hundredth of the learning rate.
 tail = {
     'param_scheduler.1.end': 480,
     'param_scheduler.1.eta_min': 5e-6
@@ -56,7 +57,8 @@ def rate(factor):
 
 half = {**rate(.5), residuals: dict(lr_mult=.5)}
 options = {
-    # One iteration that changes nothing: the head as it is drawn.
+    # One iteration with learning rate zero, whose checkpoint has the randomly
+    # initialised head.
     'start': {
         **with_drop, 'param_scheduler': [],
         'optim_wrapper.optimizer.lr': 0.,
@@ -65,10 +67,12 @@ options = {
         'train_cfg.val_interval': 1
     },
     'dense': short,
-    # Adam moves core and residual: twice as fast as a dense weight.
+    # Adam updates core and residual, so that their sum moves twice as fast as a
+    # dense weight. Here the dense FFNs have twice the learning rate.
     'dense-ffn2': {**short, **rate(2.)},
-    # V-MoE's own fine-tuning (2106.05974): momentum 0.9, rate 0.003, clipped
-    # at 10, no decay. A rate for each depth and for the head, as the others.
+    # The fine-tuning of V-MoE (2106.05974): SGD with momentum 0.9, learning
+    # rate 0.003, gradients clipped at 10, no weight decay. As in the others,
+    # layers and the head have their own multiples of the learning rate.
     'dense-sgd': {
         **short,
         'optim_wrapper.optimizer': dict(
@@ -81,24 +85,26 @@ options = {
     'e4-half': {**moe(4), **half},
     'e4-zero-mean': moe(4, dict(type='rmoe.ZeroMeanHook')),
     'e4-clusters': moe(4),
-    # Each expert moves once, by itself.
+    # Without a core each expert has only one weight that is updated.
     'e4-no-core': {**moe(4), 'model.backbone.moe.core': False},
-    # The gradient of what was computed, whatever the gates are.
+    # The gradient of experts is that of the output as it was computed, not
+    # multiplied by the gates.
     'e4-straight': {**moe(4), align: 'straight_through'},
     'e8-straight': {**moe(8), align: 'straight_through'},
-    # Pulled to their mean at first, or at last (2308.06093): then the mean,
-    # which is a dense model, is what is shipped.
+    # Experts are pulled to their mean at the beginning, or at the end
+    # (2308.06093). In the second case the mean, a dense model, is the result.
     'e4-averaged': moe(4, dict(
         type='rmoe.ExpertAveragingHook', first=.1, last=0.)),
     'e4-merged': moe(4, dict(
         type='rmoe.ExpertAveragingHook', first=0., last=.1)),
     'e4-shared-moments': moe(4, dict(type='rmoe.SharedMomentsHook')),
-    # Experts that get an eighth of the tokens each, at the rate sqrt(1/8).
+    # Each expert gets an eighth of the tokens, so its learning rate is
+    # multiplied by sqrt(1/8).
     'e8-sqrt': {
         **moe(8),
         residuals: dict(lr_mult=8**-.5)
     },
-    # Two experts a token: what can be given up at test time?
+    # Each token has two experts, of which some can be given up at test time.
     'e8-k2': {
         **moe(8), 'model.backbone.moe.router': dict(
             type='TokenChoiceRouter', top_k=2)
@@ -110,7 +116,8 @@ options = {
     'dense-drop': with_drop,
     'e4-drop': moe(4, base=with_drop)
 }
-# Routers that send each kind of token to an expert of its own.
+# Routers start from clusters of tokens, so that similar tokens go to the same
+# expert.
 upcycle = {
     'e4-clusters': [
         '--cluster-routers', '--images', 'data/camvid/img_dir/train', '--size',

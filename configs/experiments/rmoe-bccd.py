@@ -1,5 +1,5 @@
-# RMoE-D (2204.09636) on detection: a small Swin, from nothing to BCCD. Give
-# it the dense checkpoint of rmoe-swin.py: --dense.
+# RMoE-D (2204.09636) for detection: a small Swin, from random weights to BCCD.
+# The dense checkpoint of rmoe-swin.py is to be given with --dense.
 _base_ = '../pipelines/swin-xtiny_bccd-320x240.py'
 once = ['dense-upstream']
 bf16 = {'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper'}

@@ -1,12 +1,13 @@
-# RMoE (2204.09636) on a small CvT: the four pipelines, from nothing to CamVid.
-# Upstream runs take most of the time, so all seeds share them. And one more:
-# 'rmoe-d' with a single expert. It has nothing to choose, but Adam moves core
-# and residual both, as in 'rmoe-d', so what it gains is not the experts'.
+# RMoE (2204.09636) with a small CvT: the four pipelines, from random weights to
+# CamVid. Upstream runs take most of the time, so all seeds share them. A fifth
+# pipeline is 'rmoe-d' with a single expert. Its router has nothing to choose,
+# but Adam updates both core and residual, as in 'rmoe-d'. So what it gains does
+# not come from experts.
 _base_ = '../pipelines/cvt-xtiny_camvid-256x256.py'
 once = ['dense-upstream', 'moe-upstream', 'rmoe-i-upstream']
 bf16 = {'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper'}
-# Half of the configs' iterations: a new head that learns five times as fast
-# makes up for it.
+# Half of the iterations of the configs. To make up for it, the new head has
+# five times the learning rate.
 short = {
     **bf16, 'optim_wrapper.paramwise_cfg.roles.head': dict(lr_mult=5.0),
     'param_scheduler.1.end': 500,

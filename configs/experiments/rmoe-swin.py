@@ -1,6 +1,6 @@
-# RMoE (2204.09636) on a small Swin: the four pipelines, from nothing to CamVid.
-# Upstream runs take most of the time, so all seeds share them. A fifth one has
-# a stage of residuals around a still core.
+# RMoE (2204.09636) with a small Swin: the four pipelines, from random weights
+# to CamVid. Upstream runs take most of the time, so all seeds share them. A
+# fifth pipeline has a stage in which residuals train while the core is frozen.
 _base_ = '../pipelines/swin-xtiny_camvid-256x256.py'
 pipelines = {
     'rmoe-d-three-stages': ['dense-upstream', 'rmoe-d-three-stages-downstream']

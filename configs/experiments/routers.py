@@ -1,13 +1,13 @@
-# The routers of 2401.15969 at equal compute, upstream: from one dense checkpoint
-# (that of rmoe-swin.py, --dense) one more epoch of Tiny-ImageNet-100. The dense
-# model goes on for as long.
+# The routers of 2401.15969 at equal compute, in upstream training. Each starts
+# from the same dense checkpoint (that of rmoe-swin.py, given with --dense) and
+# trains one more epoch of Tiny-ImageNet-100, and so does the dense model.
 routers = {
     'softmax-token-choice': dict(type='TokenChoiceRouter'),
     'sinkhorn-token-choice': dict(type='SinkhornTokenChoiceRouter'),
     'softmax-expert-choice': dict(type='ExpertChoiceRouter'),
     'sinkhorn-expert-choice': dict(type='SinkhornExpertChoiceRouter'),
     'sparse-expert-choice': dict(type='SparseExpertChoiceRouter'),
-    # As many slots as an image has tokens in the third stage.
+    # This gives as many slots as an image has tokens in the third stage.
     'soft-moe': dict(type='SoftRouter', slots_per_expert=2),
 }
 names = ('dense-continued', *routers)

@@ -1,4 +1,4 @@
-# CvT-13: ImageNet-1k, then UPerNet on ADE20K.
+# CvT-13 on ImageNet-1k, then with UPerNet on ADE20K.
 _base_ = '../_base_/pipelines.py'
 steps = {
     'dense-upstream': '../cvt_moe/cvt-13_8xb128-300e_in1k-224x224.py',

@@ -1,4 +1,5 @@
-# Half of CvT-13's width, from nothing to CamVid on two CPU cores.
+# CvT with half the width of CvT-13, from random weights to CamVid, for two CPU
+# cores.
 _base_ = '../_base_/pipelines.py'
 steps = {
     'dense-upstream': '../cvt_moe/cvt-xtiny_1xb64-7e_tiny-imagenet-100-64x64.py',

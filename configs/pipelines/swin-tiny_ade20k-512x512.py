@@ -1,4 +1,4 @@
-# Swin-T: ImageNet-1k, then UPerNet on ADE20K.
+# Swin-T on ImageNet-1k, then with UPerNet on ADE20K.
 _base_ = '../_base_/pipelines.py'
 steps = {
     'dense-upstream': '../swin_moe/swin-tiny-patch4-window7_8xb128-300e_in1k-224x224.py',

@@ -1,4 +1,4 @@
-# Swin-T: ImageNet-1k, then Mask R-CNN on COCO.
+# Swin-T on ImageNet-1k, then with Mask R-CNN on COCO.
 _base_ = './swin-tiny_ade20k-512x512.py'
 steps = {
     'dense-downstream': '../swin_moe/mask-rcnn_swin-t-p4-w7_fpn_8xb2-1x_coco.py',

@@ -1,4 +1,5 @@
-# Half of Swin-T's width, from nothing to blood cells on two CPU cores.
+# Swin with half the width of Swin-T, from random weights to blood cells, for
+# two CPU cores.
 steps = {
     'dense-upstream': '../swin_moe/swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py',
     'dense-downstream': '../swin_moe/retinanet_swin-xt-p4-w4_fpn_1xb4-12e_bccd-320x240.py',

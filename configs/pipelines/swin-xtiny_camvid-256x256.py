@@ -1,4 +1,5 @@
-# Half of Swin-T's width, from nothing to CamVid on two CPU cores.
+# Swin with half the width of Swin-T, from random weights to CamVid, for two CPU
+# cores.
 _base_ = '../_base_/pipelines.py'
 steps = {
     'dense-upstream': '../swin_moe/swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py',

@@ -2,7 +2,7 @@ _base_ = [
     './cascade-mask-rcnn_swin-b-p4-w7_fpn_8xb2-ms-crop-3x_coco.py',
     '../_base_/schedules/rmoe_d.py'
 ]
-# Alternate FFNs of the last two stages, as in Swin-MoE.
+# Every other FFN of the last two stages is MoE, as in Swin-MoE.
 model = dict(
     backbone=dict(
         moe=dict(

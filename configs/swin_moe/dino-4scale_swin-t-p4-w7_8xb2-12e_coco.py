@@ -8,7 +8,7 @@ checkpoint_file = 'https://github.com/SwinTransformer/storage/releases/download/
 model = dict(
     backbone=dict(
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file)))
-# DINO's own settings: it also learns from images without objects.
+# As in DINO, images without objects are also used for training.
 train_dataloader = dict(dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
 optim_wrapper = dict(
     optimizer=dict(weight_decay=0.0001),

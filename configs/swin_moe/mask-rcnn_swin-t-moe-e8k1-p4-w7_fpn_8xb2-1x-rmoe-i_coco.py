@@ -1,4 +1,4 @@
-# RMoE-I: its experts come from a short stage on the upstream data.
+# RMoE-I: its experts were trained in a short stage on the upstream data.
 _base_ = [
     './mask-rcnn_swin-t-p4-w7_fpn_8xb2-1x_coco.py',
     '../_base_/schedules/moe.py'

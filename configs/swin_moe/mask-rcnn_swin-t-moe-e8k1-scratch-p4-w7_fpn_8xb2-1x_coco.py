@@ -1,4 +1,5 @@
-# Its experts were experts from the start; see configs/pipelines.
+# Its checkpoint was MoE from the start of upstream training; see
+# configs/pipelines.
 _base_ = [
     './mask-rcnn_swin-t-p4-w7_fpn_8xb2-1x_coco.py',
     '../_base_/schedules/moe.py'

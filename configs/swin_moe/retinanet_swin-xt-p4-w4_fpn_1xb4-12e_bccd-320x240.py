@@ -1,9 +1,9 @@
-# From the upstream run of the same backbone; see configs/pipelines.
+# Starts from the upstream run of the same backbone; see configs/pipelines.
 _base_ = [
     '../_base_/models/retinanet_swin_fpn.py', '../_base_/datasets/bccd.py',
     '../_base_/det_runtime.py', '../_base_/schedules/bccd_12e.py'
 ]
-# Half the width of Swin-T, a narrow head, smaller anchors for platelets.
+# Half the width of Swin-T, a narrow head, and smaller anchors for platelets.
 model = dict(
     backbone=dict(embed_dims=48, window_size=4, drop_path_rate=0.1),
     neck=dict(in_channels=[96, 192, 384], out_channels=64),

@@ -2,7 +2,7 @@ _base_ = [
     './swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     '../_base_/schedules/rmoe_d.py'
 ]
-# Alternate FFNs of the last two stages, as in Swin-MoE.
+# Every other FFN of the last two stages is MoE, as in Swin-MoE.
 model = dict(
     backbone=dict(
         moe=dict(

@@ -1,4 +1,5 @@
-# Its experts were experts from the start; see configs/pipelines.
+# Its checkpoint was MoE from the start of upstream training; see
+# configs/pipelines.
 _base_ = [
     './swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     '../_base_/schedules/moe.py'

@@ -1,4 +1,5 @@
-# MoE from scratch, with plain experts: the upper bound of the RMoE paper.
+# MoE from scratch, with experts without a core: the upper bound of the RMoE
+# paper.
 _base_ = [
     './swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py',
     '../_base_/schedules/moe.py'

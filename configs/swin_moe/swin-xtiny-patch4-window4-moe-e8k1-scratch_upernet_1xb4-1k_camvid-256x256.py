@@ -1,4 +1,5 @@
-# Its experts were experts from the start.
+# Its checkpoint was MoE from the start of upstream training; see
+# configs/pipelines.
 _base_ = [
     './swin-xtiny-patch4-window4_upernet_1xb4-1k_camvid-256x256.py',
     '../_base_/schedules/moe.py'

@@ -1,5 +1,5 @@
-# RMoE-I, intermediate stage: the dense twin's checkpoint upcycles as it is
-# loaded. The paper gives neither length nor rates: they are our choice.
+# The intermediate stage of RMoE-I: the checkpoint of the dense twin is upcycled
+# as it loads. The paper does not give length and rates; they are our choice.
 _base_ = [
     './swin-xtiny-patch4-window4_1xb64-7e_tiny-imagenet-100-64x64.py',
     '../_base_/schedules/rmoe_i_intermediate.py'

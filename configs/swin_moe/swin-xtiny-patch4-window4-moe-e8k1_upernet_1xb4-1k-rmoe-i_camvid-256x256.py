@@ -1,4 +1,4 @@
-# Its experts come from a short stage on the upstream data.
+# RMoE-I: its experts were trained in a short stage on the upstream data.
 _base_ = [
     './swin-xtiny-patch4-window4_upernet_1xb4-1k_camvid-256x256.py',
     '../_base_/schedules/moe.py'

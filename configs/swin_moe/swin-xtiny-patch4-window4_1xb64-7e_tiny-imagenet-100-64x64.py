@@ -1,10 +1,11 @@
-# Half the width of Swin-T, at 64 pixels: a dense core made on CPU cores.
+# Swin with half the width of Swin-T, on images of 64 pixels, so that a dense
+# core can be trained on CPUs.
 _base_ = [
     '../_base_/models/classifier_swin.py',
     '../_base_/datasets/tiny_imagenet_100.py', '../_base_/cls_runtime.py',
     '../_base_/schedules/tiny_imagenet.py'
 ]
-# So short a run needs no strong regularisation.
+# A run this short needs no strong regularisation.
 model = dict(
     backbone=dict(embed_dims=48, window_size=4, drop_path_rate=0.),
     in_channels=384,

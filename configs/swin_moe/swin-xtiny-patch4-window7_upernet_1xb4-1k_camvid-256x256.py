@@ -1,4 +1,4 @@
-# Half the width of Swin-T: trains on two CPU cores.
+# Swin with half the width of Swin-T, which trains on two CPU cores.
 _base_ = [
     '../_base_/models/upernet_swin.py', '../_base_/datasets/camvid.py',
     '../_base_/default_runtime.py', '../_base_/schedules/camvid_1k.py'

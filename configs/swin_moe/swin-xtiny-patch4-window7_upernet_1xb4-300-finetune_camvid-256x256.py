@@ -1,4 +1,5 @@
-# Goes on from a trained dense model: the equal-length twin of the MoE run.
+# Continues from a trained dense model, for as many iterations as the MoE run
+# with which it is compared.
 _base_ = ['./swin-xtiny-patch4-window7_upernet_1xb4-1k_camvid-256x256.py']
 optim_wrapper = dict(optimizer=dict(lr=0.0003))
 param_scheduler = [

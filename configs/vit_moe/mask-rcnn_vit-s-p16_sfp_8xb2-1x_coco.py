@@ -8,7 +8,7 @@ checkpoint_file = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd
 model = dict(
     backbone=dict(
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file)))
-# ViTDet's weight decay and layer-wise decay of the learning rate.
+# The weight decay and the layer-wise decay of the learning rate are ViTDet's.
 optim_wrapper = dict(
     optimizer=dict(weight_decay=0.1),
     paramwise_cfg=dict(

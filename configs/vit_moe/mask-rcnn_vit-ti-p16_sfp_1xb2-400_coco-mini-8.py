@@ -1,4 +1,4 @@
-# Eight images, overfitted on two CPU cores: shows that a detector learns.
+# Overfits eight images on two CPU cores, which shows that a detector learns.
 _base_ = [
     '../_base_/models/mask-rcnn_vit_sfp.py',
     '../_base_/datasets/coco_mini_8.py', '../_base_/det_runtime.py',
@@ -13,7 +13,8 @@ model = dict(
             type='Pretrained',
             checkpoint='data/vit_tiny/vit_tiny_patch16_224_augreg_'
             'tinyimagenet200.safetensors')),
-    # A quarter of the usual width, and fewer proposals.
+    # The heads have a quarter of the usual width, and there are fewer
+    # proposals.
     neck=dict(in_channels=192, out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(

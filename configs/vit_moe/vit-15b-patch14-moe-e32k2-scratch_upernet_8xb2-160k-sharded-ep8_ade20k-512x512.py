@@ -1,5 +1,6 @@
-# V-MoE's 15B (2106.05974), to plan with: its weights were not published, and
-# load_from names those one would have to bring.
+# The 15B model of V-MoE (2106.05974), for planning. Its weights were not
+# published; load_from is the place of weights that a user would have to
+# provide.
 _base_ = [
     './vit-15b-patch14_upernet_8xb2-160k_ade20k-512x512.py',
     '../_base_/schedules/moe.py', '../_base_/parallel/sharded_ep8.py'

@@ -1,4 +1,5 @@
-# The dense twin of V-MoE's 15B: 48 blocks with FFNs of width 6400.
+# The dense twin of the 15B model of V-MoE, with 48 blocks and FFNs of width
+# 6400.
 _base_ = [
     '../_base_/models/upernet_vit.py',
     '../_base_/datasets/ade20k.py',

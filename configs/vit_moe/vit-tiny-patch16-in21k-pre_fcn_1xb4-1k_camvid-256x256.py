@@ -1,5 +1,5 @@
-# ViT-Ti with ImageNet-21k weights. A head of 1x1 convolutions on the last
-# tokens learns on them in a few hundred iterations, UPerNet does not.
+# ViT-Ti with ImageNet-21k weights. On them a head of 1x1 convolutions on the
+# last tokens learns in a few hundred iterations, in which UPerNet does not.
 _base_ = [
     '../_base_/datasets/camvid.py', '../_base_/default_runtime.py',
     '../_base_/schedules/camvid_1k.py'
@@ -18,7 +18,8 @@ model = dict(
         type='rmoe.ViTMoE',
         arch='tiny',
         img_size=256,
-        # With stochastic depth a run this short ends two points lower.
+        # With stochastic depth the score of such a short run is two points
+        # lower.
         drop_path_rate=0.0,
         init_cfg=dict(
             type='Pretrained',

@@ -1,5 +1,7 @@
-"""What can be wrong with data, config and checkpoint, found before training;
-importing it registers a hook."""
+"""Finds mistakes in data, config and checkpoint before training starts.
+
+Importing the package registers LabelCheckHook.
+"""
 # ruff: noqa: E402
 from rmoe.needs import need
 

@@ -1,4 +1,4 @@
-"""Whether the checkpoints that a config starts from fit its model."""
+"""Checks that the checkpoints from which a config starts fit its model."""
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,19 @@ PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 def take_pretrained(config: Any, where: str = 'model'
                     ) -> list[tuple[str, Mapping]]:
-    """Remove the init_cfgs that load a checkpoint from a model's config.
+    """Remove from the config of a model every init_cfg that loads a checkpoint.
+
+    Args:
+        config: the config, which is changed.
+        where: its place in the whole config.
 
     Returns:
-        (the module's place, the init_cfg) of each.
+        For each of them the place of its module in the config, and the
+        init_cfg.
     """
     found: list[tuple[str, Mapping]] = []
     if isinstance(config, MutableMapping):
-        if config.get('pretrained'):  # mmseg's older way
+        if config.get('pretrained'):  # the older option of mmseg
             config['pretrained'] = None
         init = config.get('init_cfg')
         inits = [init] if isinstance(init, Mapping) else list(init or ())
@@ -45,22 +50,23 @@ def take_pretrained(config: Any, where: str = 'model'
 
 def check_init(model: nn.Module, where: str, init: Mapping
                ) -> tuple[str, list[str]]:
-    """A file that a part of the model starts from.
+    """Check the checkpoint from which a part of the model starts.
 
     Args:
         model: the whole model.
-        where: the part's place in the config, 'model.backbone'.
-        init: its init_cfg.
+        where: the place of the part in the config, such as 'model.backbone'.
+        init: the init_cfg of the part.
 
     Returns:
-        What to report, and problems.
+        A line for the report, and the problems.
     """
     path, prefix = init['checkpoint'], init.get('prefix')
     what = f'{where}.init_cfg {path}'
     if not _is_file(path):
-        return f'{what}: not looked at, it would be downloaded', []
+        return f'{what}: not checked, because it would be downloaded', []
     try:
-        # UpcycledBackbone is the backbone inside.
+        # In the config, UpcycledBackbone has the backbone inside it. Once
+        # built, it is that backbone itself.
         place = where.removeprefix('model').removeprefix('.').replace(
             'backbone.backbone', 'backbone')
         module: Any = model.get_submodule(place)
@@ -76,7 +82,8 @@ def check_init(model: nn.Module, where: str, init: Mapping
             if not state:
                 raise ValueError(f'no key of {path} starts with {prefix!r}')
         if hasattr(module, 'architecture'):
-            module.load_state_dict(state, strict=False)  # checks them
+            # A backbone of rmoe raises if the weights do not fit.
+            module.load_state_dict(state, strict=False)
             return f'{what}: fits', []
         return _matches(what, module, state)
     except (FileNotFoundError, ValueError, AttributeError) as error:
@@ -84,10 +91,13 @@ def check_init(model: nn.Module, where: str, init: Mapping
 
 
 def check_load_from(model: Any, path: str) -> tuple[str, list[str]]:
-    """A file that the whole model starts from; see :func:`check_init`."""
+    """Check the checkpoint from which the whole model starts.
+
+    Arguments and result are as in :func:`check_init`.
+    """
     what = f'load_from {path}'
     if not _is_file(path):
-        return f'{what}: not looked at, it would be downloaded', []
+        return f'{what}: not checked, because it would be downloaded', []
     try:
         content = read_checkpoint(path)
         state = state_dict_of(content)
@@ -99,8 +109,8 @@ def check_load_from(model: Any, path: str) -> tuple[str, list[str]]:
             key.removeprefix('backbone.'): value for key, value in
             state.items() if key.startswith('backbone.')}, strict=False)
         fresh = unfilled(model, content)
-        return (f'{what}: fits' + (f', but for {fresh}: they start anew'
-                                   if fresh else '')), []
+        return (f'{what}: fits' + (f', except for {fresh}; these weights keep '
+                                   'their initial values' if fresh else '')), []
     except (FileNotFoundError, ValueError) as error:
         return what, [f'{what}: {explain(error)}']
 

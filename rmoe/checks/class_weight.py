@@ -1,4 +1,5 @@
-"""Class weights beside ignored pixels, where mmseg cannot have both."""
+"""Makes mmseg's cross entropy with class weights work on label maps that have
+ignored pixels, where mmseg itself fails."""
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,16 @@ from torch import Tensor, nn
 
 
 class WeightedMean:
-    """The function of mmseg's ``CrossEntropyLoss`` (softmax), with the mean
-    that it takes under class weights computed without looking up the weight
-    of the ignored label: mmseg 1.2.2 does, and fails with "index 255 is out
-    of bounds".
+    """The cross entropy of mmseg's ``CrossEntropyLoss`` (softmax), with
+    another computation of the mean under class weights.
 
-    With ``avg_non_ignore=True`` the sum of losses is divided by the weights
-    of the labelled pixels, as torch's cross_entropy does it; otherwise ignored
-    pixels count as if their weight were 1, so that weights of 1 change
-    nothing.
+    For the mean mmseg 1.2.2 looks up the class weight of every pixel, also of
+    ignored ones, and fails with "index 255 is out of bounds". This class
+    looks up only those of labelled pixels. With ``avg_non_ignore=True`` the
+    sum of losses is divided by the sum of the weights of the labelled pixels,
+    as in torch's cross_entropy. Otherwise ignored pixels count with a weight
+    of 1, so that the result with all class weights 1 is that without class
+    weights.
 
     Args:
         host: the function of mmseg.
@@ -31,13 +33,13 @@ class WeightedMean:
                  avg_factor: float | Tensor | None = None,
                  ignore_index: int = -100,
                  avg_non_ignore: bool = False) -> Tensor:
-        """As mmseg's function.
+        """Compute the loss, as mmseg's function does.
 
         Args:
             pred: (B, classes, height, width) logits.
-            label: (B, height, width).
-            weight: for each pixel.
-            class_weight: (classes, ).
+            label: (B, height, width) labels.
+            weight: a weight for each pixel.
+            class_weight: (classes, ) weights.
         """
         if class_weight is not None and avg_factor is None and (
                 reduction == 'mean'):
@@ -52,13 +54,14 @@ class WeightedMean:
 
 
 def let_weights_meet_ignored_pixels(model: nn.Module) -> list[str]:
-    """Stand in for mmseg's mean in the losses of a model that have class
-    weights; others stay as they are, and so does mmseg.
+    """Replace the function of mmseg in those losses of a model that have class
+    weights. Other losses are not changed, and neither is mmseg.
 
     Returns:
         The names of these losses.
     """
-    # Known by name: mmseg need not be installed.
+    # The function is recognised by its name, because mmseg may not be
+    # installed.
     found = []
     for name, module in model.named_modules():
         host: Any = getattr(module, 'cls_criterion', None)

@@ -1,8 +1,8 @@
-"""COCO annotations, checked as mmdet's CocoDataset reads them.
+"""Checks COCO annotations for what mmdet's CocoDataset makes of them.
 
-mmdet drops what it cannot use without a word, and numbers labels by the order
-of the file's categories. What it does was read in mmdet 3.3
-(``CocoDataset.load_data_list``, ``parse_data_info``, ``filter_data``) and in
+mmdet silently drops annotations that it cannot use, and numbers labels by the
+order of the categories in the file. The rules here are those of mmdet 3.3
+(``CocoDataset.load_data_list``, ``parse_data_info``, ``filter_data``) and of
 pycocotools (``getCatIds``).
 """
 from collections import Counter
@@ -17,10 +17,11 @@ class CocoUse:
     """How a config uses an annotation file.
 
     Attributes:
-        name: of the file, for messages.
-        option: of the data set in the config, for messages.
-        classes: the config's, in its order.
-        filter_cfg: which images mmdet leaves out; None outside training.
+        name: the name of the file, for messages.
+        option: the option that holds the data set in the config, for
+            messages.
+        classes: the classes in the order of the config.
+        filter_cfg: says which images mmdet leaves out; None outside training.
         with_mask: whether the pipeline loads masks.
         needs_boxes: False for a test set without ground truth.
     """
@@ -33,11 +34,12 @@ class CocoUse:
 
 
 def check_coco(content: dict[str, list[dict]], use: CocoUse) -> Findings:
-    """Categories, boxes and images of one file.
+    """Check the categories, boxes and images of one file.
 
     Args:
-        content: what :func:`rmoe.checks.coco_file.read_coco` gives.
-        use: what the config makes of it.
+        content: the lists that :func:`rmoe.checks.coco_file.read_coco`
+            returns.
+        use: how the config uses the file.
     """
     findings = Findings()
     if isinstance(use.classes, str):
@@ -61,13 +63,15 @@ FIELDS = dict(categories=('id', 'name'),
 
 
 def _missing_fields(items: list[dict], part: str, use: CocoUse) -> list[str]:
-    """What mmdet would end on with a bare KeyError."""
+    """Name the first entry without a field that mmdet needs. mmdet would stop
+    with a KeyError that does not name the entry."""
     if not items and part != 'annotations':
         return [f'{use.name} has no {part}']
     needed = set(FIELDS[part])
     for index, item in enumerate(items):
         if not isinstance(item, dict):
-            return [f'{part}[{index}] of {use.name} is {item!r}, no object']
+            return [f'{part}[{index}] of {use.name} is {item!r} and not a JSON '
+                    'object']
         if not needed <= item.keys():
             lacking = [key for key in FIELDS[part] if key not in item]
             return [f'{part}[{index}] of {use.name} (id {item.get("id")!r}) '
@@ -121,7 +125,8 @@ def _check_boxes(content: dict[str, list[dict]], use: CocoUse,
             lost['of images that it does not list'] += 1
             continue
         if category in used:
-            # mmdet filters images by this, and not by what it keeps of them.
+            # For filter_empty_gt mmdet counts an image as annotated if it has
+            # any annotation of the classes, even one that is dropped below.
             in_class.add(image)
         if ann.get('ignore'):
             lost['marked "ignore"'] += 1
@@ -130,8 +135,8 @@ def _check_boxes(content: dict[str, list[dict]], use: CocoUse,
         if reason == BROKEN:
             findings.errors.append(
                 f'annotation {ann["id"]} of {use.name} has the bbox '
-                f'{ann["bbox"]!r} and the area {ann["area"]!r}: not x, y, '
-                'width, height and an area in finite numbers')
+                f'{ann["bbox"]!r} and the area {ann["area"]!r}. They must be '
+                'x, y, width and height, and an area, in finite numbers')
             return
         if reason:
             lost[reason] += 1
@@ -149,11 +154,11 @@ def _check_boxes(content: dict[str, list[dict]], use: CocoUse,
             f'{use.name} has {sum(unknown.values())} annotations with the '
             f'category_id {some(sorted(unknown, key=str))}, and its '
             f'categories have the ids {some(sorted(names), 80)}. mmdet drops '
-            'them without a word: add the category, or remove them')
+            'them silently: add the category, or remove them')
     if use.with_mask and without_mask:
         findings.errors.append(
             f'{without_mask} annotations of {use.name} have no segmentation, '
-            'and the pipeline loads masks: mmdet ends on the first of them '
+            'and the pipeline loads masks: mmdet stops at the first of them '
             'with KeyError: \'mask\'. Remove them, or set with_mask=False '
             'and leave out the mask head')
     _report_boxes(use, findings, kept, crowded, lost, unused, overhanging,
@@ -165,8 +170,12 @@ BROKEN = 'broken'
 
 
 def _judge_box(ann: dict, width: float, height: float) -> tuple[str, bool]:
-    """Why mmdet drops a box, or ''; and whether it reaches more than a pixel
-    beyond its image."""
+    """Find out if mmdet drops a box.
+
+    Returns:
+        The reason, or '' if it keeps the box; and whether the box reaches
+        more than a pixel beyond its image.
+    """
     try:
         x, y, w, h = ann['bbox']
         area = ann['area']
@@ -176,7 +185,8 @@ def _judge_box(ann: dict, width: float, height: float) -> tuple[str, bool]:
         inside_w = max(0, min(x + w, width) - max(x, 0))
         inside_h = max(0, min(y + h, height) - max(y, 0))
         if inside_w * inside_h == 0:
-            # One without a width meets nothing either.
+            # A box without a width or height does not overlap the image
+            # either, but the reason is another.
             return ('without area' if w <= 0 or h <= 0 else
                     'outside their image'), False
         if area <= 0 or w < 1 or h < 1:
@@ -199,7 +209,8 @@ def _report_boxes(use: CocoUse, findings: Findings, kept: int, crowded: int,
                         in unused.most_common(8))
             + (', ...' if len(unused) > 8 else '') + ')')
     what = '; '.join(drops)
-    # A training file without any annotation holds background images.
+    # A training file without any annotation is no mistake: its images serve as
+    # background.
     if not kept and use.needs_boxes and (total or use.filter_cfg is None):
         findings.errors.append(
             f'no box of {use.name} is left for {use.option}: of {total} '
@@ -210,7 +221,7 @@ def _report_boxes(use: CocoUse, findings: Findings, kept: int, crowded: int,
     if drops:
         findings.notes.append(
             f'{use.name}: mmdet drops {sum(lost.values()) + unused.total()} '
-            f'of {total} annotations without a word: {what}')
+            f'of {total} annotations silently: {what}')
     if overhanging:
         findings.notes.append(
             f'{use.name}: {overhanging} boxes reach more than a pixel beyond '

@@ -1,4 +1,5 @@
-"""COCO annotation files: what is in one, or where it breaks."""
+"""Reads COCO annotation files. The error for a file that cannot be read says
+where in the file the problem is."""
 import gc
 import json
 from pathlib import Path
@@ -10,20 +11,20 @@ LISTS = ('images', 'annotations', 'categories')
 def read_coco(path: Path, annotated: bool = True) -> dict[str, list[dict]]:
     """Parse a COCO json file.
 
-    Of a mask only whether there is one is kept (``segmentation`` becomes a
-    bool): the polygons are most of such a file.
+    Masks are not kept, because their polygons are most of such a file:
+    ``segmentation`` becomes a bool that says whether there is one.
 
     Args:
         path: the file.
-        annotated: whether it must have annotations; that of a test set has
-            none.
+        annotated: whether the file must have annotations. That of a test set
+            has none.
 
     Returns:
         The lists 'images', 'annotations' and 'categories'.
 
     Raises:
         ValueError: if the file is empty, cut short, no JSON, or JSON of
-            another kind; names the file and where it breaks.
+            another kind; names the file and the place of the mistake.
     """
     content = _parse(path)
     kind = type(content).__name__
@@ -49,8 +50,9 @@ def _parse(path: Path) -> Any:
         raise ValueError(f'{path} is no JSON: byte {error.start} of '
                          f'{len(data)} is no UTF-8') from None
     del data
-    # Millions of small objects, none of them garbage: looking for some
-    # doubles the time.
+    # Parsing makes millions of small objects that all stay in use. The garbage
+    # collector would look through them again and again, which doubles the
+    # time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -74,7 +76,7 @@ def _where_it_breaks(path: Path, text: str,
     where = (f'at character {error.pos} of {len(text)} (line {error.lineno}, '
              f'column {error.colno}): {error.msg}, after '
              f'{text[max(error.pos - 40, 0):error.pos]!r}')
-    # Such a file is one object.
+    # A whole COCO file is one object, so it ends with a brace.
     if body.startswith('{') and (error.pos >= len(body)
                                  or not body.endswith('}')):
         return (f'{path} looks cut short: it breaks {where}. Copy or download '

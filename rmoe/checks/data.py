@@ -1,4 +1,5 @@
-"""Data mistakes found before training, not hours later."""
+"""Finds mistakes in the data of a config before training, which would otherwise
+show only hours later. The tools that train and test call it."""
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -26,27 +27,28 @@ MAX_IMAGES = 200
 
 def check_data(cfg: Config, splits: tuple[str, ...],
                max_images: int | None = MAX_IMAGES) -> list[str]:
-    """Is the data of a config there, whole, and what the config says?
+    """Check that the data of a config exists, is complete, and fits the config.
 
-    Each rank looks for folders and files, for it may have a disk of its own.
-    Into them looks the first rank alone: COCO annotations
-    (:func:`rmoe.checks.coco.check_coco`), and of COCO's and of mmseg's
-    data sets the images. All ranks raise, or none.
+    Each rank checks that folders and files exist, because it may have a disk
+    of its own. Only the first rank reads them: COCO annotations
+    (:func:`rmoe.checks.coco.check_coco`), and the images of COCO's and
+    mmseg's data sets. If one rank finds a mistake, all ranks raise.
 
     Args:
         cfg: a whole config.
-        splits: of 'train', 'val', 'test': which dataloaders are used.
-        max_images: images of each data set that are decoded, evenly spaced;
-            None for all.
+        splits: the dataloaders that will be used, of 'train', 'val' and
+            'test'.
+        max_images: number of images of each data set that are decoded, evenly
+            spaced; None for all.
 
     Returns:
-        What mmdet does to the data without saying so; logged by the first
-        rank, too.
+        Notes about data that mmdet changes or drops silently. The first rank
+        also logs them.
 
     Raises:
         FileNotFoundError: names the first folder or file that is missing,
-            and the option that points elsewhere.
-        ValueError: names file, mistake and fix, one line for each.
+            and the option that sets another place.
+        ValueError: names file, mistake and fix, one line for each mistake.
     """
     return together(lambda: _check(cfg, splits, max_images))[0]
 
@@ -56,7 +58,8 @@ def _check(cfg: Config, splits: tuple[str, ...], max_images: int | None
     check_roots(cfg, splits)
     if not is_main_process():
         return []
-    # The next split often reads the same file.
+    # The splits for validation and test often read the same file, which is
+    # then parsed only once.
     read = lru_cache(maxsize=1)(read_coco)
     findings = Findings()
     for split in splits:
@@ -69,11 +72,11 @@ def _check(cfg: Config, splits: tuple[str, ...], max_images: int | None
 
 
 def check_roots(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Do the folders and annotation files of a config exist?
+    """Check that the folders and annotation files of a config exist.
 
     Raises:
         FileNotFoundError: names the first that is missing, and the option
-            that points elsewhere.
+            that sets another place.
     """
     for split in splits:
         for dataset, option in _leaves(cfg, split):
@@ -89,19 +92,20 @@ def check_roots(cfg: Config, splits: tuple[str, ...]) -> None:
 
 def examine_split(cfg: Config, split: str, max_images: int | None,
                   read: Any = read_coco) -> Findings:
-    """All that is wrong with one split, whose folders exist.
+    """Check the data of one split, whose folders exist.
 
     Args:
         cfg: a whole config.
         split: 'train', 'val' or 'test'.
         max_images: see :func:`check_data`.
-        read: what parses COCO files.
+        read: the function that parses COCO files.
     """
     findings = Findings()
     for dataset, option in _leaves(cfg, split):
         kind = _dataset_class(cfg, dataset)
-        # Not so: classes read from a file, text prompts, panoptic data (whose
-        # boxes are of things only).
+        # The number of classes is not compared where the data set reads its
+        # classes from a file, where they are text prompts (return_classes),
+        # and for panoptic data, in which only things have boxes.
         if (_bases(kind, 'BaseDetDataset')
                 and not _bases(kind, 'CocoPanopticDataset')
                 and not dataset.get('return_classes')
@@ -125,7 +129,8 @@ def examine_split(cfg: Config, split: str, max_images: int | None,
 def _examine_coco(cfg: Config, split: str, dataset: Any, option: str,
                   kind: Any, max_images: int | None, read: Any) -> Findings:
     if not dataset.get('ann_file'):
-        return Findings([f'{option} names no ann_file'])
+        return Findings([f'{option} has no ann_file: set it to the annotation '
+                         'file'])
     path = Path(dataset.get('data_root') or '', dataset['ann_file'])
     findings = Findings(_check_evaluators(cfg, split, path))
     needs_boxes = split != 'test' or not any(
@@ -159,7 +164,8 @@ def _images_in_use(content: dict[str, list[dict]], dataset: Any
 
 
 def check_num_classes(model: Mapping, classes: Any, option: str) -> list[str]:
-    """Heads of a detector whose num_classes is not that of the data."""
+    """Name the heads of a detector whose num_classes differs from the number
+    of classes of the data."""
     return [
         f'{name}.num_classes={number} and {option} has {len(classes)} classes '
         f'{tuple(classes)[:8]}: set {name}.num_classes={len(classes)}, or '
@@ -168,8 +174,8 @@ def check_num_classes(model: Mapping, classes: Any, option: str) -> list[str]:
 
 
 def _heads(model: Any, name: str) -> Iterator[tuple[str, int]]:
-    """Name and num_classes of every head that tells the classes of boxes
-    and masks."""
+    """The name and num_classes of every head that classifies boxes or
+    masks."""
     for key in ('bbox_head', 'mask_head', 'roi_head'):
         heads = model.get(key)
         many = isinstance(heads, (list, tuple))
@@ -183,7 +189,8 @@ def _heads(model: Any, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_evaluators(cfg: Config, split: str, path: Path) -> list[str]:
-    """Metrics that read another annotation file than the data set."""
+    """Name the evaluators that read another annotation file than the data
+    set does."""
     return [
         f'{split}_evaluator reads {other}, and {split}_dataloader {path}: '
         f'set {split}_evaluator.ann_file={path}'
@@ -204,7 +211,8 @@ def _leaves(cfg: Config, split: str) -> Iterator[tuple[Any, str]]:
 
 
 def _dataset_configs(loader: Any, option: str) -> Iterator[tuple[Any, str]]:
-    """The innermost dataset configs (wrappers and concatenations opened)."""
+    """The configs of the data sets inside of wrappers and concatenations, and
+    the option of each."""
     dataset = (loader or {}).get('dataset')
     if not dataset:
         return
@@ -237,23 +245,25 @@ def _dataset_class(cfg: Config, dataset: Any) -> Any:
 
 
 def _build(cfg: Config, dataset: Any) -> Any:
-    """Without its pipeline."""
+    """Build a data set without its pipeline."""
     with DATASETS.switch_scope_and_registry(
             cfg.get('default_scope')) as registry:
-        # mmengine cannot serialise an empty list.
+        # mmengine fails to serialise the data of an empty data set.
         return registry.build(dict(dataset, pipeline=[],
                                    serialize_data=False))
 
 
 def _bases(kind: Any, name: str) -> Any:
-    """The class of that name which a class descends from, known by name: the
-    host libraries need not be installed."""
+    """The base class of a class that has this name, or None. Classes of host
+    libraries are recognised by their names, because the libraries may not be
+    installed."""
     return next((base for base in getattr(kind, '__mro__', ())
                  if base.__name__ == name), None)
 
 
 def _reads_as_coco(kind: Any) -> bool:
-    """Not so Objects365 and LVIS, which descend from it."""
+    """Whether a class reads its data as CocoDataset does. Objects365 and LVIS
+    are subclasses of it that do not."""
     base = _bases(kind, 'CocoDataset')
     return base is not None and all(
         getattr(kind, method) is getattr(base, method)
@@ -265,6 +275,7 @@ def _classes(kind: Any, dataset: Any) -> Any:
 
 
 def _uses(dataset: Any, transform: str) -> bool:
-    """Of mmcv or a host library, and not one of the user's own."""
+    """Whether the pipeline has a transform with this type. A transform of the
+    user has another one."""
     return any(type_name(step) == transform
                for step in dataset.get('pipeline', ()))

@@ -1,5 +1,8 @@
-"""Everything in a config, looked at in one go: data, model, checkpoint, and
-what training takes."""
+"""Examines a whole config before a training: data, model and checkpoints, and
+how much time and memory the training takes.
+
+tools/analysis_tools/check_config.py is the command for it.
+"""
 import contextlib
 import io
 import tempfile
@@ -56,7 +59,7 @@ MAX_LABEL_MAPS = 1000
 
 
 class Report:
-    """Prints what it is told, and keeps what is wrong."""
+    """Prints the lines of an examination, and keeps the problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -71,8 +74,8 @@ class Report:
 
     @contextlib.contextmanager
     def part(self, what: str) -> Iterator[None]:
-        """What a library raises inside is a problem with ``what``, and what
-        it prints is left out."""
+        """Context for calls into libraries. An exception inside is reported as
+        a problem with ``what``; printed output is dropped."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 yield
@@ -82,14 +85,14 @@ class Report:
 
 def examine(cfg: Config, report: Report, everything: bool, iters: int
             ) -> None:
-    """Look at all of a config, then train a few iterations.
+    """Examine all parts of a config, then train a few iterations.
 
     Args:
-        cfg: of the training.
-        report: is told what is found, and keeps the problems.
-        everything: look at every image and label map, not at ``MAX_IMAGES``
-            and ``MAX_LABEL_MAPS`` of each split.
-        iters: iterations of each stage that are timed.
+        cfg: the config of the training.
+        report: prints the results, and keeps the problems.
+        everything: whether to read every image and label map, instead of only
+            ``MAX_IMAGES`` and ``MAX_LABEL_MAPS`` of each split.
+        iters: number of iterations of each stage that are timed.
     """
     with tempfile.TemporaryDirectory(prefix='check_config_') as folder:
         report.say('data')
@@ -103,7 +106,9 @@ def examine(cfg: Config, report: Report, everything: bool, iters: int
             set_precision(quiet, False)
             runner = Runner.from_cfg(quiet)
         model = runner.model if runner else None
-        if model and 'LabelCheckHook' in hook_names(cfg):  # as it does
+        # LabelCheckHook does this in a training, but quiet_config removes the
+        # hook.
+        if model and 'LabelCheckHook' in hook_names(cfg):
             let_weights_meet_ignored_pixels(model)
         if dataset is not None:
             with report.part('train_dataloader'):
@@ -132,7 +137,11 @@ def examine(cfg: Config, report: Report, everything: bool, iters: int
 
 
 def examine_data(cfg: Config, everything: bool, report: Report) -> Any:
-    """The training data set, if it can be built."""
+    """Examine the data of all splits.
+
+    Returns:
+        The training data set, or None if it cannot be built.
+    """
     read = lru_cache(maxsize=1)(read_coco)
     built: dict[str, Any] = {}
     for split in ('train', 'val', 'test'):
@@ -143,7 +152,7 @@ def examine_data(cfg: Config, everything: bool, report: Report) -> Any:
                 report.wrong('the config has no train_dataloader')
             continue
         if split == 'test' and loader == cfg.get('val_dataloader'):
-            report.say('  test: as val')
+            report.say('  test: the same as val')
             continue
         try:
             check_roots(cfg, (split, ))
@@ -174,14 +183,15 @@ def examine_data(cfg: Config, everything: bool, report: Report) -> Any:
 
 def examine_labels(model: Any, dataset: Any, name: str, everything: bool,
                    report: Report) -> None:
-    """Against the decode head of a segmentor, or a classifier."""
+    """Compare the labels of a data set with the decode head of a segmentor, or
+    its number of classes with a classifier."""
     head = model.get('decode_head')
     where = 'model.decode_head' if head else 'model'
     if isinstance(head, (list, tuple)):
         head, where = head[-1], f'model.decode_head.{len(head) - 1}'
     number = (head or model).get('num_classes')
     if number is None:
-        return  # heads of detectors were compared already
+        return  # Heads of detectors were compared by examine_split.
     leaves = list(leaf_datasets(dataset))
     for leaf in leaves:
         names = getattr(leaf, 'metainfo', {}).get('classes')
@@ -216,12 +226,17 @@ def examine_labels(model: Any, dataset: Any, name: str, everything: bool,
 
 def examine_channels(cfg: Config, model: nn.Module | None, batch: Any,
                      report: Report) -> bool:
-    """Whether a forward pass is worth a try."""
+    """Compare the channels of images and feature maps with the config.
+
+    Returns:
+        Whether they fit, so that a forward pass can be tried.
+    """
     found: list[str] = []
     keys = [key for key in ('backbone', 'neck') if cfg.model.get(key)]
     if model is None:
-        # A head does not build, and channels are often why; or the backbone
-        # does not, which was reported.
+        # Some part of the model cannot be built, which was reported. Often it
+        # is a head, because of wrong channels. So backbone and neck are built
+        # alone, to find that out.
         try:
             parts = {key: MODELS.build(cfg.model[key]) for key in keys}
         except Exception:

@@ -1,4 +1,4 @@
-"""What a check found, and how it is said."""
+"""The result of a check, and helpers for its messages."""
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 
 @dataclass
 class Findings:
-    """What is wrong, and what is worth knowing.
+    """The mistakes that a check has found, and notes for the user.
 
     Attributes:
-        errors: mistakes; training would fail, or learn something else.
-        notes: what the libraries do without saying so.
+        errors: mistakes, with which training would fail or learn something
+            else.
+        notes: what may be intended, such as data that the libraries drop
+            silently.
     """
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -21,13 +23,14 @@ class Findings:
 
 
 def some(items: list, most: int = 8) -> str:
-    """The first few of a list, for a message."""
+    """The first ``most`` items of a list, for a message."""
     more = f' and {len(items) - most} more' if len(items) > most else ''
     return ', '.join(repr(item) for item in items[:most]) + more
 
 
 def explain(error: Exception) -> str:
-    """A message for what a library raised."""
+    """A message for an exception of a library. If its text alone may not
+    explain it, the message names type, file and line too."""
     if isinstance(error, (ValueError, FileNotFoundError)):
         return str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,4 +1,5 @@
-"""Image files that are missing or do not decode."""
+"""Finds image files and label maps that are missing, cannot be decoded, or have
+another size than they should."""
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,22 +11,26 @@ from PIL import Image, UnidentifiedImageError
 
 from rmoe.checks.findings import Findings
 
-ORIENTATION = 0x0112  # of EXIF; from 5 on, sides are swapped
+# The EXIF tag for the orientation. From value 5 on, width and height of the
+# image are swapped.
+ORIENTATION = 0x0112
 
 
 def is_local(path: str | Path) -> bool:
-    """False for what a backend reads from elsewhere ('s3://...')."""
+    """Whether a path is on a local disk, and not an address such as
+    's3://...' that a storage backend reads."""
     return ':/' not in str(path)
 
 
 def evenly_spaced(count: int, most: int | None) -> range:
-    """Indices of at most ``most`` of ``count`` things, all if it is None."""
+    """Indices of at most ``most`` of ``count`` items, evenly spaced; of all
+    items if ``most`` is None."""
     return range(0, count, max(-(-count // most) if most else 1, 1))
 
 
 def missing_files(paths: Iterable[str]) -> list[str]:
-    """Those that do not exist; each folder is listed once, which is faster
-    than asking for each file."""
+    """The files that do not exist. Each folder is listed once, which is faster
+    than looking for each file."""
     folders: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         folders[os.path.dirname(path)].append(path)
@@ -39,14 +44,18 @@ def missing_files(paths: Iterable[str]) -> list[str]:
 
 
 def image_size(path: str, upright: bool = True) -> tuple[int, int]:
-    """(width, height) of a file that decodes wholly.
+    """Decode a file completely.
 
     Args:
         path: the file.
-        upright: turned as its EXIF data say, as mmcv loads images.
+        upright: whether to turn the image as its EXIF data say, which mmcv
+            does when it loads images.
+
+    Returns:
+        Its width and height.
 
     Raises:
-        ValueError: if it does not decode; names it.
+        ValueError: if it cannot be decoded; names the file.
     """
     try:
         with Image.open(path) as image:
@@ -54,14 +63,15 @@ def image_size(path: str, upright: bool = True) -> tuple[int, int]:
             turned = upright and image.getexif().get(ORIENTATION, 1) >= 5
             width, height = image.size
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        # Pillow does not know, or trust, all that OpenCV reads.
+        # OpenCV reads some formats that Pillow does not know, and images that
+        # are too large for Pillow.
         if not os.path.getsize(path):
             raise ValueError(f'{path} is empty (0 bytes)') from None
         array = mmcv.imread(path, flag='unchanged', backend='cv2')
         if array is None:
             raise ValueError(f'{path} does not decode: {error}') from None
         return array.shape[1], array.shape[0]
-    # A broken PNG is a SyntaxError to Pillow.
+    # Pillow raises a SyntaxError for a broken PNG.
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f'{path} does not decode: {error}') from None
     return (height, width) if turned else (width, height)
@@ -69,13 +79,14 @@ def image_size(path: str, upright: bool = True) -> tuple[int, int]:
 
 def check_listed_images(images: list[dict], folder: Path, name: str,
                         most: int | None) -> Findings:
-    """Are a COCO file's images there, whole, and of the size it says?
+    """Check that the images of a COCO file exist, can be decoded, and have the
+    size that the file says.
 
     Args:
-        images: its 'images'.
-        folder: where they are.
-        name: of the COCO file, for messages.
-        most: images that are decoded, evenly spaced; None for all.
+        images: the list 'images' of the COCO file.
+        folder: the folder with the images.
+        name: the name of the COCO file, for messages.
+        most: number of images that are decoded, evenly spaced; None for all.
     """
     findings = Findings()
     paths = [os.path.join(folder, image['file_name']) for image in images]
@@ -98,20 +109,20 @@ def check_listed_images(images: list[dict], folder: Path, name: str,
         if size != listed:
             findings.errors.append(
                 f'{path} is {size[0]} x {size[1]} pixels as mmcv loads it, '
-                f'and {name} says {listed[0]} x {listed[1]}: its boxes would '
-                'lie elsewhere')
+                f'but {name} says {listed[0]} x {listed[1]}: its boxes would '
+                'be at wrong places')
     return findings
 
 
 def check_label_maps(dataset: Any, option: str, most: int | None,
                      labelled: bool = True) -> Findings:
-    """Has every image of a segmentation data set a label map of its size,
-    and do both decode?
+    """Check that every image of a segmentation data set has a label map of the
+    same size, and that both can be decoded.
 
     Args:
-        dataset: one of mmseg's.
-        option: of the data set in the config.
-        most: pairs that are decoded, evenly spaced; None for all.
+        dataset: a data set of mmseg.
+        option: the option that holds the data set in the config.
+        most: number of pairs that are decoded, evenly spaced; None for all.
         labelled: whether its label maps are used.
     """
     findings = Findings()

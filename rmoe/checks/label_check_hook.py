@@ -1,4 +1,4 @@
-"""Label maps against the decode head, before the first iteration."""
+"""Compares label maps with the decode head before the first iteration."""
 from typing import Any
 
 from mmengine.dist import get_rank, get_world_size
@@ -22,23 +22,24 @@ from rmoe.registry import HOOKS
 
 @HOOKS.register_module()
 class LabelCheckHook(Hook):
-    """Looks at label maps before the first iteration of a segmentor.
+    """Checks the label maps of a segmentor before the first iteration.
 
-    Ranks share the files, and all of them raise or none. What can be meant
-    is logged as a warning: classes that never occur, many ignored pixels,
-    labels that look shifted by one.
+    Each rank reads a part of the files, and all ranks raise or none. What may
+    be intended is only a warning in the log: classes that never occur, many
+    ignored pixels, labels that look shifted by one.
 
-    It also lets losses of mmseg with ``class_weight`` meet ignored pixels
-    (:mod:`rmoe.checks.class_weight`).
+    The hook also makes losses of mmseg with ``class_weight`` work on ignored
+    pixels (:mod:`rmoe.checks.class_weight`).
 
     Args:
-        max_files: label maps that are read, evenly spaced over the dataset.
+        max_files: number of label maps of each data set that are read, evenly
+            spaced.
 
     Raises:
-        ValueError: (before training) for label maps in colour, labels that
-            are neither a class of the decode head nor its ignore_index, and
-            maps from which nothing can be learnt, as those that hold 0 and
-            255; names files and fix.
+        ValueError: (before training) for label maps in colour, for labels
+            that are neither a class of the decode head nor its ignore_index,
+            and for maps from which nothing can be learnt, such as those with
+            the values 0 and 255 only; names files and fix.
     """
 
     def __init__(self, max_files: int = 1000) -> None:
@@ -51,8 +52,8 @@ class LabelCheckHook(Hook):
         losses = let_weights_meet_ignored_pixels(model)
         if losses:
             runner.logger.info(
-                f'{", ".join(losses)}: class_weight is averaged without '
-                'ignored pixels by rmoe, since mmseg fails on them')
+                f'{", ".join(losses)}: rmoe computes the mean under '
+                'class_weight, because mmseg fails on ignored pixels')
         head = decode_head(model)
         if head is None:
             return
@@ -72,7 +73,7 @@ class LabelCheckHook(Hook):
                 count.add(more)
         classes = classes_of(head, datasets)
         total = sum(map(len, datasets))
-        # Every rank has all counts, and comes to the same end.
+        # Every rank has the counts of all ranks, so all raise or none.
         findings = judge_labels(counts, classes, total)
         for note in findings.notes:
             runner.logger.warning(note)
@@ -82,7 +83,8 @@ class LabelCheckHook(Hook):
 
 
 def summary(counts: list[LabelCount], classes: Classes, total: int) -> str:
-    """What was read, in one line."""
+    """A line for the log that says which label maps were read and which labels
+    they have."""
     whole = LabelCount()
     for count in counts:
         whole.add(count)
@@ -96,15 +98,15 @@ def summary(counts: list[LabelCount], classes: Classes, total: int) -> str:
 
 
 def classes_of(head: Any, datasets: list[Any]) -> Classes:
-    """What a built head tells apart, with the names of the first data
-    set."""
+    """The classes of a head that was built, with the names that the first data
+    set has for them."""
     names = getattr(datasets[0], 'metainfo', {}).get('classes') or ()
     return Classes(head.num_classes, head.ignore_index, names, not any(
         base.__name__ in MASK_HEADS for base in type(head).__mro__))
 
 
 def decode_head(model: nn.Module) -> Any:
-    """What classifies the pixels of a segmentor, the last of a cascade; None
+    """The decode head of a segmentor, which is the last one of a cascade; None
     for other models."""
     head = getattr(model, 'decode_head', None)
     return head[-1] if isinstance(head, nn.ModuleList) else head

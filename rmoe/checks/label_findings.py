@@ -1,27 +1,29 @@
-"""What the labels of a data set mean for a decode head: mistakes, and what
-is worth knowing before training."""
+"""Judges whether a decode head can learn from the labels of a data set, and
+says which mistake is the likely cause if it cannot."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rmoe.checks.findings import Findings, some
 from rmoe.checks.label_maps import LabelCount
 
-# More ignored pixels than this are worth a warning.
+# There is a warning if more than this share of the pixels is ignored.
 MOSTLY = .5
-# Heads of masks: what a mask leaves out teaches them, one class is enough.
+# Heads that predict a mask per class. They learn with a single class too,
+# because the pixels outside of its mask are negative examples.
 MASK_HEADS = ('MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead')
 DOCS = 'docs/check_config.md says how to rewrite label maps'
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What a head can tell apart.
+    """The classes of a decode head.
 
     Attributes:
-        number: its num_classes.
-        ignore_index: the label that teaches nothing.
-        names: of the classes, as the data set has them; may be empty.
-        by_pixel: whether each pixel is classified, and not masks.
+        number: the num_classes of the head.
+        ignore_index: the label of pixels that are left out of the loss.
+        names: the names of the classes in the data set; may be empty.
+        by_pixel: whether the head classifies each pixel. Others classify
+            masks.
     """
     number: int
     ignore_index: int | None = 255
@@ -29,7 +31,7 @@ class Classes:
     by_pixel: bool = True
 
     def seen(self, labels: Iterable[int]) -> list[int]:
-        """Those of some labels that are classes and not ignored."""
+        """The labels among ``labels`` that are classes and not ignored."""
         return [label for label in sorted(labels) if
                 0 <= label < self.number and label != self.ignore_index]
 
@@ -40,19 +42,21 @@ class Classes:
 
 def judge_labels(counts: Sequence[LabelCount], classes: Classes, total: int,
                  trains: bool = True) -> Findings:
-    """Are these label maps what the head takes, and can it learn from them?
+    """Check that the labels fit the head, and that it can learn from them.
 
     Args:
-        counts: of each data set.
-        classes: of the head.
-        total: label maps of all data sets, read or not.
-        trains: False for data of validation and test, where a single class
-            is no mistake.
+        counts: the labels of each data set.
+        classes: the classes of the head.
+        total: number of label maps of all data sets, whether they were read
+            or not.
+        trains: False for the data of validation and test, where a single
+            class is no mistake.
     """
     findings = Findings()
     for count in counts:
         found = _judge_values(count, classes)
-        # Only the user knows what a transform of theirs makes of labels.
+        # A transform of the user may change labels after they are loaded, in
+        # a way that is not known here. So these errors are only notes.
         if found.errors and count.converters:
             findings.notes += [
                 f'{error} (unless {some(list(count.converters))}, after '
@@ -71,7 +75,8 @@ def judge_labels(counts: Sequence[LabelCount], classes: Classes, total: int,
 
 
 def _judge_values(count: LabelCount, classes: Classes) -> Findings:
-    """Of one data set: what cannot be a label of this head."""
+    """Find the labels of one data set that the head cannot have, and label
+    maps in colour."""
     if count.coloured:
         return Findings([_coloured(count)])
     wrong = [label for label in sorted(count.pixels) if
@@ -104,8 +109,8 @@ def _judge_all(whole: LabelCount, counts: Sequence[LabelCount],
         what = (f'only class {classes.name(seen[0])}' if seen else
                 'nothing but ignored pixels')
         text = (f'{read}, the first is {next(iter(whole.files.values()))}, '
-                f'have {what}: nothing is learnt from that{after}')
-        # A rare class may be in the maps that were not read.
+                f'have {what}: nothing can be learnt from them{after}')
+        # If not all maps were read, another class may be in the rest.
         if whole.maps >= total or not seen or two_colours:
             findings.errors.append(text)
             return
@@ -130,7 +135,7 @@ def _judge_all(whole: LabelCount, counts: Sequence[LabelCount],
 
 
 def ignored_share(count: LabelCount, classes: Classes) -> float:
-    """Of all pixels that were read, those that teach nothing."""
+    """The share of ignored pixels among all pixels that were read."""
     return (count.pixels[classes.ignore_index] / max(count.pixels.total(), 1)
             if classes.ignore_index is not None else 0.)
 
@@ -156,7 +161,8 @@ def _largest(count: LabelCount, classes: Classes) -> int:
 
 
 def _cause(count: LabelCount, classes: Classes) -> str:
-    """What the values look like, with the fix; empty if like classes."""
+    """The likely reason for wrong labels, with the fix; empty if none is
+    known."""
     values = sorted(set(count.stored) - {classes.ignore_index})
     first, last = (values[0], values[-1]) if values else (0, 0)
     if _black_and_white(count):

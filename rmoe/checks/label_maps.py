@@ -1,4 +1,4 @@
-"""Which labels the label maps of a segmentation data set hold."""
+"""Counts the labels in the label maps of a segmentation data set."""
 import copy
 from collections import Counter
 from collections.abc import Iterator
@@ -7,25 +7,26 @@ from typing import Any
 
 import numpy as np
 
-# Transforms of others may turn labels into other labels.
+# The transforms of these packages do not turn labels into other labels. Those
+# of other packages may.
 KNOWN_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg', 'rmoe')
 
 
 @dataclass
 class LabelCount:
-    """Labels of some label maps of one data set.
+    """The labels in some label maps of one data set.
 
     Attributes:
-        maps: label maps that were read.
-        pixels: for each label, its pixels as LoadAnnotations gives them.
-        stored: the same as the files have them, before ``reduce_zero_label``
-            and a choice of classes.
+        maps: number of label maps that were read.
+        pixels: number of pixels of each label that LoadAnnotations returns.
+        stored: number of pixels of each label in the files, before
+            ``reduce_zero_label`` and a choice of classes.
         files: for each label, the first file that has it.
-        uniform: for each label, the maps that consist of it alone.
-        coloured: (file, shape) of the maps that are no plain (H, W) maps.
+        uniform: for each label, the number of maps that have no other label.
+        coloured: (file, shape) of each map that is not a plain (H, W) map.
         reduced: whether the data set has ``reduce_zero_label=True``.
-        converters: transforms after LoadAnnotations that are of no library
-            known here, and may change labels.
+        converters: transforms after LoadAnnotations that may change labels,
+            because they are not of one of ``KNOWN_PACKAGES``.
     """
     maps: int = 0
     pixels: Counter[int] = field(default_factory=Counter)
@@ -37,7 +38,7 @@ class LabelCount:
     converters: tuple[str, ...] = ()
 
     def add(self, other: 'LabelCount') -> None:
-        """Count the maps of ``other``, too."""
+        """Add the counts of ``other`` to these."""
         self.maps += other.maps
         self.pixels.update(other.pixels)
         self.stored.update(other.stored)
@@ -50,7 +51,7 @@ class LabelCount:
 
 
 def leaf_datasets(dataset: Any) -> Iterator[Any]:
-    """The data sets inside wrappers and concatenations."""
+    """The data sets inside of wrappers and concatenations."""
     if hasattr(dataset, 'datasets'):
         for part in dataset.datasets:
             yield from leaf_datasets(part)
@@ -61,7 +62,8 @@ def leaf_datasets(dataset: Any) -> Iterator[Any]:
 
 
 def count_labels(dataset: Any, index: int) -> LabelCount:
-    """The labels of one label map; of no map if the pipeline loads none."""
+    """Count the labels of one label map. The count is empty if the pipeline
+    loads no label maps."""
     transforms = dataset.pipeline.transforms
     kinds = [type(transform) for transform in transforms]
     place = next((i for i, kind in enumerate(kinds)
@@ -90,7 +92,8 @@ def count_labels(dataset: Any, index: int) -> LabelCount:
 
 
 def _as_stored(load: Any, info: dict[str, Any]) -> np.ndarray:
-    # LoadAnnotations remembers the reduce_zero_label of its first map.
+    # LoadAnnotations keeps the reduce_zero_label of the first map that it
+    # loads, so a copy of it is used.
     plain = copy.copy(load)
     plain.reduce_zero_label = False
     return plain(dict(copy.deepcopy(info), reduce_zero_label=False,

@@ -1,4 +1,5 @@
-"""Whether a config's model fits itself, its data and its hooks."""
+"""Checks that the parts of a model fit each other, the data, and the hooks of
+the config."""
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,17 @@ from rmoe.registry import type_name
 
 def check_channels(model: Mapping, parts: Mapping[str, nn.Module],
                    images: Tensor) -> list[str]:
-    """Channels that a part of the model expects and does not get.
+    """Find parts of the model that expect another number of channels than they
+    get.
 
     Args:
-        model: config of the model.
-        parts: its built 'backbone' and, where there is one, 'neck'.
-        images: (B, C, H, W), as they reach the backbone.
+        model: the config of the model.
+        parts: the 'backbone' that was built from it and, if there is one, the
+            'neck'.
+        images: (B, C, H, W) images, as the backbone gets them.
+
+    Returns:
+        The problems.
     """
     stem = next((module for module in parts['backbone'].modules()
                  if isinstance(module, nn.Conv2d)), None)
@@ -39,7 +45,7 @@ def check_channels(model: Mapping, parts: Mapping[str, nn.Module],
         widths, source = _widths(_run(parts['neck'], outs)), 'the neck'
     for name, head in heads(model):
         problems += _compare(name, head, widths, source)
-    # rmoe.ImageClassifier
+    # rmoe.ImageClassifier has in_channels itself, and no head.
     return problems + _compare('model', model, widths, source)
 
 
@@ -53,13 +59,14 @@ def _run(module: nn.Module, inputs: Any) -> Sequence:
 
 
 def _widths(outs: Sequence) -> list[int]:
-    # (map, class token) of a ViT
+    # A ViT may return pairs of a feature map and the class token.
     return [(out if isinstance(out, Tensor) else out[0]).shape[1]
             for out in outs]
 
 
 def heads(model: Any, name: str = 'model') -> Iterator[tuple[str, Mapping]]:
-    """Everything in a model's config that takes feature maps."""
+    """The name and the config of every head of a model that takes feature
+    maps."""
     for key in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head',
                 'mask_head', 'roi_head'):
         found = model.get(key)
@@ -68,7 +75,8 @@ def heads(model: Any, name: str = 'model') -> Iterator[tuple[str, Mapping]]:
             if isinstance(head, Mapping):
                 where = f'{name}.{key}.{i}' if many else f'{name}.{key}'
                 yield where, head
-                # What a shared head makes of the maps is not known here.
+                # A shared head changes the maps before the other heads get
+                # them, so their channels are not known here.
                 if not head.get('shared_head'):
                     yield from heads(head, where)
 
@@ -96,7 +104,7 @@ def _compare(name: str, part: Mapping, widths: list[int],
 
 def losses_of(model: Any, batch: Any
               ) -> tuple[dict[str, float], list[str]]:
-    """One forward pass in training mode.
+    """Run one forward pass in training mode.
 
     Returns:
         The losses of the model, and the names of the auxiliary losses of its
@@ -114,31 +122,32 @@ def losses_of(model: Any, batch: Any
 
 def check_losses(losses: Mapping[str, float], auxiliary: Sequence[str],
                  hooks: set[str]) -> list[str]:
-    """Losses that are nan, or that nobody would add up.
+    """Find losses that are nan or inf, and auxiliary losses of routers that no
+    hook adds to the others.
 
     Args:
-        losses: of the model.
-        auxiliary: names of the routers'.
-        hooks: names of the config's hooks.
+        losses: the losses of the model.
+        auxiliary: the names of the auxiliary losses.
+        hooks: the names of the hooks in the config.
     """
     problems = [f'{name} is {value} in the first batch'
                 for name, value in losses.items()
                 if value != value or abs(value) == float('inf')]
     if auxiliary and 'MoELossHook' not in hooks:
         problems.append(
-            f'routers produce the losses {", ".join(auxiliary)} that nobody '
-            "collects: add dict(type='rmoe.MoELossHook') to custom_hooks, or "
-            'set loss_weights={} in the router')
+            f'routers produce the losses {", ".join(auxiliary)}, but no hook '
+            "collects them: add dict(type='rmoe.MoELossHook') to "
+            'custom_hooks, or set loss_weights={} in the router')
     return problems
 
 
 def check_routers(model: nn.Module, hooks: set[str]) -> list[str]:
-    """Routers whose hook is missing."""
+    """Find routers that need a hook which the config does not have."""
     balanced = any(isinstance(layer.router, BiasBalancedRouter)
                    for layer in moe_layers(model).values())
     if balanced and 'BalanceBiasHook' not in hooks:
-        return ['a BiasBalancedRouter balances nothing without '
-                "dict(type='rmoe.BalanceBiasHook') in custom_hooks"]
+        return ['a BiasBalancedRouter does not balance the load without '
+                "dict(type='rmoe.BalanceBiasHook') in custom_hooks: add it"]
     return []
 
 
@@ -149,7 +158,8 @@ def hook_names(cfg: Config) -> set[str]:
 
 
 def describe_layers(model: nn.Module) -> list[str]:
-    """A line for each MoE layer."""
+    """A line for each MoE layer, with its number of experts E, the experts per
+    token K, and its router."""
     return [
         f'{name}: E={layer.num_experts} K={layer.router.experts_per_token:g} '
         f'{type(layer.router).__name__}'

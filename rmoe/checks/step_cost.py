@@ -1,5 +1,5 @@
-"""What training a config costs in memory and time, measured on a few real
-iterations of every stage."""
+"""Measures how much memory and time the training of a config takes, on a few
+real iterations of every stage."""
 import copy
 import os
 import time
@@ -18,7 +18,7 @@ from rmoe.engine.residual_moe_hook import ResidualMoEHook
 from rmoe.engine.roles import trainable_table
 from rmoe.registry import type_name
 
-# Hooks that write, or look at every file again.
+# Hooks that write files, or that read all files again.
 LEFT_OUT = ('CheckpointHook', 'LoggerHook', 'CostHook', 'LabelCheckHook',
             'SegVisualizationHook', 'DetVisualizationHook')
 WARM_UP = 2
@@ -26,20 +26,21 @@ WARM_UP = 2
 
 @dataclass
 class StageCost:
-    """What a stage of training costs.
+    """The memory and time that a stage of training takes.
 
     Attributes:
-        name: of the stage.
-        start, end: its first iteration and the one after its last.
-        trains: table of what trains.
-        gradients: bytes.
-        moments: bytes of what the optimizer keeps.
-        working: bytes of activations and temporaries; None where they cannot
-            be measured.
-        peak: bytes of all tensors at their most, as CUDA counts them; None
-            on the CPU.
-        seconds: of an iteration, loading of data included; the median.
-        waiting: of these, seconds in which the batch was waited for.
+        name: the name of the stage.
+        start, end: its first iteration, and the one after its last.
+        trains: a table of the parameters that train.
+        gradients: bytes of the gradients.
+        moments: bytes of the optimizer's state.
+        working: bytes of activations and temporary tensors; None where they
+            cannot be measured.
+        peak: the largest number of bytes of all tensors, as CUDA counts them;
+            None on the CPU.
+        seconds: the median time of an iteration, with the loading of data.
+        waiting: the part of these seconds that is spent waiting for the
+            batch.
     """
     name: str
     start: int
@@ -54,7 +55,8 @@ class StageCost:
 
 
 def quiet_config(cfg: Config, work_dir: str) -> Config:
-    """The same training, writing nothing but a log below ``work_dir``."""
+    """A copy of a config with the same training, which writes only a log below
+    ``work_dir``."""
     cfg = copy.deepcopy(cfg)
     cfg.update(work_dir=work_dir, load_from=None, resume=False,
                launcher='none', log_level='ERROR',
@@ -64,7 +66,7 @@ def quiet_config(cfg: Config, work_dir: str) -> Config:
     for split in ('val', 'test'):
         for part in ('dataloader', 'cfg', 'evaluator'):
             cfg[f'{split}_{part}'] = None
-    # None is for those that mmengine has by default.
+    # None switches off hooks that mmengine would add by default.
     cfg.default_hooks = {
         name: hook for name, hook in (cfg.get('default_hooks') or {}).items()
         if not _left_out(hook)} | dict(checkpoint=None, logger=None)
@@ -79,13 +81,13 @@ def _left_out(hook: Any) -> bool:
 
 def measure(runner: Runner, batches: Iterator[Any], iters: int
             ) -> list[StageCost]:
-    """Run the runner's own training iterations: one of each stage for its
-    memory, then ``iters`` of each, after warming up, for the time.
+    """Run training iterations of a runner: one of each stage to measure the
+    memory, then, after a warm-up, ``iters`` of each to measure the time.
 
     Args:
-        runner: that has not trained yet.
-        batches: of its training data.
-        iters: iterations of each stage that are timed.
+        runner: a runner that has not trained yet.
+        batches: batches of its training data.
+        iters: number of iterations of each stage that are timed.
     """
     loop: Any = runner.build_train_loop(runner._train_loop)
     runner._train_loop = loop
@@ -98,7 +100,7 @@ def measure(runner: Runner, batches: Iterator[Any], iters: int
         for cost in costs:
             _measure_memory(runner, next(batches), cost)
         if not torch.cuda.is_available():
-            keep_freed_memory()  # as tools/train.py does
+            keep_freed_memory()  # tools/train.py does so too.
         for cost in costs:
             _measure_time(runner, batches, cost, iters)
 
@@ -117,11 +119,13 @@ def _stages(runner: Runner) -> list[StageCost]:
 
 
 def endless_batches(loader: DataLoader) -> Iterator[Any]:
-    """Epoch after epoch. To be made once for a loader: an InfiniteSampler
-    ends with the first iterator over it that is dropped.
+    """The batches of a loader, epoch after epoch without end.
+
+    Call this only once for a loader: an InfiniteSampler stops when an
+    iterator over it is deleted.
 
     Raises:
-        ValueError: if the loader gives nothing.
+        ValueError: if the loader has no batch.
     """
     while True:
         count = 0
@@ -137,7 +141,8 @@ def endless_batches(loader: DataLoader) -> Iterator[Any]:
 
 
 def _step(runner: Runner, batch: Any, iteration: int) -> None:
-    """One iteration of the loop, as if it was this one."""
+    """Run one iteration of the training loop as if it was number
+    ``iteration``."""
     loop: Any = runner.train_loop
     loop._iter = iteration
     runner.model.train()
@@ -148,7 +153,8 @@ def _step(runner: Runner, batch: Any, iteration: int) -> None:
 
 
 def _measure_memory(runner: Runner, batch: Any, cost: StageCost) -> None:
-    """Of one step, up to its update."""
+    """Run one training step, and measure its memory up to the update of the
+    weights."""
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
     seen: dict[str, int | None] = {}
 
@@ -161,7 +167,8 @@ def _measure_memory(runner: Runner, batch: Any, cost: StageCost) -> None:
         _step(runner, batch, cost.start)
     if handle:
         handle.remove()
-    # Without an update: gradients are accumulated over several iterations.
+    # With gradient accumulation this iteration may have no update, and then
+    # the memory is that of the whole iteration.
     peak = seen.get('peak', watch.peak())
     cost.trains = trainable_table(runner.model)
     cost.gradients = seen.get('gradients') or gradient_bytes(runner.model)
@@ -196,7 +203,7 @@ def _now(cuda: bool) -> float:
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
-    """Parameters and buffers."""
+    """Bytes of the parameters and buffers of a model."""
     return sum(tensor.nbytes for part in (model.parameters, model.buffers)
                for tensor in part())
 
@@ -207,7 +214,7 @@ def gradient_bytes(model: torch.nn.Module) -> int:
 
 
 def optimizer_bytes(optim_wrapper: Any) -> int:
-    """What optimizers keep of past gradients."""
+    """Bytes of the state of all optimizers, such as moments."""
     wrappers = (optim_wrapper.values() if hasattr(optim_wrapper, 'values')
                 else [optim_wrapper])
     return sum(value.nbytes for wrapper in wrappers

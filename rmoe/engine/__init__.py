@@ -1,4 +1,5 @@
-"""Hooks and optimizer settings; importing them registers them."""
+"""Hooks and optimizer settings for training. Importing this package registers
+them, so that a config can name them."""
 # ruff: noqa: E402
 from rmoe.needs import need
 

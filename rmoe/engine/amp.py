@@ -1,4 +1,4 @@
-"""Mixed precision without a loss scaler, on any device."""
+"""Mixed precision in bfloat16, which needs no loss scaler, on any device."""
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from rmoe.registry import OPTIM_WRAPPERS
 def gpu_has_bfloat16() -> bool:
     """Whether the current CUDA device computes in bfloat16.
 
-    Most versions of torch answer yes for an older card as well, which
-    emulates bfloat16 and is faster in float16. The compute capability tells
-    them apart in every version.
+    ``torch.cuda.is_bf16_supported()`` is True in most versions of torch for
+    older cards too, which only emulate bfloat16 and are faster in float16.
+    The compute capability tells such cards apart in every version.
     """
     return (torch.cuda.is_bf16_supported() and
             torch.cuda.get_device_capability() >= (8, 0))
@@ -25,15 +25,16 @@ def gpu_has_bfloat16() -> bool:
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """mmengine's OptimWrapper, with its arguments, that runs the model under
-    ``torch.autocast`` to bfloat16.
+    """mmengine's OptimWrapper, with the same arguments, that runs the model
+    under ``torch.autocast`` to bfloat16.
 
-    bfloat16 has the range of float32: no loss is scaled, and the state is
-    that of OptimWrapper. It works where mmengine's AmpOptimWrapper refuses
-    to, on the CPU, and resumes what AmpOptimWrapper saved. Boxes keep their
-    places: a detector's head gets the maps of its neck in float32, because
-    mmdet rounds boxes to the type of the maps they are cut from, in bfloat16
-    to the next 4 of 1,000 pixels.
+    bfloat16 has the range of float32. So no loss is scaled, and the state
+    dict is that of OptimWrapper. The wrapper also works on the CPU, where
+    mmengine's AmpOptimWrapper raises, and can resume a run that
+    AmpOptimWrapper saved. The head of a detector gets the feature maps of its
+    neck in float32, because mmdet rounds boxes to the type of the maps from
+    which they are cut: in bfloat16 a place near 1,000 pixels would be rounded
+    to a multiple of 4.
     """
 
     @contextmanager
@@ -56,9 +57,10 @@ def _in_float32(neck: nn.Module, inputs: tuple, maps: Any) -> tuple:
 
 @contextmanager
 def float32_nms() -> Iterator[None]:
-    """mmcv's compiled NMS refuses bfloat16 scores on the CPU."""
+    """Context in which mmcv's NMS gets its boxes and scores in float32,
+    because the compiled operator raises for bfloat16 on the CPU."""
     nms = sys.modules.get('mmcv.ops.nms')
-    if nms is None:  # no detector
+    if nms is None:  # mmcv.ops was not imported, so the model is no detector.
         yield
         return
     operator = nms.NMSop

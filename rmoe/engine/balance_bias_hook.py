@@ -1,4 +1,9 @@
-"""Balance without an auxiliary loss (2408.15664): the step of the bias."""
+"""Balances the load of experts without an auxiliary loss (2408.15664).
+
+The router has one bias per expert, which is added to the scores when experts
+are chosen. The hook raises it for experts with little load and lowers it for
+those with much.
+"""
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
@@ -29,15 +34,16 @@ class BalanceBiasHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int,
                          data_batch: object = None,
                          outputs: dict | None = None) -> None:
-        # True right after a step, whatever accumulative_counts is.
+        # This is True right after a step of the optimizer, also with gradient
+        # accumulation (accumulative_counts > 1).
         if runner.optim_wrapper.should_update():
             update_biases(runner.model)
 
 
 def update_biases(model: nn.Module) -> None:
-    """One step of every trainable router's bias; a collective operation."""
+    """Update the bias of every trainable router. All ranks must call this."""
     routers = _routers(model)
-    # One reduction of one flat tensor serves all layers.
+    # The loads of all layers are summed over ranks in one reduction.
     flat = torch.cat([router.recent_load_E for router in routers])
     all_reduce(flat)
     loads = flat.split([router.num_experts for router in routers])

@@ -1,4 +1,6 @@
-"""Checkpoints that are whole, and that load under weights_only=True."""
+"""Saves checkpoints that are never left half-written, that load under
+``weights_only=True``, and from which a run resumes as if it had not
+stopped."""
 import os
 from collections import deque
 from pathlib import Path
@@ -38,7 +40,8 @@ ATOMIC_BACKEND = 'rmoe_atomic_local'
 
 
 class AtomicLocalBackend(LocalBackend):
-    """Local files that appear whole or not at all."""
+    """mmengine's backend for local files, which writes a file completely or
+    not at all."""
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         write_atomically(filepath, obj)
@@ -49,33 +52,40 @@ register_backend(ATOMIC_BACKEND, AtomicLocalBackend)
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's CheckpointHook, with its arguments, and these differences.
+    """mmengine's CheckpointHook, with the same arguments and these
+    differences.
 
-    Files are written under a temporary name and renamed, and old ones are
-    removed after the new one is safe: a full disk or a kill leaves the
-    previous checkpoint whole. What mmengine pickles beside the tensors (its
-    log buffers) is saved as tensors and built again after loading, so that
-    torch >= 2.6 can resume; the file loads anywhere under weights_only=True.
-    Files are read, not executed (:mod:`rmoe.safe_loading`).
-    The random state of every rank is saved, so that router noise and
-    stochastic depth go on after a resume as if nothing had happened. Ranks
-    that were seeded alike draw different numbers from the start of training.
-    What a checkpoint cannot fill is no secret of the log: a backbone under
-    another prefix raises; a head of another class count is told of before
-    training, and raises before an evaluation and in a resumed run.
-    A checkpoint does not depend on how parameters lie over processes: a
-    sharded model is gathered on rank 0, tensor by tensor, into the file that
-    one process would have written, and loads from such a file.
+    - Files are written under a temporary name and then renamed, and older
+      ones are removed only after that. So a full disk or a killed process
+      leaves the previous checkpoint complete.
+    - mmengine pickles its log buffers beside the tensors. Here they are saved
+      as tensors, and built again after loading. So torch >= 2.6 can resume,
+      and the file loads anywhere under ``weights_only=True``. No code in a
+      file is executed (:mod:`rmoe.safe_loading`).
+    - The random state of every rank is saved, so that router noise and
+      stochastic depth continue after a resume as if the run had not stopped.
+      Ranks that were seeded alike draw different numbers from the start of
+      training.
+    - Weights that a checkpoint cannot fill are reported. A backbone under
+      another prefix raises. A head with another number of classes is named in
+      a warning before training, and raises before an evaluation and in a
+      resumed run.
+    - A checkpoint does not depend on how parameters are laid out over
+      processes. A sharded model is gathered on rank 0, tensor by tensor, into
+      the file that one process would have written, and loads from such a
+      file.
 
     Args:
-        sharded: write folders instead, every rank its part: faster, and no
-            rank holds the whole model. They resume in any layout and number
-            of ranks; tools/gather_checkpoint.py makes a plain file of one.
-        arguments: mmengine's.
+        sharded: write folders instead of files. Every rank writes its part,
+            which is faster, and no rank holds the whole model. A run resumes
+            from a folder in any layout and with any number of ranks, and
+            tools/gather_checkpoint.py makes a plain file of it.
+        arguments: the arguments of mmengine's hook.
 
     Raises:
         ValueError: for sharded=True with a torch that is too old, with
-            ``published_keys``, or with a store that is no folder.
+            ``published_keys``, or with an ``out_dir`` or ``backend_args``
+            that is no local folder.
     """
     saves_all_parts = True
     backend_args: dict | None
@@ -97,12 +107,13 @@ class CheckpointHook(MMEngineCheckpointHook):
                 f'published_keys={self.published_keys} needs a file, and '
                 'sharded=True writes folders: leave one of them out, and make '
                 'the file with tools/gather_checkpoint.py')
-        # What a user did not choose.
+        # mmengine's default name ends in .pth, which would be wrong for a
+        # folder. A template that the user gave is kept.
         if named_arguments.get('filename_tmpl') is None:
             self.filename_tmpl = self.filename_tmpl.removesuffix('.pth')
 
     def before_run(self, runner: Runner) -> None:
-        # Before anything is loaded.
+        # before_run comes before the runner loads any checkpoint.
         install_loaders(runner, unwrapped(runner.model))
 
     def before_train(self, runner: Runner) -> None:
@@ -122,10 +133,12 @@ class CheckpointHook(MMEngineCheckpointHook):
         if self.sharded or is_laid_out(runner.model):
             save_on_all_ranks(runner, self.sharded, atomic)
         if self._unfilled:
-            runner.logger.warning('the checkpoint leaves as they are '
-                                  f'initialised {self._unfilled}')
+            runner.logger.warning('some weights keep their initial values: '
+                                  'the checkpoint cannot fill '
+                                  f'{self._unfilled}')
             self._unfilled = ''
-        # After the weights were initialised alike.
+        # The weights were initialised before, with the same seed on all
+        # ranks. From here on ranks may draw different numbers.
         if self._rng_state is None:
             separate_ranks()
 
@@ -138,16 +151,19 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._check_head()
 
     def _check_head(self) -> None:
-        """After a load that no training followed."""
+        """Raise if the checkpoint that was loaded did not fill the head, and
+        no training has followed that could have learned it."""
         if self._unfilled:
             raise ValueError(
-                'an evaluation would meet random weights: the checkpoint '
-                f'cannot fill {self._unfilled}. Evaluate with the config it '
-                'was trained with')
+                'the model would be evaluated with random weights: the '
+                f'checkpoint cannot fill {self._unfilled}. Evaluate with the '
+                'config that the checkpoint was trained with')
 
     def before_train_epoch(self, runner: Runner) -> None:
-        # Before an epoch's dataloader draws the seed of its workers and its
-        # first batch. Other loops first skip the data they have seen.
+        # At the start of an epoch the dataloader draws the seed of its workers
+        # and its first batch, so the state must be restored before. A resumed
+        # loop that counts iterations first reads and drops the batches that it
+        # has trained on; there the state is restored before the next iteration.
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._restore_rng_state()
 
@@ -167,12 +183,14 @@ class CheckpointHook(MMEngineCheckpointHook):
         }
         for part in ('message_hub', 'meta'):
             checkpoint[part] = _plain(checkpoint[part])
-        # Somebody else than this hook may save: then it is this rank's.
+        # Something other than this hook may call save_checkpoint. Then only
+        # the state of this rank is known.
         checkpoint['rng_state'] = self._all_rng_states or [random_state()]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = unwrapped(runner.model)
-        # Other backbones' checkpoints look like anything.
+        # Only backbones with MoE layers are checked: the names in checkpoints
+        # of other backbones follow no rule that is known here.
         backbone = getattr(model, 'backbone', nn.Identity())
         if moe_layers(backbone):
             check_prefix(backbone, state_dict_of(checkpoint), 'backbone.')
@@ -185,7 +203,7 @@ class CheckpointHook(MMEngineCheckpointHook):
                     'weights instead, with load_from=CHECKPOINT and without '
                     '--resume')
             states = checkpoint.get('rng_state')
-            if isinstance(states, dict):  # an earlier version's
+            if isinstance(states, dict):  # as earlier versions of rmoe saved
                 states = [states]
             if states:
                 self._rng_state = own_state(states)
@@ -204,10 +222,13 @@ class CheckpointHook(MMEngineCheckpointHook):
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
-        # Rank 0 alone writes, and what it writes is of this moment.
+        # Only rank 0 writes the best checkpoint, so it needs the current
+        # random states of all ranks.
         self._all_rng_states = states_of_all_ranks()
         before = self._best_checkpoints()
-        # mmengine would remove them before the better ones are safe.
+        # mmengine removes the previous best checkpoint before it writes the
+        # better one. Here it does not learn of the previous ones, and they
+        # are removed below.
         self._set_best_checkpoints(dict.fromkeys(before))
         super().after_val_epoch(runner, metrics)
         self._all_rng_states = None
@@ -220,7 +241,8 @@ class CheckpointHook(MMEngineCheckpointHook):
                     self._remove(path)
 
     def _best_checkpoints(self) -> dict[str, str | None]:
-        """Path of the best checkpoint by the metric."""
+        """The path of the best checkpoint for each metric of save_best, under
+        '' if there is only one."""
         if len(self.key_indicators) == 1:
             return {'': self.best_ckpt_path}
         return dict(self.best_ckpt_path_dict)
@@ -233,8 +255,9 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int,
                                    meta: dict) -> None:
-        # What the run draws before its next iteration, as validation does, a
-        # resumed run does not: both go on from the state of this moment.
+        # Validation draws random numbers before the next iteration, but a run
+        # that resumes from this checkpoint does not validate first. Therefore
+        # both restart the next iteration from the random state of now.
         self._rng_state = random_state()
         self._all_rng_states = states_of_all_ranks()
         outdated: list[int] = []
@@ -284,7 +307,8 @@ def _unpack(packed: dict[str, Any]) -> HistoryBuffer:
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars and arrays to numbers and lists, inside containers."""
+    """Turn numpy scalars and arrays inside of containers into numbers and
+    lists."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

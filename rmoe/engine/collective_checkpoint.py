@@ -1,8 +1,9 @@
-"""Checkpoints that all ranks write, and read, together.
+"""Lets all ranks write and read a checkpoint together.
 
-mmengine lets rank 0 alone collect and write a checkpoint, and every rank read
-the whole file onto its device. Where parameters lie in parts, all ranks must
-take part in the first, and none may do the second.
+In mmengine only rank 0 collects and writes a checkpoint, and every rank reads
+the whole file onto its device. If each rank has a part of every parameter, all
+ranks must take part in the writing, and no rank may load the whole file onto
+its device.
 """
 from functools import partial
 from pathlib import Path
@@ -33,15 +34,16 @@ SHOWN = 4
 
 
 def save_on_all_ranks(runner: Runner, sharded: bool, atomic: bool) -> None:
-    """Make ``runner.save_checkpoint`` do so.
+    """Make ``runner.save_checkpoint`` a collective call of all ranks.
 
-    What a checkpoint holds is still mmengine's and its hooks' choice.
+    mmengine and the hooks still decide what a checkpoint contains.
 
     Args:
-        runner: changed.
-        sharded: write a folder, every rank its part; otherwise rank 0 writes
-            one file of whole tensors.
-        atomic: that file is a local one and appears whole or not at all.
+        runner: the runner; its ``save_checkpoint`` is replaced.
+        sharded: whether every rank writes its part into a folder. Otherwise
+            rank 0 writes one file of whole tensors.
+        atomic: whether that file is a local one, to be written completely or
+            not at all.
     """
     collect = type(runner).save_checkpoint.__wrapped__  # type: ignore
     original = mmengine_runner.save_checkpoint
@@ -72,8 +74,9 @@ def install_loaders(runner: Runner, model: nn.Module) -> None:
     """Make this process load checkpoints into the layout of a model.
 
     Args:
-        runner: of which training resumes.
-        model: its model, not wrapped.
+        runner: the runner that loads the checkpoints; all parts of a folder
+            are read only if it resumes training.
+        model: its model without a wrapper.
     """
     optimizers = optimizers_of(runner)
     if is_laid_out(model):
@@ -93,14 +96,15 @@ def _load(runner: Runner, model: nn.Module,
             folder, LayoutsOf(model, optimizers),
             IN_PARTS if runner._resume else ('state_dict', ))
     if is_laid_out(model):
-        # Each rank takes its parts out of the file, which stays on the disk.
+        # The tensors are mapped from the file on disk, and each rank copies
+        # only its own parts of them.
         return read_checkpoint(filename, 'cpu')
     return safe_loading.load_from_local(filename, map_location)
 
 
 def optimizers_of(runner: Runner) -> dict[tuple, torch.optim.Optimizer]:
-    """torch's optimizers by where a checkpoint has their state dict; none
-    where nothing is trained."""
+    """torch's optimizers of a runner, by the keys that lead to their state
+    dicts in a checkpoint. Empty if the runner does not train."""
     wrapper = getattr(runner, 'optim_wrapper', None)
     if isinstance(wrapper, OptimWrapperDict):
         return {('optimizer', name): inner.optimizer
@@ -111,11 +115,13 @@ def optimizers_of(runner: Runner) -> dict[tuple, torch.optim.Optimizer]:
 
 
 def _check_fits(folder: Path, model: nn.Module) -> None:
-    """Parts load into the very model that wrote them.
+    """Check that a folder has exactly the tensors of the model, in the same
+    shapes, because only then its parts can be loaded.
 
     Raises:
-        ValueError: that names the first differences and the command that
-            makes a file, which can be upcycled and loads in part.
+        ValueError: if not. The message names the first differences, and the
+            command that makes a plain file, which can be upcycled or loaded
+            in part.
     """
     found = {keys[1]: tuple(shape) for keys, shape in shapes_in(folder).items()
              if keys[0] == 'state_dict'}
@@ -130,6 +136,7 @@ def _check_fits(folder: Path, model: nn.Module) -> None:
                 if len(different) > SHOWN else '')
         raise ValueError(
             f'{folder} was written rank by rank and loads only into a model '
-            f'of the same tensors. Not so: {", ".join(different[:SHOWN])}'
-            f'{more}. For other experts, another head or upcycling make one '
-            f'file of it: python tools/gather_checkpoint.py {folder} OUT.pth')
+            'with the same tensors. These differ: '
+            f'{", ".join(different[:SHOWN])}{more}. To change the experts or '
+            'the head, or to upcycle it, make one file of it first: python '
+            f'tools/gather_checkpoint.py {folder} OUT.pth')

@@ -1,4 +1,5 @@
-"""What a training run costs, in a file that runs can be compared by."""
+"""Measures what a training run costs in time, operations and memory, and
+writes it to a file, so that runs can be compared."""
 import hashlib
 import json
 import os
@@ -24,8 +25,9 @@ from rmoe.moe.products import unpadded
 from rmoe.registry import HOOKS
 from rmoe.upcycling import write_atomically
 
-# The attention kernel of the CPU, which torch's counter does not know. To
-# force another kernel while counting would change what is trained.
+# Formulas for the attention kernel of the CPU, which torch's counter does not
+# know. The counter knows other kernels, but to force one of them while
+# counting would change the numbers that the model computes in that step.
 ATTENTION: dict[Any, Callable[..., int]] = dict(zip(compat.cpu_attention, (
     lambda query, key, value, *_, **__:
         sdpa_flop_count(query, key, value),
@@ -38,24 +40,29 @@ class CostHook(Hook):
     """Writes what training costs to ``cost.json`` in the work dir, at every
     checkpoint and at the end.
 
-    - ``seconds``: of training iterations, loading of data included (but for
-      the batch after a checkpoint); ``device_seconds``: times ranks;
-      ``wall_seconds``: with validation and saving.
-    - ``samples``: images of all ranks; ``iterations``: forward and backward
-      passes, of which gradient accumulation makes one step out of several.
-    - ``flops``: operations of all ranks (a multiply-add is two), forward and
-      backward as they are executed: what is frozen saves its backward, what
-      activation checkpointing recomputes counts again. torch's counter looks
-      at the first iteration of each stage, whose operations per image stand
-      for the stage; it knows matrix products, convolutions and attention, and
-      no compiled operator of mmcv.
-    - ``peak_memory``: bytes; of a GPU what tensors had, of a CPU the
-      process's largest resident size. Of the first rank.
-    - ``stages``: the same for each set of what trains.
+    - ``seconds``: time in training iterations, with the loading of data
+      (except for the batch after a checkpoint); ``device_seconds``: the same
+      multiplied by the number of ranks; ``wall_seconds``: the time with
+      validation and saving.
+    - ``samples``: number of images on all ranks; ``iterations``: number of
+      forward and backward passes. With gradient accumulation several of them
+      make one step of the optimizer.
+    - ``flops``: operations on all ranks (a multiply-add is two), forward and
+      backward as they are executed. So the backward pass of a frozen
+      parameter does not count, and what activation checkpointing computes
+      again counts again. torch's counter measures the first iteration of each
+      stage, and its operations per image are taken for the whole stage. The
+      counter knows matrix products, convolutions and attention, but no
+      compiled operator of mmcv.
+    - ``peak_memory``: bytes on the first rank. On a GPU it is the most memory
+      that tensors had, on a CPU the largest resident size of the process.
+    - ``stages``: the operations and numbers of each stage. A stage is a set
+      of parameters that train together, and is named by a hash of it.
 
     A checkpoint keeps the cost of its run, and a resumed run adds to it.
     """
-    # After ResidualMoEHook, before LoggerHook resets CUDA's peak.
+    # The hook must run after ResidualMoEHook, which begins stages, and before
+    # LoggerHook, which resets CUDA's record of the peak.
     priority = 'NORMAL'
 
     def __init__(self) -> None:
@@ -74,8 +81,8 @@ class CostHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if runner.iter and not self._saved:
             runner.logger.warning(
-                'the checkpoint says nothing of its cost: cost.json counts '
-                f'from iteration {runner.iter} on')
+                'the checkpoint does not say what its training cost: '
+                f'cost.json counts from iteration {runner.iter} on')
             self._saved = dict(from_iteration=runner.iter)
         model = runner.model
         self._parameters = list(model.parameters())
@@ -83,7 +90,8 @@ class CostHook(Hook):
         self.stages = {key: dict(stage) for key, stage in
                        self._saved.get('stages', {}).items()}
         self._began = time.perf_counter()
-        # An iteration-based loop first reads what it has trained on.
+        # A resumed loop that counts iterations first reads and drops the
+        # batches that it has trained on, which shall not count.
         self._skips_data = runner.iter > 0
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -135,7 +143,8 @@ class CostHook(Hook):
                 f'{cost["peak_memory"] / 1e9:.2f} GB')
 
     def _stage_key(self) -> str:
-        """Names what trains, the same in a resumed run."""
+        """A name for the set of parameters that train and of layers that run
+        only their core. It is the same in a resumed run."""
         bits = bytes(p.requires_grad for p in self._parameters) + bytes(
             layer.core_only for layer in self._layers)
         return hashlib.sha256(bits).hexdigest()[:12]
@@ -147,7 +156,7 @@ class CostHook(Hook):
         return cost
 
     def summary(self) -> dict[str, Any]:
-        """The cost so far, as in the file."""
+        """The cost so far, as it is written to the file."""
         stages = {
             key: dict(stage, flops=stage['measured_flops'] *
                       stage['samples'] // stage['measured_samples'])
@@ -171,10 +180,11 @@ class CostHook(Hook):
 
 
 class Clock:
-    """A stopwatch that can be started and stopped twice.
+    """A stopwatch. Starting it while it runs, or stopping it while it stands
+    still, changes nothing.
 
     Attributes:
-        seconds: that it ran, as of the last stop.
+        seconds: the time it has run in all, up to the last stop.
     """
 
     def __init__(self) -> None:
@@ -196,7 +206,7 @@ def _count_once(model: Any, stage: dict[str, int]) -> None:
     step, of_instance = model.train_step, 'train_step' in vars(model)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        if of_instance:  # a compiled one
+        if of_instance:  # mmengine puts a compiled train_step there
             model.train_step = step
         else:
             del model.train_step
@@ -210,10 +220,11 @@ def _count_once(model: Any, stage: dict[str, int]) -> None:
 
 
 def _batch_size(batch: Any, runner: Runner) -> int:
-    """Images in a batch of one rank."""
+    """The number of images in a batch of one rank."""
     if isinstance(batch, dict) and 'inputs' in batch:
         inputs = batch['inputs']
-        # Semi-supervised: by branch.
+        # Semi-supervised models of mmdet get a dict with the images of each
+        # branch.
         return (sum(map(len, inputs.values())) if isinstance(inputs, dict)
                 else len(inputs))
     loader = runner.train_dataloader

@@ -15,11 +15,14 @@ from rmoe.registry import HOOKS
 
 
 class ExpertMeanHook(Hook):
-    """What the hooks of this file share: when they act, and on what.
+    """Base class of the hooks in this file. It checks that the model has
+    suitable experts, and calls :meth:`after_step` after each optimizer step.
 
     Attributes:
-        needs_core: whether it is about residuals.
-        needs_full_rank: whether it takes means of weights.
+        needs_core: whether the hook works on residuals, which only experts
+            with a core have.
+        needs_full_rank: whether the hook takes means of weights, which
+            low-rank residuals do not have.
     """
     needs_core = False
     needs_full_rank = True
@@ -28,8 +31,9 @@ class ExpertMeanHook(Hook):
         kind = type(self).__name__
         layers = moe_layers(unwrapped(runner.model))
         if not layers:
-            raise ValueError(f'{kind} found no MoE layer in the model: '
-                             'give it some, or remove the hook')
+            raise ValueError(f'{kind} found no MoE layer in the model: give '
+                             'the backbone a moe=dict(layers=...), or remove '
+                             'the hook')
         for name, layer in layers.items():
             experts = layer.experts
             if self.needs_core and not experts.core:
@@ -48,7 +52,8 @@ class ExpertMeanHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int,
                          data_batch: object = None,
                          outputs: dict | None = None) -> None:
-        # True right after a step, whatever accumulative_counts is.
+        # This is True right after a step of the optimizer, also with gradient
+        # accumulation (accumulative_counts > 1).
         if runner.optim_wrapper.should_update():
             self.after_step(runner)
 
@@ -61,14 +66,15 @@ class ExpertMeanHook(Hook):
 class ZeroMeanHook(ExpertMeanHook):
     """Keeps the mean of a layer's residuals at zero.
 
-    An expert is core + residual, and Adam moves each of the two by about the
-    learning rate: what all experts have in common moves twice. With this
-    hook the core alone moves it, as in a dense model, and residuals hold what
-    experts do not share. A single expert then is the dense model.
+    The weights of an expert are core + residual, and Adam moves each of the
+    two by about the learning rate. So the part that all experts have in
+    common moves twice per step. With this hook only the core moves it, as in
+    a dense model, and residuals hold only the differences between experts. A
+    single expert then trains like the dense model.
 
     Raises:
-        ValueError: (before training) without MoE layers, for experts without
-            a core, of low rank, or spread over processes.
+        ValueError: (before training) for a model without MoE layers, and for
+            experts without a core, with low rank, or spread over processes.
     """
     needs_core = True
 
@@ -78,21 +84,22 @@ class ZeroMeanHook(ExpertMeanHook):
 
 @HOOKS.register_module()
 class ExpertAveragingHook(ExpertMeanHook):
-    """Pulls the experts of a layer to their mean.
+    """Pulls the experts of a layer towards their mean.
 
-    After each optimizer step every expert moves by a share of the way to the
-    mean of all (Experts Weights Averaging, 2308.06093). The share changes
-    linearly over the training. Experts that end close to their mean can be
-    made one dense FFN at little loss: ``tools/upcycle.py --to-dense mean``.
+    After each optimizer step every expert is moved a part of the way to the
+    mean of all experts (Experts Weights Averaging, 2308.06093). This share of
+    the way changes linearly over the training. Experts that end close to
+    their mean can be merged into one dense FFN with little loss:
+    ``tools/upcycle.py --to-dense mean``.
 
     Args:
         first: share of the way at the first step, 0 to 1.
         last: share at the last step.
 
     Raises:
-        ValueError: for a share out of range; (before training) without MoE
-            layers, for residuals of low rank, or experts that are spread over
-            processes.
+        ValueError: for a share out of range; (before training) for a model
+            without MoE layers, for low-rank residuals, or for experts that
+            are spread over processes.
     """
 
     def __init__(self, first: float = 0.1, last: float = 0.) -> None:
@@ -109,18 +116,18 @@ class ExpertAveragingHook(ExpertMeanHook):
 
 @HOOKS.register_module()
 class SharedMomentsHook(ExpertMeanHook):
-    """Gives the experts of a layer one second moment, the mean of theirs.
+    """Gives all experts of a layer the same second moment, the mean of theirs.
 
-    Adam divides each expert's gradient by the root of its own second moment.
-    An expert that gets few tokens so takes steps as large as one that gets
-    many, and all the noise of its few tokens with them. With one second
-    moment for all, an expert's step is as large as its gradient is beside
-    those of the others.
+    Adam divides the gradient of each expert by the root of its own second
+    moment. So an expert that gets few tokens takes steps as large as one that
+    gets many, although the gradient of few tokens has more noise. With one
+    second moment for all, an expert with a smaller gradient than the others
+    takes a smaller step.
 
     Raises:
-        ValueError: (before training) without MoE layers or for experts that
-            are spread over processes; (after the first step) for an optimizer
-            that keeps no second moment.
+        ValueError: (before training) for a model without MoE layers or for
+            experts that are spread over processes; (after the first step) for
+            an optimizer that keeps no second moment.
     """
     needs_full_rank = False
 
@@ -133,10 +140,11 @@ def share_moments(model: nn.Module, optimizer: Optimizer) -> None:
     """Set the second moment of every expert to the mean over experts.
 
     Raises:
-        ValueError: for an optimizer that keeps none.
+        ValueError: for an optimizer that keeps no second moment.
     """
     for parameter in _trained(model):
-        # Without a gradient (a stage began) there is no state yet.
+        # A parameter that has not had a gradient yet, as when a stage has
+        # just begun, has no optimizer state.
         state = optimizer.state.get(parameter)
         if not state:
             continue
@@ -151,7 +159,8 @@ def share_moments(model: nn.Module, optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def subtract_means(model: nn.Module) -> None:
-    """Take the mean over experts out of every residual, weights and biases."""
+    """Subtract the mean over experts from every residual, both weights and
+    biases."""
     for parameter in _trained(model):
         parameter.sub_(parameter.mean(0, keepdim=True))
 
@@ -164,7 +173,8 @@ def pull_to_means(model: nn.Module, share: float) -> None:
 
 
 def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    """(E, ...) parameters of experts; what does not train stays as it is."""
+    """The parameters (E, ...) of experts that train. Frozen ones are left
+    out, so that they do not change."""
     for layer in moe_layers(model).values():
         for parameter in layer.experts.parameters():
             if parameter.requires_grad:

@@ -1,7 +1,9 @@
-"""Routers that group images, and batches that they will not divide.
+"""Checks before training that routers can divide each batch into groups.
 
-The last batch of an epoch may be short. A router that groups n images meets
-it after hours, or on one rank while the others wait.
+A router may route groups of n images together. Then every batch must consist
+of whole groups, but the last batch of an epoch may be short. Without this
+check the router would raise only after hours of training, or on one rank while
+the others wait for it.
 """
 from typing import Any
 
@@ -18,13 +20,14 @@ def check_groups(model: nn.Module, option: str, split: str,
     """Check the groups of all routers against the batches of all ranks.
 
     Args:
-        model: not wrapped.
-        option: of the routers, 'group' in training and 'eval_group' else.
+        model: the model without a wrapper.
+        option: the option of the routers that holds for this data: 'group' in
+            training and 'eval_group' otherwise.
         split: 'train', 'val' or 'test'.
-        loader: what the model will be fed from, on this rank.
+        loader: the dataloader of this rank.
 
     Raises:
-        ValueError: on all ranks, if on one of them a batch will not consist
+        ValueError: on all ranks, if on any of them a batch will not consist
             of whole groups.
     """
     problems = []
@@ -34,7 +37,8 @@ def check_groups(model: nn.Module, option: str, split: str,
         if problem:
             problems.append(f'{option}={group} of the router of '
                             f'{layer.name or key} {problem}')
-    # Ranks may have different numbers of images; all stop, or none.
+    # Ranks may have different numbers of images. All ranks have to raise if
+    # one does, because a rank that stops alone lets the others wait.
     of_ranks = all_gather_object(problems[:1])
     for rank, found in enumerate(of_ranks):
         for problem in found:
@@ -43,7 +47,7 @@ def check_groups(model: nn.Module, option: str, split: str,
 
 
 def _problem(group: int, split: str, loader: DataLoader) -> str:
-    """What is wrong with groups of that size; empty if nothing is."""
+    """Say why groups of that size do not fit; empty if they do."""
     batches: Any = loader.batch_sampler
     size = getattr(batches, 'batch_size', None)
     if size is None:
@@ -65,8 +69,8 @@ def _problem(group: int, split: str, loader: DataLoader) -> str:
 
 
 def _images(batches: Any) -> int | None:
-    """Images of one pass over the data on this rank; None if it never ends
-    or nobody knows."""
+    """The number of images in one pass over the data on this rank; None if
+    the pass never ends or the sampler has no length."""
     sampler: Any = getattr(batches, 'sampler', None)
     if isinstance(sampler, InfiniteSampler) or not hasattr(
             sampler, '__len__'):

@@ -1,7 +1,8 @@
-"""What a checkpoint cannot fill outside the backbone.
+"""Finds the weights outside the backbone that a checkpoint cannot fill.
 
-A backbone checks its own loads (rmoe/upcycling/loading.py). A head of another
-class count is an everyday thing in fine-tuning, and a mistake in evaluation.
+A backbone checks its own loads (rmoe/upcycling/loading.py). A head with another
+number of classes is normal when a model is fine-tuned, but a mistake when it
+is evaluated. So the caller decides whether to warn or to raise.
 """
 from collections.abc import Mapping
 from typing import Any
@@ -15,22 +16,23 @@ SHOWN = 4
 
 
 def unfilled(model: nn.Module, checkpoint: Mapping[str, Any]) -> str:
-    """Tensors outside the backbone that a checkpoint lacks or has in another
-    shape.
+    """Name the tensors outside the backbone that a checkpoint does not have,
+    or has in another shape.
 
     Args:
-        model: a segmentor, detector or classifier, not wrapped.
-        checkpoint: a file's content.
+        model: a segmentor, detector or classifier without a wrapper.
+        checkpoint: the content of a file.
 
     Returns:
-        Their names and both shapes, and the classes the file was made for;
-        empty if there are none.
+        Their names and both shapes, and the classes that the checkpoint was
+        trained for; empty if there are no such tensors.
 
     Raises:
         ValueError: if there are no weights in the file.
     """
     state = state_dict_of(dict(checkpoint))
-    # Old batch norms have no such counter, and need none.
+    # Old checkpoints lack num_batches_tracked, the counter of batch norms,
+    # and batch norms work without it.
     head = {name: tensor for name, tensor in model.state_dict().items()
             if role_of(name) == 'head' and
             not name.endswith('num_batches_tracked')}

@@ -1,4 +1,5 @@
-"""Memory of this process: measure its growth, or keep what is freed."""
+"""Functions for the memory of this process: one keeps freed memory for the
+next tensors, others measure how much memory is in use."""
 import ctypes
 import gc
 import os
@@ -13,28 +14,32 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Serve large tensors from memory freed before.
+    """Make the process keep memory that was freed, and use it for the next
+    large tensors.
 
     By default glibc gives a block of some megabytes back to the kernel when a
-    tensor dies, and every step of training pays for mapping and clearing its
-    pages again. The price is that memory once used stays with the process.
+    tensor is freed. Then every step of training spends time on mapping and
+    clearing its pages again. The price of keeping it is that the process
+    never gets smaller.
 
     Returns:
-        Whether it took effect: with glibc it does.
+        Whether it took effect, which it does with glibc.
     """
     if not sys.platform.startswith('linux'):
         return False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    # -1 is the largest size there is.
+    # mallopt reads the -1 as the largest size, so nothing is given back.
     return mallopt is not None and all(
         [mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1),
          mallopt(M_TOP_PAD, 1 << 26)])
 
 
 class PeakMemory:
-    """By how many bytes memory grows at most inside a with block: that of
-    tensors on a GPU, else the process's resident size, looked at every
-    millisecond (Linux)."""
+    """Measures by how many bytes memory grows at most inside a with block.
+
+    On a GPU it is the memory of tensors. On a CPU it is the resident size of
+    the process, which a thread reads every millisecond (Linux only).
+    """
 
     def __enter__(self) -> 'PeakMemory':
         gc.collect()
@@ -44,7 +49,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         elif resident_bytes():
-            # Blocks that are free but still the process's would hide growth.
+            # Memory that is free but still belongs to the process would be
+            # used first and hide growth. So it is given back to the kernel.
             trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
             if trim:
                 trim(0)
@@ -57,7 +63,7 @@ class PeakMemory:
             self._most = max(self._most, resident_bytes())
 
     def peak(self) -> int | None:
-        """So far; None where it cannot be measured."""
+        """The growth so far in bytes; None where it cannot be measured."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() - self._start
         if not resident_bytes():
@@ -72,7 +78,7 @@ class PeakMemory:
 
 
 def resident_bytes() -> int:
-    """Of this process; 0 where /proc does not tell."""
+    """The resident size of this process; 0 where there is no /proc."""
     if not sys.platform.startswith('linux'):
         return 0
     with open('/proc/self/statm') as file:

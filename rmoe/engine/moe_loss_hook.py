@@ -1,4 +1,5 @@
-"""Auxiliary losses of MoE layers, for any segmentor or detector."""
+"""Adds the auxiliary losses of MoE layers to the losses of any segmentor or
+detector, and makes the checks that a model with MoE layers needs."""
 from typing import Any
 
 import torch
@@ -19,26 +20,30 @@ from rmoe.registry import HOOKS
 class MoELossHook(Hook):
     """Adds ``loss_moe_*`` to the loss dict of the model.
 
-    A pair of forward hooks on the model collects what its MoE layers produce
-    while it computes losses. The terms go through the same sum, loss scale
-    and gradient accumulation as every other loss, and show in the log.
+    A pair of forward hooks on the model collects the auxiliary losses that
+    its MoE layers produce while it computes losses. They go through the same
+    sum, loss scale and gradient accumulation as every other loss, and appear
+    in the log.
 
-    The model also tells its MoE backbones which tokens are padding, and on an
-    accelerator the hook looks, now and then, whether routers met nan or inf:
-    to look in every iteration would be to wait in every iteration.
+    The hook also makes the model tell its MoE backbones which tokens are
+    padding. And it checks whether routers met nan or inf. On an accelerator
+    it does this only every ``interval`` iterations, because the host has to
+    wait for the device each time.
 
     Args:
-        interval: iterations from look to look; a look stops all ranks.
+        interval: number of iterations between two such checks. At a check all
+            ranks wait for each other.
 
     Raises:
-        NotFiniteError: naming the layer, on all ranks alike, at most
-            ``interval`` iterations late. Ranks on CPUs look after every
-            iteration; a single process on a CPU stops where it happens.
+        NotFiniteError: if a router met nan or inf; names the layer. It is
+            raised on all ranks, at most ``interval`` iterations late. Several
+            ranks on CPUs check after every iteration, and a single process on
+            a CPU raises in the layer itself.
         ValueError: before training, if the model has no MoE layer, if the
-            config's ``activation_checkpointing`` would take the gradient
-            from its losses, if experts would bypass a wrapped core, if DDP
-            broadcasts buffers, or if a router's groups will not divide a
-            batch.
+            config's ``activation_checkpointing`` would cut the gradient of
+            the auxiliary losses, if the core of a layer was wrapped by
+            something that experts would bypass, if DDP broadcasts buffers, or
+            if a batch will not divide into a router's groups.
     """
 
     def __init__(self, interval: int = 50) -> None:
@@ -92,7 +97,8 @@ class MoELossHook(Hook):
 
 
 def _check_finite(runner: Runner) -> None:
-    """All ranks raise, or none: one that stops alone lets the others wait."""
+    """Raise on all ranks if a router of any rank met nan or inf. If one rank
+    stopped alone, the others would wait for it."""
     model = unwrapped(runner.model)
     if moe_layers(model):
         counts_RL = torch.stack(all_gather(take_not_finite(model)))
@@ -100,7 +106,7 @@ def _check_finite(runner: Runner) -> None:
 
 
 def install(model: nn.Module) -> None:
-    """Put the hooks on a model; a second call changes nothing.
+    """Register the forward hooks on a model; a second call changes nothing.
 
     Raises:
         ValueError: if the model has no MoE layer.
@@ -116,15 +122,16 @@ def install(model: nn.Module) -> None:
 
 
 def _check_recomputation(model: nn.Module, names: Any) -> None:
-    """Refuse mmengine's checkpoints around routers.
+    """Raise if mmengine would wrap a router in activation checkpointing.
 
-    They are reentrant: the first forward pass runs under no_grad, and what
-    it leaves aside, as auxiliary losses, never gets a gradient.
+    mmengine's is reentrant: the first forward pass runs under no_grad. What
+    a module stores in it beside its output, as routers do with auxiliary
+    losses, never gets a gradient.
 
     Args:
-        model: not wrapped.
-        names: the config's ``activation_checkpointing``, a module name or
-            several.
+        model: the model without a wrapper.
+        names: the config's ``activation_checkpointing``, the name of a module
+            or several names.
     """
     for name in (names, ) if isinstance(names, str) else names or ():
         inside = set(model.get_submodule(name).modules())
@@ -147,7 +154,8 @@ def _after(model: nn.Module, args: tuple, kwargs: dict[str, Any],
            output: Any) -> Any:
     if kwargs.get('mode') != 'loss':
         return output
-    # mmengine sums the keys that contain "loss" and logs the others.
+    # mmengine sums the entries whose keys contain "loss", and only logs the
+    # others.
     return {
         **output,
         **{f'loss_moe_{name}': loss

@@ -1,4 +1,5 @@
-"""Learning rate and weight decay per layer depth and per role."""
+"""Sets learning rates and weight decays per layer depth and per role of a
+parameter (core, residual, router or head)."""
 from collections.abc import Mapping
 
 import torch
@@ -18,25 +19,26 @@ NORMS = (_BatchNorm, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Groups parameters by depth and role.
+    """Groups parameters by their depth in the backbone and by their role.
 
-    ``paramwise_cfg`` takes:
+    ``paramwise_cfg`` takes these options:
 
-    - ``layer_decay_rate``: lr is multiplied by rate ** (last depth - depth);
-      the backbone's ``get_layer_depth`` says the depth. None switches it off.
+    - ``layer_decay_rate``: the learning rate is multiplied by
+      rate ** (last depth - depth), with the depth from the backbone's
+      ``get_layer_depth``. None switches it off.
     - ``roles``: ``{role: dict(lr_mult=, decay_mult=)}`` for 'core',
       'residual', 'router' and 'head'.
-    - ``custom_keys``: as in mmengine, by the longest key contained in the
-      name.
+    - ``custom_keys``: as in mmengine; of the keys that the name of a
+      parameter contains, the longest applies.
     - ``norm_decay_mult``, ``bias_decay_mult``: as in mmengine, except that
-      the stacked biases of experts are biases too: they get no decay unless
-      ``bias_decay_mult`` says otherwise.
+      the stacked biases of experts count as biases. They get no decay unless
+      ``bias_decay_mult`` is set.
 
-    Multipliers of different options multiply.
+    If several options apply to a parameter, their multipliers are multiplied.
 
     Raises:
-        ValueError: for an unknown option or role, or a decay option without
-            a base weight decay.
+        ValueError: for an unknown option or role, or an option for the weight
+            decay without a base weight decay.
     """
 
     def _validate_cfg(self) -> None:
@@ -94,15 +96,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if get_layer_depth is None:
             raise ValueError(
                 f'layer_decay_rate needs a backbone with get_layer_depth; '
-                f'{type(backbone).__name__} has none')
+                f'{type(backbone).__name__} has none. Leave it out, or use a '
+                'backbone of rmoe')
         depth, num_layers = get_layer_depth(name, 'backbone.')
         return rate**(num_layers - 1 - depth)
 
     def _build(self, groups: dict[tuple[float, float], dict]):
         params = []
         for (lr_mult, decay_mult), group in sorted(groups.items()):
-            # Names are for the log; as part of a group they would end in
-            # every checkpoint.
+            # The names are needed for the log only. Left in the group, they
+            # would be saved in every checkpoint.
             names = group.pop('param_names')
             group['lr'] = self.base_lr * lr_mult
             if self.base_wd is not None:
@@ -125,6 +128,7 @@ def _norm_parameters(model: nn.Module) -> set[torch.nn.Parameter]:
 
 
 def _is_expert_bias(name: str) -> bool:
-    # (E, width) tensors called residual_fc1_bias: mmengine takes only what
-    # is called "bias" for one and would decay them.
+    # The biases of all experts are one (E, width) tensor with a name such as
+    # residual_fc1_bias. mmengine recognises only the name "bias", and would
+    # apply weight decay to them.
     return role_of(name) == 'residual' and name.endswith('_bias')

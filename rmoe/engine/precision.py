@@ -1,4 +1,5 @@
-"""Mixed precision where a config or ``--amp`` asks for it."""
+"""Chooses the type and the optimizer wrapper for mixed precision, where a
+config or ``--amp`` asks for it."""
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
@@ -7,18 +8,25 @@ from rmoe.registry import type_name
 
 AMP = 'AmpOptimWrapper'
 BFLOAT16 = 'rmoe.BFloat16OptimWrapper'
-# Where AmpOptimWrapper works.
+# The devices on which mmengine's AmpOptimWrapper works.
 ACCELERATORS = ('cuda', 'npu', 'mlu', 'musa')
 
 
 def set_precision(cfg: Config, amp: bool) -> str:
-    """Mixed precision where --amp or the config asks for it.
+    """Set the optimizer wrapper for mixed precision, where --amp or the config
+    asks for it.
+
+    Args:
+        cfg: the config of a training, which is changed.
+        amp: whether --amp was given.
 
     Returns:
-        Which type computes and why, to be logged; '' in full precision.
+        A line for the log: the type in which the model computes, and why.
+        Empty without mixed precision.
 
     Raises:
-        ValueError: if --amp meets another kind of optimizer wrapper.
+        ValueError: if --amp was given and the optimizer wrapper is neither
+            OptimWrapper nor one for mixed precision.
     """
     wrapper = cfg.optim_wrapper
     kind = type_name(wrapper) or 'OptimWrapper'
@@ -26,13 +34,14 @@ def set_precision(cfg: Config, amp: bool) -> str:
         return ''
     if kind not in (AMP, 'OptimWrapper'):
         raise ValueError('--amp works with optim_wrapper.type='
-                         f"'OptimWrapper', the config has {kind!r}")
+                         f"'OptimWrapper', the config has {kind!r}. Leave "
+                         '--amp out, or change the type')
     device = get_device()
     if device not in ACCELERATORS:
         _compute_in_bfloat16(wrapper)
         return ('mixed precision without a GPU is in bfloat16, with no loss '
                 f'scale: {BFLOAT16} takes the place of {AMP}')
-    # 'torch.float16' where the config is written in Python.
+    # A config in Python may have torch.float16 instead of 'float16'.
     dtype = str(wrapper.get('dtype') or '').removeprefix('torch.')
     has_bfloat16 = device == 'cuda' and gpu_has_bfloat16()
     if amp and ((not dtype and has_bfloat16) or
@@ -45,7 +54,7 @@ def set_precision(cfg: Config, amp: bool) -> str:
         wrapper.type = AMP
         wrapper.setdefault('loss_scale', 'dynamic')
         if not dtype:
-            why = f'for there is no bfloat16 on this {device} device'
+            why = f'because there is no bfloat16 on this {device} device'
     elif not dtype and has_bfloat16:
         why += '; with --amp it is in bfloat16, in which experts are faster'
     return f'mixed precision is in {dtype or "float16"} by {AMP}, {why}'
@@ -53,6 +62,7 @@ def set_precision(cfg: Config, amp: bool) -> str:
 
 def _compute_in_bfloat16(wrapper: ConfigDict) -> None:
     wrapper.type = BFLOAT16
-    # It has nothing to scale and one type.
+    # These options are for AmpOptimWrapper alone. BFloat16OptimWrapper scales
+    # no loss and has only one type.
     for option in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(option, None)

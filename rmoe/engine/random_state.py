@@ -1,4 +1,5 @@
-"""Random states of torch's generators: one's own on every rank."""
+"""Reads and restores the states of torch's random number generators, which
+differ from rank to rank."""
 import hashlib
 
 import torch
@@ -8,7 +9,7 @@ State = dict[str, torch.Tensor]
 
 
 def random_state() -> State:
-    """The state of this rank's default generators."""
+    """The state of this rank's default generators, of the CPU and the GPU."""
     state = {'cpu': torch.get_rng_state()}
     if torch.cuda.is_available():
         state['cuda'] = torch.cuda.get_rng_state()
@@ -16,14 +17,15 @@ def random_state() -> State:
 
 
 def restore(state: State) -> None:
-    """Go on from a state."""
+    """Set this rank's default generators to a state."""
     torch.set_rng_state(state['cpu'].cpu())
     if 'cuda' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 def states_of_all_ranks() -> list[State]:
-    """In the order of the ranks, on every rank; all must call this."""
+    """The states of all ranks in their order. All ranks must call this, and
+    all get the list."""
     return all_gather_object(random_state())
 
 
@@ -31,12 +33,12 @@ def own_state(states: list[State]) -> State:
     """The state that this rank resumes from.
 
     Args:
-        states: those of the ranks that wrote a checkpoint.
+        states: the states of the ranks that wrote a checkpoint.
 
     Returns:
-        Its own, if there are as many ranks now. Otherwise the first rank goes
-        on from the first, and every other from one derived of that: no two
-        are equal.
+        The state that this rank saved, if the number of ranks has not
+        changed. Otherwise the first rank gets the first state, and each other
+        rank another one derived from it, so that no two ranks have the same.
     """
     rank = get_rank()
     if len(states) == get_world_size():
@@ -45,10 +47,11 @@ def own_state(states: list[State]) -> State:
 
 
 def separate_ranks() -> None:
-    """Let ranks that were seeded alike draw different numbers from now on.
+    """Make ranks that were seeded alike draw different numbers from now on.
 
-    Router noise, dropout and stochastic depth are then another on each rank,
-    as they are for each image on one. The first rank keeps its state.
+    Router noise, dropout and stochastic depth then differ between ranks, as
+    they differ between the images of one rank. The first rank keeps its
+    state.
     """
     if get_rank() > 0:
         restore(_derived(random_state(), get_rank()))

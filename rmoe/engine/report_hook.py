@@ -1,4 +1,4 @@
-"""A report at the end of training."""
+"""Writes an HTML report of the run at the end of training."""
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -14,25 +14,27 @@ from rmoe.version import __version__
 
 @HOOKS.register_module()
 class ReportHook(Hook):
-    """Writes ``report.html`` into the work dir when training ends: what
-    tools/report.py makes of it, on the first rank.
+    """Writes ``report.html`` into the work dir when training ends.
 
-    Never a reason for training to fail: whatever goes wrong is one line of
-    the log. The model is built a second time, from the config and the last
-    checkpoint; of a sharded one, which one process may not hold, the report
-    has no images.
+    It is the report that tools/report.py makes of the work dir; the first
+    rank writes it. An error while writing it never makes the training fail,
+    but is a warning in the log. For the images in the report the model is
+    built a second time, from the config and the last checkpoint. The report
+    of a sharded model has no images, because the model may not fit into one
+    process.
 
     Args:
-        enabled: False switches it off, where a config inherits it.
-        images: of the validation set, drawn with the expert of each patch; 0
-            leaves out all that needs the model and data.
-        count_images: of the validation set, over which it is counted which
-            classes each expert takes.
+        enabled: False switches the hook off in a config that inherits it.
+        images: number of images of the validation set that are drawn with the
+            expert of each patch. With 0 the report leaves out everything that
+            needs the model and the data.
+        count_images: number of images of the validation set from which is
+            counted which classes each expert takes.
 
     Raises:
         ValueError: for a negative number.
     """
-    # After all that writes into the work dir.
+    # The hook must run after all hooks that write into the work dir.
     priority = 'LOWEST'
 
     def __init__(self, enabled: bool = True, images: int = 4,
@@ -48,13 +50,14 @@ class ReportHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if not (self.enabled and is_main_process()):
             return
-        # The report reads it.
+        # The report finds the version in the log.
         runner.logger.info(f'rmoe {__version__}')
-        # In time to install them.
+        # The warning comes before training, so that there is time to install
+        # the packages.
         if missing := missing_packages():
             runner.logger.warning(
-                f'there will be no {DEFAULT_NAME}: {missing}; '
-                f'then python tools/report.py {runner.work_dir}')
+                f'{DEFAULT_NAME} will not be written: {missing}. Afterwards '
+                f'python tools/report.py {runner.work_dir} writes it')
 
     def after_train(self, runner: Runner) -> None:
         if not (self.enabled and is_main_process()) or missing_packages():
@@ -68,7 +71,7 @@ class ReportHook(Hook):
         except Exception as error:
             runner.logger.warning(
                 f'no {DEFAULT_NAME} was written: {type(error).__name__}: '
-                f'{error}; python tools/report.py {runner.work_dir} tries '
-                'again')
+                f'{error}. To try again: python tools/report.py '
+                f'{runner.work_dir}')
         else:
             runner.logger.info(f'a report of this run: {path}')

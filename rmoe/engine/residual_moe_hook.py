@@ -1,4 +1,5 @@
-"""Staged training of core and residual (2204.09636)."""
+"""Trains the core and the residuals of a MoE model in stages (RMoE,
+2204.09636)."""
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -24,7 +25,8 @@ from rmoe.registry import HOOKS
 
 @dataclass(frozen=True)
 class Stage:
-    """Roles that train until iteration ``end``."""
+    """A stage of training, in which parameters with these roles train until
+    iteration ``end``."""
     name: str
     roles: tuple[str, ...]
     end: int
@@ -34,35 +36,40 @@ class Stage:
 class ResidualMoEHook(Hook):
     """Trains core, residual, router and head in stages.
 
-    While neither residual nor router trains, MoE layers run their core alone,
-    at dense cost, and nothing routes. At a switch the hook changes what
-    requires a gradient and wraps the model for DDP afresh: unfreezing behind
-    a wrapped model lets ranks drift apart without a word. A model sharded by
-    ``fully_shard`` stays as it is wrapped. What is frozen stays
-    bit-identical, norm statistics included.
+    While neither residuals nor routers train, MoE layers compute only their
+    core, at the cost of a dense layer, and no token is routed. At the switch
+    to another stage the hook changes ``requires_grad`` of parameters and
+    wraps the model in a new DDP. If parameters were unfrozen inside of the
+    old one, it would not average their gradients, and the ranks would
+    silently get different weights. A model sharded by ``fully_shard`` needs
+    no new wrapper. Frozen parameters stay bit-identical, and so do the
+    running statistics of frozen norms.
 
-    The stage follows from the iteration, so a resumed run is in the stage it
-    was in.
+    The stage follows from the number of the iteration, so a resumed run
+    continues in the stage in which it stopped.
 
     Args:
-        stages: in order, dicts with ``roles`` (a sequence of 'core',
-            'residual', 'router', 'head', or 'all'), ``end`` (a fraction of
-            the run as float, or a count of iterations or epochs as int; the
-            last stage may leave it out), and optionally ``name``.
+        stages: the stages in order, as dicts. ``roles`` is a sequence of
+            'core', 'residual', 'router' and 'head', or 'all'. ``end`` is a
+            fraction of the run as float, or a number of iterations or epochs
+            as int; the last stage may leave it out. ``name`` is optional.
         by_epoch: whether an int ``end`` counts epochs.
 
     Raises:
-        ValueError: for an unknown role, ends that do not rise, a model
-            without MoE layers, a wrapped core that experts would bypass, or
-            a model wrapper under which what trains cannot change.
+        ValueError: for an unknown role, for an end that is not after the end
+            of the stage before, for a model without MoE layers, if the core
+            of a layer was wrapped by something that experts would bypass, or
+            for a model wrapper that does not allow parameters to be frozen or
+            unfrozen.
     """
-    # Before hooks that look at the model in the same iteration.
+    # The hook must run before hooks that look at the model in the same
+    # iteration.
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, stages: Sequence[Mapping],
                  by_epoch: bool = False) -> None:
         if not stages:
-            raise ValueError('stages is empty: name at least one')
+            raise ValueError('stages is empty: give at least one stage')
         self.by_epoch = by_epoch
         self.stages = [_check_stage(i, stage, i == len(stages) - 1)
                        for i, stage in enumerate(stages)]
@@ -83,13 +90,14 @@ class ResidualMoEHook(Hook):
         stage = self._stage_at(runner.iter)
         if stage != self.current:
             self._enter(runner, stage)
-        # The loop calls model.train() before every iteration.
+        # The training loop calls model.train() before every iteration, which
+        # would let frozen norms update their statistics.
         for norm in self._frozen_norms:
             norm.eval()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        # The checkpoint is written at the end of an iteration; what follows
-        # it is the stage of the next.
+        # The checkpoint is written at the end of an iteration. A resumed run
+        # begins with the next iteration, so the stage of that one is saved.
         stage = self._stage_at(checkpoint['meta'].get('iter', runner.iter))
         checkpoint['meta']['rmoe'] = dict(
             stage=stage.name, plan=[asdict(stage) for stage in self.plan])
@@ -99,7 +107,7 @@ class ResidualMoEHook(Hook):
             'rmoe', {}).get('plan')
 
     def _resolve(self, runner: Runner) -> list[Stage]:
-        """Ends as iterations."""
+        """The stages with their ends as numbers of iterations."""
         max_iters = runner.max_iters
         plan: list[Stage] = []
         for name, roles, end in self.stages:
@@ -111,13 +119,15 @@ class ResidualMoEHook(Hook):
                 end = end * len(runner.train_dataloader)
             if end <= (plan[-1].end if plan else 0):
                 raise ValueError(
-                    f'stage {name!r} ends at iteration {end}, not after '
-                    f'{plan[-1].end if plan else 0} where it starts')
+                    f'stage {name!r} ends at iteration {end}, which is not '
+                    f'after {plan[-1].end if plan else 0}, where it starts. '
+                    'Give it a larger end')
             plan.append(Stage(name, roles, end))
         if plan[-1].end < max_iters:
             raise ValueError(
                 f'the last stage {plan[-1].name!r} ends at iteration '
-                f'{plan[-1].end} of {max_iters}; leave its end out')
+                f'{plan[-1].end}, but the run has {max_iters}: leave its end '
+                'out')
         return plan
 
     def _stage_at(self, iteration: int) -> Stage:
@@ -146,7 +156,8 @@ class ResidualMoEHook(Hook):
             raise ValueError(f'stage {stage.name!r}: {error}') from None
         self.current = stage
         wrap_again(runner)
-        # Wrapping with sync_bn makes new norms.
+        # Wrapping with sync_bn replaces the norms, so they are looked up
+        # afterwards.
         self._frozen_norms = norms_with_statistics(
             unwrapped(runner.model), set(ROLES) - set(stage.roles))
         runner.logger.info(
@@ -154,7 +165,8 @@ class ResidualMoEHook(Hook):
             f'iteration {stage.end}\n' + trainable_table(runner.model))
 
     def _frozen_by_config(self, model: nn.Module) -> set[str]:
-        """What frozen_stages and the like froze before the first stage."""
+        """The names of the parameters that options such as frozen_stages froze
+        before the first stage. They stay frozen in all stages."""
         if self.current is None:
             self._config_frozen = {
                 name for name, parameter in model.named_parameters()

@@ -1,8 +1,9 @@
-"""What a parameter is for, read from its name.
+"""Reads from the name of a parameter which role it has in the model.
 
-core: every dense weight of the backbone, the cores of MoE FFNs included;
-residual: what experts add to their core; router; head: all outside the
-backbone.
+The roles are 'core', for every dense weight of the backbone, with the cores of
+MoE FFNs; 'residual', for the weights that experts add to their core; 'router';
+and 'head', for everything outside the backbone. Stages of training and
+optimizer settings go by roles.
 """
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,10 +15,10 @@ ROLES = ('core', 'residual', 'router', 'head')
 
 
 def role_of(name: str) -> str:
-    """Role of a parameter or module of a detector or segmentor.
+    """The role of a parameter or module of a detector or segmentor.
 
     Args:
-        name: as given by named_parameters() or named_modules() of the whole
+        name: its name in named_parameters() or named_modules() of the whole
             model.
     """
     return expert_role(name) or (
@@ -25,7 +26,8 @@ def role_of(name: str) -> str:
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Every parameter under its role; all roles are present."""
+    """All parameters of a model by role. A role without parameters has an
+    empty list."""
     groups: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     for name, parameter in model.named_parameters():
         groups[role_of(name)].append(parameter)
@@ -34,8 +36,8 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def norms_with_statistics(model: nn.Module, roles: set[str]
                           ) -> list[nn.Module]:
-    """Norm layers of the given roles whose running statistics change in
-    training although no gradient is asked for."""
+    """The norm layers of the given roles that have running statistics. In
+    training mode these change even if the parameters are frozen."""
     return [
         module for name, module in model.named_modules()
         if isinstance(module, (_BatchNorm, _InstanceNorm))
@@ -44,7 +46,8 @@ def norms_with_statistics(model: nn.Module, roles: set[str]
 
 
 def trainable_table(model: nn.Module) -> str:
-    """Per role: tensors, parameters, and whether they train; then the sum."""
+    """A table with the number of tensors and of parameters of each role and
+    whether they train, and the sum in the last line."""
     lines = [f'{"role":<10}{"tensors":>8}{"parameters":>14}  trains']
     trainable = total = 0
     for role, parameters in parameters_by_role(model).items():

@@ -1,5 +1,5 @@
-"""What the experts receive: to the log, to every visualizer backend, and a
-warning before a dead expert goes unnoticed."""
+"""Logs how many tokens each expert receives, and warns of dead experts. The
+numbers go to the log and to every backend of the visualizer."""
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -11,20 +11,24 @@ from rmoe.registry import HOOKS
 
 @HOOKS.register_module()
 class RoutingStatsHook(Hook):
-    """Every ``interval`` iterations, over all ranks, per MoE layer: share of
-    load per expert, normalised entropy of the load (1: balanced, 0: one
-    expert has all), share of assignments dropped for lack of capacity, share
-    of tokens that no expert kept, dead experts. Of a soft router the load is
-    what its combine weights sum to.
+    """Logs the load of the experts of each MoE layer.
+
+    Every ``interval`` iterations it reports, summed over all ranks and for
+    each layer: the share of the load that each expert got, the normalised
+    entropy of the load (1 if it is balanced, 0 if one expert has all), the
+    share of assignments that were dropped for lack of capacity, the share of
+    tokens that no expert kept, and the dead experts. The load of an expert of
+    a soft router is the sum of its combine weights.
 
     Args:
-        interval: iterations of one window.
-        dead_below: an expert is dead if it got less than this part of its
-            fair share over a window.
+        interval: number of iterations between reports, over which the load is
+            counted.
+        dead_below: an expert is dead if in this time it got at most this
+            fraction of its fair share, which is 1 / number of experts.
 
     Raises:
-        ValueError: for an interval below 1, a part outside [0, 1), or a DDP
-            wrapper that broadcasts buffers.
+        ValueError: for an interval below 1, a fraction outside [0, 1), or a
+            DDP wrapper that broadcasts buffers.
     """
 
     def __init__(self, interval: int = 200, dead_below: float = 0.01) -> None:
@@ -39,7 +43,8 @@ class RoutingStatsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         check_buffers(runner.model)
         self._layers(runner)
-        routing_stats(unwrapped(runner.model))  # from here on
+        # Reading the counters resets them, so they count from here on.
+        routing_stats(unwrapped(runner.model))
 
     def after_train_iter(self, runner: Runner, batch_idx: int,
                          data_batch: object = None,
@@ -50,7 +55,7 @@ class RoutingStatsHook(Hook):
         stats = routing_stats(unwrapped(runner.model))
         demand = sum(one.demand for one in stats.values())
         if not demand:
-            return  # core stage: nothing was routed
+            return  # The stage trains only the core, and no token was routed.
         lines, scalars, dead_total = [], {}, 0
         for name, one in stats.items():
             dead = one.dead(self.dead_below)
@@ -88,9 +93,10 @@ class RoutingStatsHook(Hook):
 
     def _warn(self, runner: Runner, name: str, layer: MoELayer,
               dead: list[int]) -> None:
-        """Once per expert, until it comes back."""
-        # mmengine drops a repeated warning for good; naming the iteration
-        # lets an expert that came back be warned of again.
+        """Warn of each dead expert once, and again only if it got its share
+        of tokens in between."""
+        # mmengine logs a warning with the same text only once. With the
+        # iteration in it, there can be a second warning of the same expert.
         end = runner.iter + 1
         for expert in range(layer.num_experts):
             key = (name, expert)

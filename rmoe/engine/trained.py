@@ -1,4 +1,5 @@
-"""A trained model: what a config builds, with the weights of a checkpoint."""
+"""Builds the model of a config with the weights of a checkpoint, for tools that
+examine trained models."""
 from copy import deepcopy
 from typing import Any
 
@@ -13,25 +14,29 @@ from rmoe import safe_loading
 
 def trained_model(cfg: Config, checkpoint: str, device: str | None = None,
                   strict: bool = False) -> Any:
-    """The whole model in evaluation mode.
+    """Build a trained model in evaluation mode.
 
     Args:
-        cfg: of its training; its default scope becomes the current one.
-        checkpoint: file with its weights.
-        device: where to put it; the first GPU, or else the CPU by default.
-        strict: whether tensors outside the backbone, which checks its own
-            loads, may not be missing or left over.
+        cfg: the config of its training. Its default scope becomes the current
+            one.
+        checkpoint: the file with its weights.
+        device: the device of the model; by default the first GPU, or the CPU
+            if there is none.
+        strict: whether missing or unexpected tensors outside the backbone are
+            an error. The backbone always checks its own loads.
     """
     safe_loading.install()
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model: Any = revert_sync_batchnorm(MODELS.build(deepcopy(cfg.model)))
     load_checkpoint(model, checkpoint, 'cpu', strict=strict)
     model.to(device or ('cuda:0' if torch.cuda.is_available() else 'cpu'))
-    model.eval()  # which returns None in some of mmseg's
+    # eval() is not chained, because that of some models of mmseg returns None.
+    model.eval()
     return model
 
 
 def build_test_data(cfg: Config) -> Any:
-    """The data set that a config is tested on; it takes a scope from
-    :func:`trained_model`."""
+    """Build the data set that a config is tested on. :func:`trained_model`
+    must have been called before, because it sets the default scope in which
+    the names of data sets are looked up."""
     return DATASETS.build(cfg.test_dataloader.dataset)

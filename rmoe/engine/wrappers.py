@@ -1,8 +1,10 @@
-"""Model wrappers: what is inside, and how what trains may change under them.
+"""Functions for models in wrappers such as DDP: they find the model inside,
+and make a new wrapper when other parameters are to train.
 
-DDP decides at its construction which parameters it synchronises. So a model
-whose ``requires_grad`` changes is wrapped anew. FSDP2 (torch's
-``fully_shard``) reads it at every pass and needs nothing.
+DDP decides when it is built which parameters it synchronises. So a model must
+be wrapped again when ``requires_grad`` of its parameters changes. FSDP2
+(torch's ``fully_shard``) reads ``requires_grad`` in every pass, and needs no
+new wrapper.
 """
 import gc
 from typing import Any
@@ -32,15 +34,17 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def check_buffers(model: nn.Module) -> None:
-    """Refuse a wrapper that overwrites the counters of ranks.
+    """Raise for a wrapper that would overwrite the load counters of one rank
+    by those of another.
 
     Args:
-        model: as the runner has it.
+        model: the model of the runner, in its wrapper.
 
     Raises:
         ValueError: for DDP with ``broadcast_buffers=True``, its default.
     """
-    # One that wraps children has no such attribute itself.
+    # A wrapper such as MMSeparateDistributedDataParallel wraps the children of
+    # a model, and only these have the attribute.
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and getattr(
                 module, 'broadcast_buffers', False):
@@ -48,10 +52,11 @@ def check_buffers(model: nn.Module) -> None:
 
 
 def check_saving(runner: Runner) -> None:
-    """Refuse a hook that would save rank 0's part of a sharded model.
+    """Raise for a checkpoint hook that would save only rank 0's part of a
+    sharded model.
 
     Raises:
-        ValueError: that names the hook and the fix.
+        ValueError: names the hook and the fix.
     """
     if not is_laid_out(runner.model):
         return
@@ -65,10 +70,11 @@ def check_saving(runner: Runner) -> None:
 
 
 def check_wrapper(runner: Runner) -> None:
-    """Refuse a wrapper under which what trains cannot change.
+    """Raise for a model wrapper under which parameters cannot be frozen or
+    unfrozen during training.
 
     Raises:
-        ValueError: that names the wrapper and the fix.
+        ValueError: names the wrapper and the fix.
     """
     model = runner.model
     if not is_model_wrapper(model) or is_laid_out(model):
@@ -89,14 +95,15 @@ def check_wrapper(runner: Runner) -> None:
 
 
 def wrap_again(runner: Runner) -> None:
-    """Put the runner's model into a new wrapper, where it needs one.
+    """Put the runner's model into a new DDP wrapper, if it is in one.
 
-    A compiled ``train_step`` is compiled again. A communication hook that
-    the wrapper's constructor does not register itself is registered again.
+    If ``train_step`` is compiled, it is compiled again. A communication hook
+    of the old wrapper is registered on the new one, unless the constructor of
+    the wrapper has already done so.
 
     Raises:
-        ValueError: for a wrapper or a communication hook that cannot be made
-            anew; names it.
+        ValueError: if a new wrapper cannot be made, or the communication hook
+            cannot be moved to it; names the wrapper or the hook.
     """
     check_wrapper(runner)
     if not isinstance(runner.model, DistributedDataParallel):
@@ -116,8 +123,13 @@ def wrap_again(runner: Runner) -> None:
 
 def _communication_hook(model: DistributedDataParallel
                         ) -> tuple[str, tuple[Any, Any] | None] | None:
-    """Its name; and function and state, if DDP keeps them: older versions of
-    torch do not, and of built-in ones nobody does."""
+    """The communication hook of a DDP wrapper.
+
+    Returns:
+        Its name, and its function and state or None: older versions of torch
+        do not keep them, and no version keeps those of its built-in hooks.
+        None if there is no communication hook.
+    """
     name = model._get_ddp_logging_data().get('comm_hook')
     parts = getattr(model, '_comm_hooks', ())
     return (name, parts[0] if parts else None) if name else None
@@ -125,12 +137,14 @@ def _communication_hook(model: DistributedDataParallel
 
 def _register(model: DistributedDataParallel, name: str,
               parts: tuple[Any, Any] | None) -> None:
-    # States that are no group of processes may remember the old buckets.
+    # Such a hook can be moved only if its state is a process group or None. A
+    # state of another kind may refer to the gradient buckets of the old
+    # wrapper.
     if parts is None or not isinstance(parts[1],
                                        (ProcessGroup, type(None))):
         raise ValueError(
-            f'the communication hook {name} was registered by hand on '
-            f'{type(model).__name__}, which ResidualMoEHook makes anew at '
-            'every stage, and cannot be moved to the new one: register it in '
-            'the constructor of a wrapper that model_wrapper_cfg names')
+            f'the communication hook {name} was registered on a '
+            f'{type(model).__name__}. ResidualMoEHook builds a new one at '
+            'every stage, and cannot move the hook to it: register the hook '
+            'in the constructor of a wrapper that model_wrapper_cfg names')
     model.register_comm_hook(parts[1], parts[0])

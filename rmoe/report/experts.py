@@ -1,4 +1,5 @@
-"""What the experts of a run's last checkpoint do with validation images."""
+"""Records which experts the tokens of validation images are sent to by the last
+checkpoint of a run, for the pictures and the class chart of its report."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,13 @@ from rmoe.visualization.specialisation import (
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """Who took the patches of an image in one MoE layer.
+    """The expert that each patch of an image was sent to in one MoE layer.
 
     Attributes:
-        experts: (h, w) integers, the strongest expert; -1 where none kept
-            the patch.
-        stride: side of a patch in pixels. The last row and column may reach
-            over the image's edge.
+        experts: (h, w) integers, the expert with the largest weight; -1 if no
+            expert kept the patch.
+        stride: the side of a patch in pixels. The last row and column may
+            reach beyond the edge of the image.
     """
     experts: np.ndarray
     stride: int
@@ -42,12 +43,12 @@ class ExpertMap:
 
 @dataclass(frozen=True)
 class Overlay:
-    """An image and who took its patches.
+    """An image with the experts that its patches were sent to.
 
     Attributes:
-        name: file name, or number in the data set.
+        name: the file name, or the number of the image in the data set.
         image: (H, W, 3) RGB uint8.
-        maps: of each MoE layer, in order.
+        maps: the expert map of each MoE layer, in order.
     """
     name: str
     image: np.ndarray
@@ -56,19 +57,20 @@ class Overlay:
 
 @dataclass
 class Experts:
-    """What was found.
+    """The results of running a checkpoint on images.
 
     Attributes:
-        num_experts: of each MoE layer, by its short name.
-        overlays: of the first images.
-        classes: names; empty where the data set says nothing of classes.
-        tokens_LE: for each layer, tokens of each class at each expert.
-        images: that were counted.
-        costs: of one forward pass of the backbone and of its dense twin, by
-            name: total and active parameters and operations; ``size`` is of
-            the image.
-        size: height and width of that image.
-        notes: what is missing, and why.
+        num_experts: the number of experts of each MoE layer, by its short
+            name.
+        overlays: some of the images with their expert maps.
+        classes: names of the classes; empty if no classes were counted.
+        tokens_LE: for each layer, the number of tokens of each class (L, for
+            label) that each expert (E) got.
+        images: number of images over which classes were counted.
+        costs: total and active parameters of the backbone and of its dense
+            twin, and the operations of one forward pass, by name.
+        size: height and width of the image of that forward pass.
+        notes: lines that say what is missing, and why.
     """
     num_experts: dict[str, int] = field(default_factory=dict)
     overlays: list[Overlay] = field(default_factory=list)
@@ -85,18 +87,20 @@ def observe(cfg: Config, checkpoint: Path | None, shown: int,
             counted: int) -> Experts:
     """Run a checkpoint on validation images, one by one, as in evaluation.
 
-    Whatever is missing (files, data, classes) is said in ``notes``: a report
-    without pictures is one, too.
+    If something is missing, such as files, data or classes, ``notes`` of the
+    result says so, and nothing is raised: a report without pictures is still
+    useful.
 
     Args:
-        cfg: whole config.
-        checkpoint: file; None if there is none.
-        shown: images that are kept, with their expert maps.
-        counted: images over which classes are counted, evenly spaced over
-            the validation set; those shown are some of them.
+        cfg: the whole config.
+        checkpoint: the file; None if there is none.
+        shown: number of images that are kept with their expert maps.
+        counted: number of images over which classes are counted, evenly
+            spaced over the validation set; the images shown are among them.
     """
     found = Experts()
-    # What it says of a load would pass for the run's own in its log.
+    # ReportHook calls this during a run. Messages about loading the checkpoint
+    # would look in the log as if the run had loaded it.
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel('WARNING')
@@ -108,7 +112,8 @@ def observe(cfg: Config, checkpoint: Path | None, shown: int,
             for name, layer in moe_layers(model).items()}
         if found.num_experts:
             _look(cfg, model, found, shown, counted)
-    # Whatever a config names may be gone: its data, a package, memory.
+    # Anything may be missing that the config needs: data, a package or enough
+    # memory.
     except Exception as error:
         found.notes.append(f'{type(error).__name__}: {error}')
     finally:
@@ -124,8 +129,8 @@ def _build(cfg: Config, checkpoint: Path | None) -> BaseModel:
         raise ValueError('the work dir has no checkpoint')
     if checkpoint.is_dir():
         raise ValueError(
-            f'{checkpoint.name} is a folder of parts: make a file of it with '
-            'tools/gather_checkpoint.py, beside it')
+            f'{checkpoint.name} is a folder with the parts of all ranks: make '
+            'a file of it in the work dir with tools/gather_checkpoint.py')
     model.load_state_dict(state_dict_of(read_checkpoint(str(checkpoint))))
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
     model.eval()
@@ -154,7 +159,7 @@ def _look(cfg: Config, model: BaseModel, found: Experts, shown: int,
         labels = label_map(dataset, index, item,
                            len(dataset.metainfo['classes']))
         if labels is None:
-            found.notes.append('the validation set gives no labels, so no '
+            found.notes.append('the validation set has no labels, so no '
                                'classes are counted')
             tallies = {}
             continue
@@ -168,37 +173,46 @@ def _look(cfg: Config, model: BaseModel, found: Experts, shown: int,
 
 def _tallies(model: BaseModel, classes: Sequence[str], found: Experts
              ) -> dict[str, Tally]:
-    """None where no class can be counted."""
+    """A tally for each MoE layer. If classes cannot be counted, the result is
+    empty, and a note says why."""
     if not classes:
-        found.notes.append('the validation set names no classes, so none are '
-                           'counted')
+        found.notes.append('the validation set has no names of classes, so '
+                           'no classes are counted')
         return {}
     layers = {short_name(name): layer
               for name, layer in moe_layers(model).items()}
     if any(layer.router.soft for layer in layers.values()):
         found.notes.append(
-            'a soft router mixes all tokens of an image into every slot: no '
-            'expert takes a token of a class, so none are counted')
+            'a soft router mixes all tokens of an image into every slot, so '
+            'that no expert gets tokens of one class: no classes are counted')
         return {}
     return {name: Tally(len(classes), layer.num_experts)
             for name, layer in layers.items()}
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """So many numbers below the length, evenly spaced."""
+    """``count`` indices below ``length``, evenly spaced; all of them if there
+    are fewer."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
 
 
 def _route(model: BaseModel, item: dict
            ) -> tuple[Tensor, dict[str, Routing | SoftRouting]]:
-    """What the backbone got, and what the routers made of it."""
+    """Run the model on one image.
+
+    Returns:
+        The image as the backbone got it, and the routing of each MoE layer.
+    """
     data = model.data_preprocessor(pseudo_collate([item]), False)
     with record_routing(model) as records:
-        # Not the backbone alone: the model tells it the padding.
+        # The whole model runs, because it tells the backbone which tokens are
+        # padding.
         model(**data, mode='predict')
         if any(len(routings) != 1 for routings in records.values()):
-            # Sliding windows have no one place for a token.
+            # With sliding windows there are several passes, in which the
+            # same patch has several tokens. So the backbone is run once
+            # more, on the whole image.
             for routings in records.values():
                 routings.clear()
             model.extract_feat(data['inputs'])
@@ -224,7 +238,7 @@ def _overlay(item: dict, index: int, inputs: Tensor,
 
 def _cropped(routing: Routing | SoftRouting, padded_hw: tuple[int, int],
              image_hw: tuple[int, int]) -> ExpertMap:
-    """The expert map without rows and columns that are all padding."""
+    """The expert map without the rows and columns that are only padding."""
     stride = token_map(routing.num_tokens, padded_hw)[-1]
     rows, columns = (-(-side // stride) for side in image_hw)
     return ExpertMap(expert_map(routing, padded_hw)[:rows, :columns], stride)
@@ -232,7 +246,8 @@ def _cropped(routing: Routing | SoftRouting, padded_hw: tuple[int, int],
 
 def _add(tally: Tally, routing: Routing | SoftRouting, labels: Tensor,
          image_hw: tuple[int, int], padded_hw: tuple[int, int]) -> None:
-    """Count an image, without rows and columns that are all padding."""
+    """Count the tokens of an image, without the rows and columns that are only
+    padding."""
     assert isinstance(routing, Routing)
     leading, height, width, stride = token_map(routing.num_tokens, padded_hw)
     shares_HWE = expert_shares(routing)[leading:].view(height, width, -1)
@@ -245,17 +260,17 @@ def _add(tally: Tally, routing: Routing | SoftRouting, labels: Tensor,
 
 def _count_costs(cfg: Config, model: BaseModel, inputs: Tensor,
                  found: Experts) -> None:
-    # A sum over whole images says nothing of their number.
+    # The costs shown are those of one image, so the batch is cut to one.
     image = inputs[:1]
     try:
         twin = MODELS.build(dense_twin(cfg.model.backbone)).to(image.device)
         found.costs = {'this model': complexity(model.backbone, image),
                        'dense twin': complexity(twin, image)}
     except Exception as error:
-        found.notes.append('the backbone was not counted: '
+        found.notes.append('the costs of the backbone were not counted: '
                            f'{type(error).__name__}: {error}')
 
 
 def _size(image: Tensor) -> tuple[int, int]:
-    """Height and width."""
+    """Height and width of an image tensor."""
     return image.shape[-2], image.shape[-1]

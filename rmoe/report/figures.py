@@ -1,8 +1,8 @@
-"""The charts of a report, as plotly's JSON.
+"""Makes the charts of a report, as plotly's JSON.
 
-Colours of text, grid and paper are left to the page, which knows whether it
-is light or dark. All text that comes from a file is escaped: plotly reads a
-little HTML in it.
+The script of the page sets the colours of text, grid and paper, because it
+knows whether the page is light or dark. All text that comes from a file is
+escaped, because plotly interprets some HTML tags in it.
 """
 import json
 from collections.abc import Mapping, Sequence
@@ -18,22 +18,23 @@ from rmoe.report.scalars import Curve
 from rmoe.report.work_dir import Run
 from rmoe.visualization.routing_figure import expert_colours
 
-# Of the runs; readable on white and on black.
+# The colours of the runs, readable on white and on black.
 COLOURS = ('#2f7ed8', '#e8762d', '#2ca25f', '#c94fb0', '#8c6bd1', '#b58900',
            '#d43d51', '#17a2b8')
-# Dropped and unrouted are often the same.
+# The curves of dropped and unrouted are often equal; as one of them is dotted,
+# both can be seen.
 SHARES = (('entropy', '#2f7ed8', 'solid'), ('dropped', '#e8762d', 'solid'),
           ('unrouted', '#2ca25f', 'dot'))
 GREY = '#888888'
-ALWAYS_SHOWN = 60  # marks of a curve, above which it is a line alone
-NAME_HEIGHT = 14  # of a stage, in pixels
-MAX_LISTED = 16  # experts in a legend
+ALWAYS_SHOWN = 60  # A curve with more points is drawn without markers.
+NAME_HEIGHT = 14  # The height of the name of a stage, in pixels.
+MAX_LISTED = 16  # With more experts there is no legend.
 ITERATION = dict(text='iteration', standoff=8)
 HEIGHT, LAYER_HEIGHT, ROW_HEIGHT = 340, 560, 20
 
 
 def score_figure(runs: Sequence[Run], name: str) -> dict[str, Any]:
-    """A score of all runs over iterations."""
+    """The chart of a score of all runs over iterations."""
     figure = _figure(name)
     for number, run in enumerate(runs):
         _add_curve(figure, run.scalars.scores.get(name, {}), run.name, number)
@@ -42,7 +43,8 @@ def score_figure(runs: Sequence[Run], name: str) -> dict[str, Any]:
 
 
 def loss_figure(runs: Sequence[Run]) -> dict[str, Any]:
-    """The loss of the task, of all runs."""
+    """The chart of the loss of the task, without auxiliary losses, of all
+    runs."""
     figure = _figure('loss')
     for number, run in enumerate(runs):
         _add_curve(figure, run.scalars.task_loss(), run.name, number)
@@ -51,7 +53,7 @@ def loss_figure(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def parts_figure(run: Run) -> dict[str, Any]:
-    """Every loss of one run, auxiliary ones included."""
+    """The chart of every loss of one run, with the auxiliary losses."""
     figure = _figure('loss')
     for number, (name, curve) in enumerate(run.scalars.losses().items()):
         _add_curve(figure, curve, name, number)
@@ -62,13 +64,13 @@ def parts_figure(run: Run) -> dict[str, Any]:
 
 def train_figure(runs: Sequence[Run], key: str, label: str,
                  scale: float = 1) -> dict[str, Any]:
-    """What training logged under a key, of all runs.
+    """The chart of a number that training logged, of all runs.
 
     Args:
-        runs: to be compared.
-        key: of the log, such as 'time'.
-        label: of the axis, with the unit.
-        scale: of what was logged to that unit.
+        runs: the runs to compare.
+        key: the key in the log, such as 'time'.
+        label: the label of the axis, with the unit.
+        scale: the factor that converts the logged number to that unit.
     """
     figure = _figure(label)
     for number, run in enumerate(runs):
@@ -81,13 +83,15 @@ def train_figure(runs: Sequence[Run], key: str, label: str,
 
 
 def layer_figure(run: Run, layer: str, dead_below: float) -> dict[str, Any]:
-    """The load of every expert of a MoE layer over time, and below it
-    entropy, dropped and unrouted shares, and the number of dead experts.
+    """The chart of the load of every expert of a MoE layer over iterations,
+    and below it the entropy, the dropped and unrouted shares, and the number
+    of dead experts.
 
     Args:
-        run: whose layer it is.
-        layer: its name.
-        dead_below: part of its fair share below which an expert is dead.
+        run: the run with the layer.
+        layer: the name of the layer.
+        dead_below: an expert is dead if it got at most this fraction of its
+            fair share.
     """
     curves = run.scalars.layers[layer]
     loads = _loads(curves)
@@ -118,7 +122,8 @@ def layer_figure(run: Run, layer: str, dead_below: float) -> dict[str, Any]:
     figure.update_yaxes(title='share', range=[-.03, 1.05], row=2)
     figure.update_yaxes(title='dead', row=3, dtick=max(1, len(loads) // 2),
                         range=[0, max(len(loads), 1)])
-    # As far as training went, not as far as it routed.
+    # The axis ends where training ended, also if no token was routed in the
+    # last stage.
     figure.update_xaxes(range=[0, 1.02 * run.scalars.last_iteration()])
     figure.update_xaxes(title=ITERATION, row=3)
     _mark_stages(figure, [run])
@@ -126,7 +131,7 @@ def layer_figure(run: Run, layer: str, dead_below: float) -> dict[str, Any]:
 
 
 def dead_experts(loads: Sequence[Curve], dead_below: float) -> Curve:
-    """How many experts of a layer were dead, by iteration."""
+    """The number of dead experts of a layer by iteration."""
     limit = dead_below / max(len(loads), 1)
     steps = sorted({step for load in loads for step in load})
     return {step: float(sum(load.get(step, 0.) <= limit for load in loads))
@@ -134,8 +139,8 @@ def dead_experts(loads: Sequence[Curve], dead_below: float) -> Curve:
 
 
 def class_figure(experts: Experts) -> dict[str, Any] | None:
-    """P(expert | class): a heat map for each layer, of which the page shows
-    one; None where no class was counted."""
+    """The chart of P(expert | class), with a heat map for each layer, of which
+    the page shows one at a time; None if no class was counted."""
     counted = [tokens_LE.sum(1) for tokens_LE in experts.tokens_LE.values()]
     if not counted or not np.sum(counted):
         return None
@@ -162,7 +167,7 @@ def class_figure(experts: Experts) -> dict[str, Any] | None:
 
 
 def _loads(curves: Mapping[str, Curve]) -> list[Curve]:
-    """Of each expert, in order."""
+    """The load of each expert over iterations, in order of the experts."""
     numbers = sorted(int(what.removeprefix('load_')) for what in curves
                      if what.startswith('load_'))
     return [curves[f'load_{expert}'] for expert in numbers]
@@ -192,8 +197,8 @@ def _marks(curve: Curve) -> dict[str, str]:
 
 
 def _mark_stages(figure: go.Figure, runs: Sequence[Run]) -> None:
-    """A line where a stage begins, and its name: in the colour of its run,
-    unless all runs have the same stages."""
+    """Draw a line where each stage begins, with its name. The colour is that
+    of the run, or grey if all runs have the same stages."""
     same = all(run.log.stages == runs[0].log.stages for run in runs)
     for number, run in enumerate(runs[:1] if same else runs):
         colour = GREY if same else COLOURS[number % len(COLOURS)]

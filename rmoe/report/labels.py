@@ -1,4 +1,5 @@
-"""The class of every pixel of an image, for each kind of task."""
+"""Finds the class of every pixel of an image, for segmentation, detection and
+classification."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,21 +11,22 @@ BACKGROUND = 'background'
 
 def label_map(dataset: Any, index: int, item: Mapping[str, Any],
               num_classes: int) -> Tensor | None:
-    """Class ids of an image of a segmentation, detection or classification
+    """The class ids of an image of a segmentation, detection or classification
     data set.
 
-    Boxes are filled, the smaller ones over the larger ones; what is in none
-    of them is the background, whose id is ``num_classes``.
+    In detection, boxes are filled with their class, the smaller ones over the
+    larger ones. Pixels in no box are background, with the id ``num_classes``.
 
     Args:
-        dataset: of mmseg, mmdet or rmoe.
-        index: of the image.
-        item: what the data set gives for it.
-        num_classes: of the data set.
+        dataset: a data set of mmseg, mmdet or rmoe.
+        index: the index of the image.
+        item: the item of the data set at this index.
+        num_classes: the number of classes of the data set.
 
     Returns:
-        (height, width) int64, 255 where ignored, of any size: it is laid over
-        the whole image. None where the data set says nothing of classes.
+        (height, width) int64, 255 where a pixel is ignored. It covers the
+        whole image, but may have another size. None if the data set has no
+        labels.
     """
     sample = item.get('data_samples')
     if isinstance(sample, int):
@@ -41,13 +43,16 @@ def label_map(dataset: Any, index: int, item: Mapping[str, Any],
 
 def fill_boxes(instances: Sequence[Mapping[str, Any]],
                image_hw: tuple[int, int], num_classes: int) -> Tensor:
-    """(height, width) int64 class ids of mmdet's instances.
+    """Draw the boxes of mmdet's instances as a label map.
 
     Args:
-        instances: with ``bbox`` (left, top, right, bottom), in pixels, and
-            ``bbox_label``; those with an ``ignore_flag`` are left out.
-        image_hw: height and width.
+        instances: dicts with ``bbox`` (left, top, right, bottom), in pixels,
+            and ``bbox_label``; those with an ``ignore_flag`` are left out.
+        image_hw: height and width of the image.
         num_classes: the id of the background.
+
+    Returns:
+        (height, width) int64 class ids.
     """
     labels = torch.full(image_hw, num_classes)
     boxes = [([round(side) for side in one['bbox']], one['bbox_label'])
@@ -59,7 +64,8 @@ def fill_boxes(instances: Sequence[Mapping[str, Any]],
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:
-    """Of a data set, with the background of a detection data set last."""
+    """The names of the classes of a data set. For detection, the background is
+    added as the last one."""
     names = tuple(map(str, dataset.metainfo.get('classes') or ()))
     if len(dataset) and hasattr(dataset, 'get_data_info') and (
             'instances' in dataset.get_data_info(0)):

@@ -1,4 +1,5 @@
-"""What a run said in its log: stages, environment, fate of a checkpoint."""
+"""Reads from the log of a run its stages, its environment, and the report about
+the keys of the checkpoint that it loaded."""
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,19 +12,20 @@ EPOCH = re.compile(r'Epoch\(train\)\s+\[\s*\d+\]\[\s*\d+/(\d+)\]')
 FACT = re.compile(r'^ {4}(\S[^:]*): (.*)$')
 UPCYCLING = re.compile(r'checkpoint of a .*:$')
 VERSION = re.compile(r'rmoe (\d\S*)$')
-# Pages of compiler flags.
+# Facts about the environment that are left out; this one has pages of compiler
+# flags.
 LEFT_OUT = ('PyTorch compiling details', )
 
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Iterations in which the same roles train.
+    """The iterations of one stage, in which the same roles train.
 
     Attributes:
-        name: of the stage.
-        roles: that train, as logged.
-        begin: its first iteration.
-        end: the first one after it.
+        name: the name of the stage.
+        roles: the roles that train, as they were logged.
+        begin: the first iteration of the stage.
+        end: the first iteration after it.
     """
     name: str
     roles: str
@@ -33,14 +35,15 @@ class StageSpan:
 
 @dataclass
 class Log:
-    """What the logs of a run say.
+    """The information in the logs of a run.
 
     Attributes:
-        stages: of ResidualMoEHook, in order.
-        environment: versions and devices, of the last start.
-        upcycling: for each checkpoint that was loaded at the first start,
-            what became of its keys, as logged.
-        epoch_length: iterations of an epoch; None where nothing says.
+        stages: the stages of ResidualMoEHook, in order.
+        environment: versions and devices at the last start.
+        upcycling: for each checkpoint that was loaded at the first start, the
+            report of how its keys were used, as it was logged.
+        epoch_length: number of iterations of an epoch; None if it was not
+            logged.
     """
     stages: list[StageSpan] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
@@ -49,9 +52,10 @@ class Log:
 
 
 def read_logs(files: Iterable[Path]) -> Log:
-    """The logs of all starts of a run.
+    """Read the logs of all starts of a run.
 
-    What a start says that resumed nothing takes the place of all before.
+    A start that did not resume is a new run in the same folder, so everything
+    from earlier logs is dropped.
 
     Args:
         files: the log of each start, the oldest first.
@@ -83,7 +87,8 @@ def read_logs(files: Iterable[Path]) -> Log:
 
 
 def _records(lines: Iterable[str]) -> list[list[str]]:
-    """What was logged at a time: the message, and the lines below it."""
+    """Group the lines of a log: each group is a message, with the further
+    lines of its text."""
     records: list[list[str]] = []
     for line in lines:
         if start := RECORD.match(line):

@@ -1,4 +1,5 @@
-"""The page: the template, and the data its script draws."""
+"""Fills the template of the report, and collects the data that the script of
+the page draws."""
 from base64 import b64encode
 from collections.abc import Sequence
 from hashlib import sha256
@@ -24,13 +25,13 @@ MAX_SIDE, QUALITY = 640, 82
 
 def render(runs: Sequence[Run], experts: Sequence[Experts],
            dead_below: Sequence[float]) -> str:
-    """The whole file.
+    """Make the text of the HTML file.
 
     Args:
-        runs: in the order of the page.
-        experts: what the checkpoint of each does with images.
-        dead_below: part of its fair share below which an expert of each run
-            was dead.
+        runs: the runs in the order of the page.
+        experts: for each run, the results of its checkpoint on images.
+        dead_below: for each run, the fraction of its fair share below which
+            an expert counts as dead.
     """
     page = _Page()
     context = dict(
@@ -53,14 +54,16 @@ def render(runs: Sequence[Run], experts: Sequence[Experts],
             'page': (source / 'page.html').read_text()}))
     return environment.get_template('page').render(
         context, data=page.data,
-        # Ours and plotly's; nothing of these comes from a run.
+        # Markup is not escaped. That is safe, because these files are part of
+        # rmoe and of plotly and nothing in them comes from a run.
         style=Markup((source / 'page.css').read_text()),
         script=Markup((source / 'page.js').read_text()),
         plotly=Markup(get_plotlyjs()))
 
 
 class _Page:
-    """Collects what the script draws, and gives each thing a number."""
+    """Collects the data of charts and images that the script draws. The
+    template refers to them by the numbers that the methods return."""
 
     def __init__(self) -> None:
         self.data: dict[str, Any] = dict(charts=[], images={}, experts=[])
@@ -72,7 +75,11 @@ class _Page:
         return len(self.data['charts']) - 1
 
     def experts(self, found: Experts) -> dict[str, Any]:
-        """What the template needs to know of a run's experts."""
+        """Add the data about the experts of a run.
+
+        Returns:
+            The values that the template needs of them.
+        """
         self.data['experts'].append(dict(
             layers=list(found.num_experts),
             colours=expert_colours(_most(found)).tolist(),
@@ -90,14 +97,18 @@ class _Page:
         url = _data_url(overlay.image)
         height, width = overlay.image.shape[:2]
         key = sha256(url.encode()).hexdigest()[:16]
-        # Runs on the same data show the same images.
+        # Runs on the same data show the same images. Under a hash of its
+        # content each image is stored only once.
         self.data['images'][key] = url
         return dict(image=key, maps=[
             dict(height=rows, width=columns,
-                 # of the image, which the last ones may reach over
+                 # How far the rows and columns reach, as a fraction of the
+                 # image. It may be above 1, because the last ones may reach
+                 # beyond the edge.
                  down=rows * each.stride / height,
                  right=columns * each.stride / width,
-                 # 0 where no expert kept the patch
+                 # The script reads unsigned numbers, with 0 where no expert
+                 # kept the patch.
                  experts=b64encode((each.experts + 1).astype('<u2').tobytes()
                                    ).decode())
             for each in overlay.maps
@@ -109,7 +120,8 @@ def _most(found: Experts) -> int:
 
 
 def _data_url(image: np.ndarray) -> str:
-    """A picture of at most 640 pixels a side, compressed."""
+    """The image as a data URL, compressed and with sides of at most 640
+    pixels."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     file = BytesIO()
@@ -126,7 +138,7 @@ def _time_charts(page: _Page, runs: Sequence[Run]) -> list[int]:
 
 def _layers(page: _Page, runs: Sequence[Run], dead_below: Sequence[float]
             ) -> list[dict[str, Any]]:
-    """Of each MoE layer a chart for every run that has it."""
+    """For each MoE layer, its name and a chart for every run that has it."""
     names = dict.fromkeys(name for run in runs for name in run.scalars.layers)
     return [dict(name=short_name(name), key=name, charts=[
         (run.name, page.chart(figures.layer_figure(run, name, limit)))
@@ -135,7 +147,7 @@ def _layers(page: _Page, runs: Sequence[Run], dead_below: Sequence[float]
 
 
 def _about(run: Run) -> dict[str, Any]:
-    """Config, checkpoint and versions of a run."""
+    """The config, checkpoint and versions of a run for the template."""
     checkpoint = run.checkpoint
     return dict(
         environment=run.log.environment, upcycling=run.log.upcycling,

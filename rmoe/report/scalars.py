@@ -1,4 +1,4 @@
-"""What a run logged as numbers, by iteration."""
+"""Reads the numbers that a run logged, by iteration."""
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 MOE = 'moe/'
-# Of a validation line, what is no score.
+# The keys in a line about a validation that are not scores.
 NO_SCORES = ('data_time', 'time', 'step', 'iter', 'epoch', 'memory')
 
 # The values of a quantity by iteration, in order.
@@ -15,15 +15,15 @@ Curve = dict[int, float]
 
 @dataclass
 class Scalars:
-    """The numbers of a run.
+    """The numbers that a run logged.
 
     Attributes:
-        train: by name (``loss``, ``time``, ``memory``, ...), what training
-            logged.
-        scores: by name, what validation found.
-        layers: by name of the MoE layer and of the quantity (``load_0``,
-            ``entropy``, ``dropped``, ``unrouted``), what RoutingStatsHook
-            logged.
+        train: the numbers of training by name (``loss``, ``time``,
+            ``memory``, ...).
+        scores: the scores of validation by name.
+        layers: the numbers of RoutingStatsHook, by the name of the MoE layer
+            and of the quantity (``load_0``, ``entropy``, ``dropped``,
+            ``unrouted``).
     """
     train: dict[str, Curve] = field(default_factory=dict)
     scores: dict[str, Curve] = field(default_factory=dict)
@@ -36,12 +36,13 @@ class Scalars:
             yield from layer.values()
 
     def losses(self) -> dict[str, Curve]:
-        """All losses but the total."""
+        """All losses except their sum."""
         return {name: curve for name, curve in self.train.items()
                 if 'loss' in name and name != 'loss'}
 
     def task_loss(self) -> Curve:
-        """The loss without ``loss_moe_*``, which a dense model has not."""
+        """The loss without the auxiliary losses ``loss_moe_*``, so that it can
+        be compared with that of a dense model."""
         auxiliary = [curve for name, curve in self.train.items()
                      if name.startswith('loss_moe_')]
         return {step: value - sum(curve.get(step, 0.) for curve in auxiliary)
@@ -53,17 +54,17 @@ class Scalars:
 
 
 def read_scalars(files: Iterable[Path], epoch_length: int | None) -> Scalars:
-    """The numbers of all starts of a run.
+    """Read the numbers of all starts of a run.
 
-    A start takes the place of all that earlier ones logged from its first
-    iteration on: a resumed run did that again, and one that began anew is
-    another run in the same folder. Lines that a kill left unfinished are
-    passed over.
+    The numbers of a start replace everything that earlier starts logged from
+    its first iteration on: a resumed run repeats these iterations, and one
+    that did not resume is a new run in the same folder. Lines that were left
+    unfinished when a run was killed are ignored.
 
     Args:
         files: ``scalars.json`` of each start, the oldest first.
-        epoch_length: iterations of an epoch, where validation was logged by
-            epoch; None where nobody knows.
+        epoch_length: number of iterations of an epoch, which is needed if
+            validation was logged by epoch; None if it is not known.
     """
     found = Scalars()
     for file in files:
@@ -79,9 +80,10 @@ def read_scalars(files: Iterable[Path], epoch_length: int | None) -> Scalars:
             elif 'loss' in line:
                 last = step
                 _add(found.train, line, step)
-            elif step:  # a validation without training has 0
-                # Whoever logs by iteration validates at or after the last
-                # one that was logged.
+            elif step:  # A validation without training has step 0.
+                # Where validation is logged by iteration, its step is not
+                # before the last logged iteration. A smaller step is the
+                # number of an epoch.
                 if step < last:
                     step = step * epoch_length if epoch_length else last
                 _add(found.scores, line, step, NO_SCORES)

@@ -1,4 +1,5 @@
-"""The tables of a report: numbers of the runs side by side, as text."""
+"""Makes the tables of a report, with the numbers of all runs side by side, as
+text."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
@@ -9,32 +10,33 @@ from rmoe.report.scalars import Curve
 from rmoe.report.work_dir import Run
 
 NOTHING = '-'
-# Of a classifier, a segmentor, a detector: what a run is judged by.
+# The scores by which a classifier, a segmentor or a detector is judged.
 MAIN_SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP',
                'pascal_voc/mAP')
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text.
+    """A table of text.
 
     Attributes:
-        head: names of the columns.
-        rows: the first cell of each names it.
+        head: the names of the columns.
+        rows: the rows. The first cell of each is its name.
     """
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
 def main_scores(runs: Sequence[Run]) -> list[str]:
-    """Names of the scores that charts show: the main ones, or, where there is
-    none of them, the first that was found."""
+    """The names of the scores that charts show: those in ``MAIN_SCORES``, or
+    the first score of all if the runs have none of them."""
     found = [name for run in runs for name in run.scalars.scores]
     return ([name for name in MAIN_SCORES if name in found] or found[:1])
 
 
 def score_table(runs: Sequence[Run]) -> Table:
-    """Every score at the last validation, and the best of the main ones."""
+    """A table with every score at the last validation, and with the best value
+    of the main scores."""
     names = list(dict.fromkeys(
         name for run in runs for name in run.scalars.scores))
     rows = [(name, *(_number(run.scalars.scores.get(name, {}), max)
@@ -56,8 +58,8 @@ def score_table(runs: Sequence[Run]) -> Table:
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
-    """The cost of training, and over the first dense run where there is one
-    beside others."""
+    """A table of the cost of training. If there is a dense run among several,
+    the others also have the ratio to its cost."""
     lines: list[tuple[str, str, Callable[[float], str]]] = [
         ('seconds of training', 'seconds', seconds),
         ('seconds times ranks', 'device_seconds', seconds),
@@ -81,17 +83,19 @@ def cost_table(runs: Sequence[Run]) -> Table:
 
 
 def dense_twin_of(runs: Sequence[Run]) -> Run | None:
-    """The dense run that the others are measured against."""
+    """The dense run with which the others are compared: the first one, or None
+    if there is none or only one run."""
     dense = [run for run in runs if run.cost and not run.num_moe_layers]
     return dense[0] if dense and len(runs) > 1 else None
 
 
 def stage_table(run: Run) -> Table | None:
-    """What each set of what trains has cost; None where all is one."""
+    """A table of the cost of each stage; None if there is only one."""
     stages = _stages(run)
     if len(stages) < 2:
         return None
-    # The log names them where every stage trained something else.
+    # The cost is kept for each set of parameters that trained. If each stage
+    # trained another set, the names in the log are theirs.
     names = [stage.name for stage in run.log.stages]
     if len(names) != len(stages):
         names = [f'part {number}' for number in range(1, len(stages) + 1)]
@@ -110,7 +114,8 @@ def stage_table(run: Run) -> Table | None:
 
 
 def backbone_table(experts: Experts) -> Table | None:
-    """The backbone beside its dense twin; None where it was not counted."""
+    """A table of the costs of the backbone beside those of its dense twin;
+    None if they were not counted."""
     if not experts.costs:
         return None
     model, twin = experts.costs.values()
@@ -166,6 +171,7 @@ def _number(curve: Curve, choose: Callable[[Curve], int]) -> str:
 
 
 def _best_step(curve: Curve) -> int:
-    """The latest of the best; what is not a number is not the best."""
+    """The iteration of the best score, the latest if there are several. A nan
+    counts as the worst."""
     return max(curve, key=lambda step: (
         -inf if isnan(curve[step]) else curve[step], step))

@@ -1,4 +1,4 @@
-"""Everything a work dir says of its run, without running anything."""
+"""Reads all files of a work dir that tell something about its run."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ SCALARS = '*/vis_data/scalars.json'
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as its files tell it.
+    """A run, as it is described by the files in its work dir.
 
     Attributes:
-        name: tells it from the others of the report.
+        name: a name that no other run of the report has.
         folder: its work dir.
-        scalars: what it logged as numbers.
-        log: what it logged as text.
-        cost: of ``cost.json``; empty if there is none.
-        config: file of the whole config of its last start; None if there is
+        scalars: the numbers that it logged.
+        log: the information in its text log.
+        cost: the content of ``cost.json``; empty if there is none.
+        config: the file with the whole config of its last start; None if
+            there is none.
+        checkpoint: the last checkpoint, a file or a folder; None if there is
             none.
-        checkpoint: the last one, a file or a folder; None if there is none.
     """
     name: str
     folder: Path
@@ -35,7 +36,8 @@ class Run:
 
     @property
     def num_moe_layers(self) -> int:
-        """As far as cost and statistics tell; 0 for a dense model."""
+        """The number of MoE layers, from the cost or the statistics of
+        routing; 0 for a dense model."""
         return max((stage.get('moe_layers', 0) for stage in
                     self.cost.get('stages', {}).values()),
                    default=len(self.scalars.layers))
@@ -45,11 +47,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read work dirs.
 
     Args:
-        folders: work dirs, each named once.
+        folders: the work dirs, all different.
 
     Raises:
-        ValueError: if there is none, one is named twice, or one is no work
-            dir.
+        ValueError: if there is none, if one is given twice, or if one is no
+            work dir.
     """
     if not folders:
         raise ValueError('there is no work dir to report on: name at least '
@@ -75,7 +77,8 @@ def _read_run(folder: Path, name: str) -> Run:
             f'{folder} is no work dir of a training: there is no {SCALARS} '
             '(written by the LocalVisBackend of the visualizer), no cost.json '
             'and no config in it')
-    # A test leaves a log, too: in a folder without numbers.
+    # A test also leaves a log, in a folder without numbers, which is not used
+    # if there are folders with numbers.
     starts = [file.parents[1] for file in files] or sorted(
         path.parent for path in folder.glob('*/*.log'))
     log = read_logs(path for start in starts
@@ -86,7 +89,8 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
+    """Names for the runs: as many of the last parts of their paths as are
+    needed to tell them apart."""
     for length in range(1, max(len(path.parts) for path in folders) + 1):
         names = ['/'.join(path.parts[-length:]) for path in folders]
         if len(set(names)) == len(names):
@@ -95,7 +99,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _config(folder: Path) -> Path | None:
-    """The visualizer's copy of the last start, else the runner's."""
+    """The config of the last start: the copy that the visualizer wrote, or
+    else the one that the runner wrote; None if there is none."""
     copies = [file.parent / 'config.py'
               for file in sorted(folder.glob(SCALARS))]
     copies = [path for path in copies if path.exists()]
@@ -105,7 +110,8 @@ def _config(folder: Path) -> Path | None:
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """The last one, also where the folder has moved since."""
+    """The last checkpoint, also if the work dir was moved after the training;
+    None if there is none."""
     noted = folder / 'last_checkpoint'
     if noted.exists():
         path = Path(noted.read_text().strip())

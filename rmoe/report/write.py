@@ -1,4 +1,4 @@
-"""From work dirs to a report."""
+"""Makes the report of one or several work dirs and writes it to a file."""
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,15 +10,16 @@ from rmoe.upcycling import write_atomically
 
 DEFAULT_NAME = 'report.html'
 PACKAGES = ('plotly', 'jinja2')
-# RoutingStatsHook's own, for a run whose config says nothing else.
+# The default of RoutingStatsHook, for a run whose config does not set it.
 DEAD_BELOW = 0.01
 
 
 def missing_packages() -> str:
-    """What a report needs and this environment lacks.
+    """Find packages that a report needs and that are not installed.
 
     Returns:
-        A sentence with the command that installs it; '' if all is there.
+        A sentence with the command that installs them; '' if all are
+        installed.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if not missing:
@@ -32,16 +33,17 @@ def write_report(work_dirs: Sequence[Path], out: Path | None = None,
     """Write one HTML file about one run, or several side by side.
 
     Args:
-        work_dirs: of the runs. The first dense one, if there is one, is what
-            costs are compared with.
+        work_dirs: the work dirs of the runs. Costs are compared with those of
+            the first dense run, if there is one.
         out: the file; None means report.html in the first work dir.
-        images: of the validation set, to be drawn with the expert of each
-            patch; 0 leaves out all that needs the model and data.
-        count_images: of the validation set, over which it is counted which
-            classes each expert takes.
+        images: number of images of the validation set that are drawn with the
+            expert of each patch. With 0 the report leaves out everything that
+            needs the model and the data.
+        count_images: number of images of the validation set from which is
+            counted which classes each expert takes.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         ImportError: if plotly or jinja2 is missing.
@@ -53,7 +55,8 @@ def write_report(work_dirs: Sequence[Path], out: Path | None = None,
         if number < 0:
             raise ValueError(f'{name}={number} must not be negative')
     runs = read_runs(work_dirs)
-    # The one needs plotly, the other mmengine's models.
+    # These are imported only here: page needs plotly, and experts takes long
+    # to import.
     from rmoe.report.experts import Experts, observe
     from rmoe.report.page import render
     found: list[Experts] = []
@@ -68,7 +71,8 @@ def write_report(work_dirs: Sequence[Path], out: Path | None = None,
                                   max(images, count_images))
             elif run.num_moe_layers:
                 experts.notes.append('no images were asked for')
-        # A config is Python: it may need what is no longer there.
+        # A config is Python code, and may import or read something that no
+        # longer exists.
         except Exception as error:
             experts.notes.append(f'the config cannot be read: {error}')
         found.append(experts)
@@ -86,7 +90,8 @@ def _config(run: Run) -> Config:
 
 
 def _dead_below(cfg: Mapping) -> float:
-    """Below which part of its fair share the run called an expert dead."""
+    """The fraction of its fair share below which RoutingStatsHook called an
+    expert dead in a run with this config."""
     for hook in cfg.get('custom_hooks') or ():
         if str(hook.get('type')).endswith('RoutingStatsHook'):
             return hook.get('dead_below', DEAD_BELOW)

@@ -1,4 +1,4 @@
-"""Class weights beside ignored pixels, in mmseg's own losses."""
+"""mmseg's losses with class weights on label maps that have ignored pixels."""
 import copy
 import pickle
 

@@ -1,4 +1,4 @@
-"""COCO annotations against what mmdet's CocoDataset makes of them."""
+"""The checks of COCO annotations agree with what mmdet's CocoDataset does."""
 import json
 import re
 
@@ -98,7 +98,7 @@ def test_a_class_that_the_file_does_not_have(tmp_path):
 
 
 def labels_of(root, **more):
-    """Names mmdet would print for the boxes of the first image."""
+    """The names that mmdet would print for the boxes of the first image."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         dataset = DATASETS.build(coco_dataset(root, pipeline=[], **more))
     return [dataset.metainfo['classes'][instance['bbox_label']]
@@ -108,7 +108,7 @@ def labels_of(root, **more):
 def test_the_order_of_the_file_makes_the_labels(tmp_path):
     make_coco(tmp_path)
     wrong = dict(classes=CLASSES[::-1])
-    # The trap itself: the first box is a disk.
+    # This is the mistake that the check prevents: the first box is a disk.
     assert labels_of(tmp_path) == ['disk', 'square']
     assert labels_of(tmp_path, metainfo=wrong) == ['square', 'disk']
     fails(tmp_path, r"classes is \('square', 'disk'\).*in the order "
@@ -133,8 +133,8 @@ def test_categories_that_are_not_classes_are_counted(tmp_path):
     notes = check_data(coco_config(tmp_path, metainfo=dict(
         classes=('square', ))), ('train', ))
     assert notes == [
-        f'{tmp_path}/train.json: mmdet drops 4 of 8 annotations without a '
-        'word: 4 of categories that are not in metainfo.classes (disk: 4)']
+        f'{tmp_path}/train.json: mmdet drops 4 of 8 annotations silently: '
+        '4 of categories that are not in metainfo.classes (disk: 4)']
     changed(tmp_path, lambda content: content['annotations'].__delitem__(
         slice(1, None, 2)))
     fails(tmp_path, r'no box of .*train\.json is left for train_dataloader'
@@ -153,7 +153,7 @@ def test_boxes_outside_and_without_area(tmp_path):
     changed(tmp_path, change)
     notes = check_data(coco_config(tmp_path), ('train', ))
     assert notes[0].endswith(
-        'mmdet drops 5 of 8 annotations without a word: 2 without area; 1 '
+        'mmdet drops 5 of 8 annotations silently: 2 without area; 1 '
         'outside their image; 1 marked "ignore"; 1 of images that it does '
         'not list')
     assert '1 boxes reach more than a pixel beyond their image' in notes[1]
@@ -166,7 +166,7 @@ def test_boxes_outside_and_without_area(tmp_path):
 @pytest.mark.parametrize('beyond', [.9, 1.1])
 @pytest.mark.parametrize('side', range(4))
 def test_a_pixel_beyond_the_image_is_rounding(tmp_path, side, beyond):
-    """Of 64 x 48 pixels."""
+    """The images have 64 x 48 pixels."""
     box = [[-beyond, 5, 9, 9], [5, -beyond, 9, 9], [50, 5, 14 + beyond, 9],
            [5, 40, 9, 8 + beyond]][side]
     changed(tmp_path, lambda content: content['annotations'][0].update(
@@ -201,7 +201,8 @@ def test_images_without_boxes(tmp_path):
 def test_nothing_but_empty_images(tmp_path):
     changed(tmp_path, lambda content: content['annotations'].clear())
     fails(tmp_path, 'filter_cfg leaves none of the 4 images')
-    # Background images are a data set like any other, but for validation.
+    # Images without boxes are a valid data set for training, but not for
+    # validation.
     cfg = coco_config(tmp_path, filter_cfg=None)
     assert 'train as background' in check_data(cfg, ('train', ))[0]
     cfg.val_dataloader = coco_config(
@@ -227,7 +228,7 @@ def test_masks_that_are_not_there(tmp_path):
     assert check_data(coco_config(tmp_path), ('train', )) == []
     fails(tmp_path, r'1 annotations .* have no segmentation',
           pipeline=pipeline)
-    # The trap itself.
+    # This is the mistake that the check prevents.
     with DefaultScope.overwrite_default_scope('mmdet'):
         dataset = DATASETS.build(coco_dataset(tmp_path, pipeline=pipeline))
         with pytest.raises(KeyError, match='mask'):

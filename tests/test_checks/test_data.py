@@ -1,4 +1,5 @@
-"""Data mistakes are found before training, by name."""
+"""Mistakes in the data are found before training, and messages name the
+file."""
 import pytest
 from coco import coco_config, make_coco
 from mmengine.config import Config
@@ -49,11 +50,11 @@ def test_ranks_check_their_data_together(tmp_path):
     first, second = run_two_ranks(
         data_of_ranks, str(tmp_path), [cfg, cfg], [coco_config(empty)] * 2,
         lost)
-    # One process looks into the files.
+    # Only one process reads the files.
     assert first[:2] == (True, []) and second[:2] == (False, [])
     assert first[2] == second[2]
     assert first[2].endswith('train.json is empty (0 bytes)')
-    # That a folder is missing is for everyone to see.
+    # Every process checks that folders exist.
     assert first[3] == second[3]
     assert f'{tmp_path}/nowhere does not exist' in first[3]
 

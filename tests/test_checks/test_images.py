@@ -52,7 +52,8 @@ def test_what_is_no_image(tmp_path, content, message):
 
 
 def test_what_only_opencv_reads(tmp_path, monkeypatch):
-    """And large images, which Pillow takes for bombs."""
+    """One of them is a large image, which Pillow refuses as a decompression
+    bomb."""
     path = tmp_path / 'x.png'
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 4)
@@ -60,7 +61,7 @@ def test_what_only_opencv_reads(tmp_path, monkeypatch):
 
 
 def test_size_is_that_after_turning(tmp_path):
-    """As mmcv loads it."""
+    """The size of an image as mmcv loads it."""
     import mmcv
     path = str(tmp_path / 'x.jpg')
     exif = Image.Exif()
@@ -84,7 +85,7 @@ def test_images_of_a_coco_file(tmp_path):
     content['images'][3]['width'] = 65
     write(tmp_path, content)
     with pytest.raises(ValueError, match=r'3\.jpg is 64 x 48 pixels as mmcv '
-                       r'loads it, and .*train\.json says 65 x 48'):
+                       r'loads it, but .*train\.json says 65 x 48'):
         check_data(cfg, ('train', ))
 
 
@@ -105,7 +106,8 @@ def test_a_loader_of_ones_own_may_read_anything(tmp_path):
 
 
 def test_what_mmcv_does_by_itself(tmp_path):
-    """It ends the run when it meets the image, after hours maybe."""
+    """A training without the check ends when it reads the image, which may be
+    after hours."""
     make_coco(tmp_path)
     (tmp_path / 'images/1.jpg').write_text('no image')
     with DefaultScope.overwrite_default_scope('mmdet'):

@@ -1,5 +1,5 @@
-"""Masks as people have them, written to files: what is wrong with them is
-said before training, with the fix."""
+"""Typical mistakes in label maps are named before training, with the fix. The
+label maps are written to files."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +20,7 @@ CLEAN = [[0, 1], [2, 3]]
 
 
 class Swap255:
-    """A user's own transform."""
+    """A transform of the user, which may change labels."""
 
     def __call__(self, results):
         return results
@@ -54,7 +54,7 @@ def mask_dataset(tmp_path):
 
 def say(dataset, num_classes=4, ignore_index=255, max_files=1000,
         head_class=torch.nn.Identity, cascade=False):
-    """What the hook says: (level, text) of its lines."""
+    """The lines that the hook logs, as (level, text)."""
     head, said = head_class(), []
     head.num_classes, head.ignore_index = num_classes, ignore_index
     model = torch.nn.Module()
@@ -118,7 +118,8 @@ def test_one_class_is_an_error_if_all_maps_were_read(mask_dataset):
     assert len(found) == 1 and 'were read of 4' in found[0]
     assert 'only class 0' in found[0]
     dataset = mask_dataset([[0]], [[0]], classes=2)
-    assert 'only class 0 (background): nothing is learnt' in error(dataset, 2)
+    assert ('only class 0 (background): nothing can be learnt'
+            in error(dataset, 2))
 
 
 def test_heads_of_masks_learn_from_one_class(mask_dataset):
@@ -139,7 +140,7 @@ def test_classes_that_never_occur(mask_dataset):
         "2 of 4 classes never occur in the 2 label maps: '2 (tree)', "
         "'3 (car)'; they are not learnt")
     assert 'reduce' not in text
-    # A class that is ignored on purpose is not missed.
+    # A class with the ignored label is not reported as missing.
     assert warnings(mask_dataset(CLEAN), ignore_index=0) == []
 
 
@@ -237,7 +238,7 @@ def test_stored_labels_and_a_choice_of_classes(mask_dataset):
     assert count.pixels == {0: 1, 1: 1, 255: 2}
     assert count.stored == {0: 1, 1: 1, 2: 1, 255: 1}
     assert count.reduced and not count.uniform
-    # LoadAnnotations itself is as it was.
+    # LoadAnnotations itself is not changed.
     assert count_labels(dataset, 0) == count
 
 
@@ -253,11 +254,11 @@ def test_ranks_share_label_maps(tmp_path):
     (even, first), (odd, second) = ranks
     # 0, 2, 4 of five files, then 0, 3, 6 of seven; the second has index 5.
     assert (even, odd) == ([0, 4, 0, 6], [2, 3])
-    # Each rank saw one class, both together two.
+    # Each rank read one class, and both together two.
     after = 'training images lie in 0 to 1, 25.0 % of their pixels are ignored'
     assert first == second == [f'labels of 3 of 5 {after}',
                                f'labels of 3 of 7 {after}']
     ranks = run_two_ranks(labels_of_ranks, str(tmp_path), 5, 100)
-    # Rank 1 meets the wrong one; both raise it.
+    # Rank 1 reads the wrong label; both ranks raise the error.
     assert [says for _, says in ranks] == [
         [f'labels of 5 of 5 {after}', '5 is wrong']] * 2

@@ -1,4 +1,5 @@
-"""What a training costs: its batches, and what is said of stages."""
+"""The measured cost of a training: its batches, and the report about
+stages."""
 import re
 from datetime import datetime, timedelta
 
@@ -11,7 +12,7 @@ from rmoe.checks.step_cost import StageCost, endless_batches
 
 
 def test_batches_go_on():
-    """Dropping an iterator over an InfiniteSampler would end it."""
+    """Deleting an iterator over an InfiniteSampler would end the sampler."""
     data = list(range(3))
     loader = DataLoader(data, sampler=InfiniteSampler(data, shuffle=False))
     batches = endless_batches(loader)

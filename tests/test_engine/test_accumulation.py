@@ -1,5 +1,4 @@
-"""Gradients of several batches in one step, with losses, stages and biases of
-experts."""
+"""Gradient accumulation with auxiliary losses, stages and balance biases."""
 import copy
 
 import pytest
@@ -34,8 +33,9 @@ def make_runner(folder, stages, counts=4, max_iters=8, **options) -> Runner:
 
 
 def first_steps(runner) -> dict[int, set[str]]:
-    """Roles whose parameters change, by iteration; statistics of the toy's
-    batch norm are no parameters."""
+    """Return the roles whose parameters change in each iteration. The
+    statistics of the toy's batch norm do not count, because they are no
+    parameters."""
     watch = Watch()
     runner.register_hook(watch, priority='LOWEST')
     runner.train()
@@ -52,7 +52,8 @@ def test_stages_that_end_with_a_window(tmp_path):
 
 
 class Gradients(Hook):
-    """What a window adds up to, and every batch of it."""
+    """Records the state of the model before every iteration and at the end,
+    and every batch."""
     priority = 'LOWEST'
 
     def __init__(self):
@@ -67,9 +68,10 @@ class Gradients(Hook):
 
 
 def test_a_stage_that_ends_inside_a_window(tmp_path):
-    """Batches 0 and 1 train core and head, 2 and 3 experts and head. What is
-    frozen keeps still, although it had gathered gradients; what wakes gets
-    those of its own batches; the head gets those of all four."""
+    """Batches 0 and 1 train core and head, 2 and 3 experts and head. Frozen
+    parameters do not change, although they had accumulated gradients. Unfrozen
+    ones get the gradients of their own batches, and the head those of all
+    four."""
     backbone = copy.deepcopy(BACKBONE)
     backbone['moe']['router']['loss_weights'] = {}
     runner = make_runner(
@@ -86,7 +88,7 @@ def test_a_stage_that_ends_inside_a_window(tmp_path):
         for layer in model.modules():
             if hasattr(layer, 'core_only'):
                 layer.core_only = i < 2
-        # The batch norm of a frozen core uses what it has seen.
+        # The batch norm of a frozen core uses its running statistics.
         model.backbone.bn.train(i < 2)
         model(**batch, mode='loss')['loss_ce'].backward()
         for name, parameter in model.named_parameters():
@@ -104,8 +106,9 @@ def test_a_stage_that_ends_inside_a_window(tmp_path):
 
 
 def test_a_window_is_the_batch_it_gathers(tmp_path):
-    """One step of two batches is that of one batch with both, but for the
-    batch norm and the losses of a batch's balance, which are left out."""
+    """A step over two batches equals a step over one batch with the images of
+    both. The batch norm and the balance losses, which depend on the batch, are
+    left out."""
     backbone = copy.deepcopy(BACKBONE)
     backbone['moe']['router']['loss_weights'] = {}
     backbone['frozen_stages'] = 0

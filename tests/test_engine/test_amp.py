@@ -1,4 +1,4 @@
-"""bfloat16 on the CPU, where mmengine's wrapper refuses to work."""
+"""bfloat16 on the CPU, where mmengine's AmpOptimWrapper raises."""
 from contextlib import contextmanager
 
 import pytest
@@ -15,7 +15,8 @@ MOE_LOSS = dict(type='rmoe.MoELossHook')
 
 
 class Types(Hook):
-    """What a router and its experts meet."""
+    """Records the types of a router's input and logits, and of its experts'
+    outputs."""
 
     def before_train(self, runner):
         self.seen, self.layer = {}, next(iter(
@@ -28,7 +29,7 @@ class Types(Hook):
 
 
 def train(folder, wrapper=BF16, max_iters=8, hooks=(), **options):
-    """The runner after training, and the loss of every iteration."""
+    """Train, and return the runner and the loss of every iteration."""
     config = toy_config(folder, max_iters, [MOE_LOSS], **options)
     config.optim_wrapper.update(wrapper)
     runner = Runner.from_cfg(config)
@@ -55,7 +56,7 @@ def test_the_loss_is_that_of_float32(tmp_path, options):
     _, expected = train(tmp_path / 'b', options, 24)
     difference = abs(losses - expected)
     assert 0 < difference[0] < 1e-3  # of losses about 1.2
-    # Then a token here and there goes to another expert.
+    # After that, rounding sends some tokens to other experts.
     assert difference.max() < 0.1
     assert losses[-8:].mean() < losses[:8].mean() - 0.05
     norms = runner.message_hub.log_scalars.get('train/grad_norm')
@@ -86,8 +87,8 @@ def test_what_a_gpu_saved_is_resumed(tmp_path):
 
 
 def test_ranks_meet_once_per_step():
-    """Accumulation keeps a wrapped model from synchronising, as OptimWrapper
-    has it."""
+    """With gradient accumulation, a wrapped model does not synchronise between
+    steps, as under OptimWrapper."""
     model, synced = torch.nn.Linear(2, 2), []
     model.no_sync = lambda: recorded(synced)
     wrapper = OPTIM_WRAPPERS.build(dict(

@@ -1,4 +1,4 @@
-"""The bias of a BiasBalancedRouter: when it moves, and when it must not."""
+"""When the bias of a BiasBalancedRouter is updated, and when it is not."""
 import copy
 
 import pytest
@@ -113,7 +113,8 @@ def test_once_per_optimizer_step(tmp_path, accumulative_counts):
 
 
 class Steps(Hook):
-    """Watches the first layer around BalanceBiasHook."""
+    """Records the bias of the first layer before every iteration, and the load
+    that its router has counted just before BalanceBiasHook runs."""
     priority = 'HIGH'
 
     def before_train(self, runner):
@@ -174,7 +175,7 @@ def test_two_ranks_step_alike_from_the_loads_of_both(tmp_path):
     assert ranks[0]['loads'] != ranks[1]['loads']
     # loads 6 0 3 and 0 9 3 sum to 6 9 6, of mean 7
     assert [rank['opposed'] for rank in ranks] == [[1, -1, 1]] * 2
-    # statistics are of both ranks too, and start anew
+    # statistics are summed over both ranks too, and start again at zero
     for rank in ranks:
         assert rank['counted'] == ([10, 12, 14, 16], [100, 11], [0] * 4)
     for name, bias in ranks[0]['bias'].items():

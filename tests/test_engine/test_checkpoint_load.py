@@ -1,4 +1,4 @@
-"""What CheckpointHook makes of a file that was loaded."""
+"""What CheckpointHook does with a file after it was loaded."""
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +35,7 @@ def test_a_file_of_a_wrapped_model_is_no_other_prefix():
 
 
 class Score(Hook):
-    """What the run draws after each validation."""
+    """Records the random numbers that the run draws after each validation."""
     priority = 'LOWEST'
 
     def __init__(self):
@@ -51,7 +51,8 @@ class Score(Hook):
 @pytest.mark.parametrize('interval', [1, 100])
 def test_the_best_file_has_the_random_state_of_its_moment(tmp_path,
                                                           interval):
-    """Not that of the checkpoint before."""
+    """The random state in the best checkpoint is the current one, not that of
+    the checkpoint before."""
     runner = sharded_runner(tmp_path, interval=interval, validate=True,
                             checkpoint=dict(save_best='toy/mean',
                                             rule='greater'))

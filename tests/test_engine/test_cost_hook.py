@@ -1,4 +1,5 @@
-"""Costs against hand arithmetic, and that counting changes nothing."""
+"""Costs are compared with values worked out by hand, and counting does not
+change the training."""
 import copy
 import json
 
@@ -65,7 +66,7 @@ def cost(folder) -> dict:
 
 
 def operations(folder, model=None, **options) -> float:
-    """Of one image."""
+    """The operations for one image."""
     train(folder, model, max_iters=1, **options)
     return cost(folder)['flops'] / IMAGES
 
@@ -127,7 +128,8 @@ def test_stages_cost_what_trains_in_them(tmp_path):
 
 
 class Wake(Hook):
-    """Experts alone from iteration 2 on, whatever trains."""
+    """A hook that runs only the experts from iteration 2 on, without changing
+    which parameters train."""
     priority = 'HIGH'
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -267,7 +269,7 @@ def test_two_ranks_cost_twice(tmp_path):
 
 
 class Time:
-    """A clock that only what is told here moves."""
+    """A clock that stands still unless a test moves it."""
 
     def __init__(self):
         self.now = 0.

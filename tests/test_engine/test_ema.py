@@ -48,7 +48,8 @@ class MeanLogit(BaseMetric):
 
 
 def biases_of(state):
-    """Of all layers: that of one can come back to zero."""
+    """The biases of all layers, because that of one layer can return to
+    zero."""
     return torch.cat([value for key, value in state.items()
                       if key.endswith('balance_bias')])
 
@@ -66,7 +67,7 @@ def find(runner, name):
 
 
 class ByHand(Hook):
-    """The average written out."""
+    """A second implementation of the average."""
     priority = 'LOWEST'
 
     def __init__(self):
@@ -98,7 +99,7 @@ def test_the_average_goes_through_all_stages(tmp_path):
     assert saved['ema_state_dict']['steps'] == 8
     for name, average in by_hand.average.items():
         torch.testing.assert_close(saved['state_dict'][name], average)
-    # The file's other half is what goes on training.
+    # The other weights in the file are those with which training continues.
     for name, value in runner.model.state_dict().items():
         assert torch.equal(saved['ema_state_dict'][f'module.{name}'], value)
 
@@ -156,7 +157,8 @@ def test_resume_equals_uninterrupted(tmp_path):
 
 @pytest.mark.parametrize('update_buffers', [False, True])
 def test_the_average_is_an_onlooker(tmp_path, update_buffers):
-    """Training, biases and counters are those of a run without it."""
+    """Training, biases and counters are equal to those of a run without the
+    hook."""
     runs = []
     for hooks in (HOOKS[:-1], (*HOOKS[:-1],
                                dict(EMA, update_buffers=update_buffers))):
@@ -220,7 +222,8 @@ def test_loading_the_copy_leaves_the_model_alone():
     routers = [layer.router.scorer.weight.data.fill_(7.)
                for layer in moe_layers(twin).values()]
     twin.load_state_dict(dense.state_dict())
-    # What the file lacks stays as the twin has it, not as the model does.
+    # Weights that the file lacks keep the values of the averaged model, not
+    # those of the model.
     assert all(bool((weight == 7).all()) for weight in routers)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key

@@ -38,7 +38,8 @@ def test_residuals_train_and_their_mean_stays_zero(tmp_path):
 
 
 def test_one_expert_is_the_dense_model(tmp_path):
-    """Same weights, images and optimizer; without the hook it moves on."""
+    """All runs have the same weights, images and optimizer. Without the hook,
+    a single expert trains further away than the dense model."""
     trained, start = {}, tmp_path / 'start.pth'
     torch.save(ToySegmentor(dict(BACKBONE, moe=None)).state_dict(), start)
     for name, moe, hooks in (
@@ -68,7 +69,7 @@ def test_what_is_frozen_stays():
 
 
 def spread_out(model):
-    """How far experts are from their mean, on average."""
+    """The mean distance of experts from their mean."""
     return torch.stack([(value - value.mean(0)).abs().mean()
                         for value in residuals(model).values()]).mean()
 

@@ -1,4 +1,5 @@
-"""Batches that groups of images will not divide, found before training."""
+"""Batches that do not divide into groups of images are found before
+training."""
 import copy
 
 import pytest
@@ -24,7 +25,7 @@ def make_runner(folder, images=32, batch_size=4, sampler='DefaultSampler',
     dict(group='batch', images=31), dict(group=1, images=31),
     dict(group=2, images=31, drop_last=True),
     dict(group=2, images=31, sampler='InfiniteSampler'),
-    # what evaluation does is asked where it is evaluated
+    # the option for evaluation is checked only where there is an evaluation
     dict(eval_group=3)], ids=str)
 def test_whole_groups_train(tmp_path, options):
     runner = make_runner(tmp_path, **options)

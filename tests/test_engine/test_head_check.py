@@ -1,4 +1,5 @@
-"""A head that a checkpoint cannot fill: told of, or refused."""
+"""A head that a checkpoint cannot fill is a warning before training, and an
+error before an evaluation and in a resumed run."""
 import copy
 
 import pytest
@@ -98,6 +99,6 @@ def test_training_says_it_once_and_validates(tmp_path):
     runner.train()
     runner.test()
     log = next(tmp_path.rglob('*.log')).read_text()
-    assert log.count('the checkpoint leaves as they are initialised 2 of 2'
+    assert log.count('initial values: the checkpoint cannot fill 2 of 2'
                      ) == 1
-    assert log.index('Load checkpoint') < log.index('the checkpoint leaves')
+    assert log.index('Load checkpoint') < log.index('initial values')

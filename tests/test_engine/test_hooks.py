@@ -39,7 +39,8 @@ def test_losses_are_added_in_loss_mode_only():
 
 
 def router_gradients(model, scale=1., micro_batches=1):
-    """Of the auxiliary losses alone, through mmengine's own sum."""
+    """The gradients of the auxiliary losses alone, through mmengine's sum of
+    losses."""
     install(model)
     model.zero_grad()
     inputs, labels = batch()
@@ -75,7 +76,7 @@ def test_auxiliary_gradient_is_the_same_everywhere(tmp_path):
 
 @pytest.mark.parametrize('when', ['training', 'evaluation'])
 def test_nan_on_an_accelerator_is_found_at_the_next_look(tmp_path, when):
-    """Nothing waits for the device in between."""
+    """Between two checks nothing waits for the device."""
     runner = toy_runner(tmp_path, max_iters=9, hooks=[
         dict(type='rmoe.MoELossHook', interval=4)])
     runner.load_or_resume()
@@ -108,7 +109,7 @@ def test_ranks_stop_together(tmp_path):
 
 
 def test_ranks_on_a_cpu_stop_together(tmp_path):
-    """In the iteration that one of them met nan in."""
+    """Both ranks raise in the iteration in which one of them met nan."""
     first, second = run_two_ranks(meet_nan, str(tmp_path))
     assert first == second
     message, iteration = first
@@ -118,7 +119,7 @@ def test_ranks_on_a_cpu_stop_together(tmp_path):
 
 
 def test_two_ranks_average_accumulate_and_clip_as_one(tmp_path):
-    """Half the batch on each, through two stages."""
+    """Two ranks with half of the batch each, through two stages."""
     backbone = copy.deepcopy(BACKBONE)
     # The balance of a batch is not the mean of two halves.
     backbone['moe']['router']['loss_weights'] = {}
@@ -175,7 +176,7 @@ def test_checkpoints_of_dense_modules_are_not_refused(tmp_path):
     ids=lambda hook: hook['type'])
 def test_a_core_that_experts_would_bypass_is_refused(tmp_path, hook):
     runner = toy_runner(tmp_path, hooks=[hook])
-    # The layer itself looks at its first forward pass.
+    # The layer itself checks in its first forward pass.
     runner.model(batch()[0])
     linear = runner.model.backbone.stages[1].blocks[0].ffn.layers[1]
     linear.register_forward_hook(lambda module, args, out: 2 * out)

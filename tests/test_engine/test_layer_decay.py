@@ -23,7 +23,8 @@ BACKBONES = {
         drop_path_rates=(0., 0., 0.),
         moe=dict(EXPERTS, layers=((), (1, ), (0, )))), {
             r'stages\.0\.patch_embed\.': 0,
-            # An embedding between blocks goes with the one before it.
+            # An embedding between blocks has the depth of the block before
+            # it.
             r'stages\.0\.blocks\.0\.|stages\.1\.patch_embed\.': 1,
             r'stages\.1\.blocks\.0\.': 2,
             r'stages\.1\.blocks\.1\.|stages\.2\.(patch_embed|cls_token)': 3,

@@ -1,5 +1,5 @@
-"""A process that keeps what it frees does not fault it in again; its growth
-is that of tensors."""
+"""A process that keeps freed memory has no page faults when it uses the memory
+again, and its measured growth is that of its tensors."""
 import subprocess
 import sys
 from pathlib import Path

@@ -33,7 +33,7 @@ ROUTER = 'backbone.stages.1.blocks.0.ffn.router.scorer.weight'
 
 
 def test_stacked_biases_are_biases():
-    # mmengine takes only what is called "bias" for one
+    # mmengine recognises a bias only by the name "bias"
     table = settings(toy_model())
     assert table[EXPERTS + 'fc1_bias'] == (1, 0)
     assert table[EXPERTS + 'fc1_weight'] == (1, 1)

@@ -1,4 +1,5 @@
-"""--amp is bfloat16 where a device has it and the config does not object."""
+"""--amp selects bfloat16 if the device has it and the config does not ask for
+another type."""
 import re
 
 import pytest
@@ -13,7 +14,8 @@ DYNAMIC = dict(type='AmpOptimWrapper', loss_scale='dynamic')
 
 
 def on_a_gpu(monkeypatch, capability, device='cuda'):
-    """Old cards emulate bfloat16, and torch says that they support it."""
+    """Fake a GPU. For old ones, which only emulate bfloat16, torch also says
+    that they support it."""
     monkeypatch.setattr(precision, 'get_device', lambda: device)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability',
@@ -30,7 +32,7 @@ def on_a_gpu(monkeypatch, capability, device='cuda'):
      'in bfloat16'),
     (dict(type='OptimWrapper', dtype='float16'), True,
      dict(DYNAMIC, dtype='float16'), 'in float16 by .*, as the config says'),
-    # A config's own wrapper is left alone unless --amp asks.
+    # The wrapper of the config is not changed without --amp.
     (dict(type='AmpOptimWrapper'), False, dict(type='AmpOptimWrapper'),
      'in float16 by AmpOptimWrapper, as .*; with --amp it is in bfloat16'),
     (dict(DYNAMIC, loss_scale=512.), True, BFLOAT16,

@@ -1,4 +1,5 @@
-"""A report at the end of training, whatever happens."""
+"""A report is written at the end of training, and an error in it does not make
+the training fail."""
 import json
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_training_leaves_a_report(tmp_path):
     Runner.from_cfg(config).train()
     page = (tmp_path / 'report.html').read_text()
     assert 'stage 1 block 1' in page and 'Load of experts' in page
-    # What was read is what was trained.
+    # The report shows the run that was just trained.
     run, = read_runs([tmp_path])
     assert [(stage.name, stage.begin, stage.end) for stage in run.log.stages
             ] == [('core', 0, 2), ('residual', 2, 5), ('joint', 5, 8)]
@@ -36,7 +37,7 @@ def test_a_training_leaves_a_report(tmp_path):
     assert run.cost == json.loads((tmp_path / 'cost.json').read_text())
     assert run.checkpoint == tmp_path / 'iter_8.pth'
     assert run.log.environment['rmoe']
-    # The toy has no validation set: said, and no reason to fail.
+    # The toy has no validation set. The report says so, and is written.
     assert 'val_dataloader' in page
     assert f'a report of this run: {tmp_path}' in log_of(tmp_path)
 

@@ -1,4 +1,5 @@
-"""Stages: what trains, what stays still, resume, and two ranks."""
+"""Stages: which parameters train and which are frozen, resuming, and two
+ranks."""
 import copy
 
 import pytest

@@ -34,7 +34,7 @@ def test_a_model_inside_wrappers_is_found():
 
 
 @pytest.mark.parametrize('options', [
-    dict(disable=True),  # torch.compile without what takes a minute
+    dict(disable=True),  # skips what takes torch.compile a minute
     pytest.param(dict(backend='eager'), marks=[
         pytest.mark.slow, pytest.mark.torch('2.6')])], ids=str)
 def test_compiled_steps_are_compiled_again(tmp_path, options):
@@ -42,7 +42,7 @@ def test_compiled_steps_are_compiled_again(tmp_path, options):
         assert rank['compiled']['compiled'] == [True] * 6
         assert not any(rank['plain']['compiled'])
         for run in rank.values():
-            # three stages, of whose wrappers the last is left
+            # three stages, of whose wrappers only the last one still exists
             assert run['alive'] == [False, False, True]
         for key, value in rank['plain']['state'].items():
             torch.testing.assert_close(
@@ -55,7 +55,7 @@ def test_communication_hooks_come_back_or_are_refused(tmp_path):
             calls = rank['calls']
             assert 0 < calls[0] and len(calls) == 6
             assert all(a < b for a, b in zip(calls, calls[1:]))
-        else:  # DDP does not tell what it has
+        else:  # this DDP does not keep its communication hooks
             assert 'communication hook Count.reduce was' in rank['refused']
         assert 'communication hook powerSGD_hook was' in rank['power']
         assert 'FP16_COMPRESS' in rank['builtin']

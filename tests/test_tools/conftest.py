@@ -1,4 +1,4 @@
-"""One small data set, one dense checkpoint, for all tests of the tools."""
+"""A small data set and a dense checkpoint for all tests of the tools."""
 import pytest
 import train
 import upcycle

@@ -1,5 +1,5 @@
-"""The benchmark: its commands, its limits, its memory; and that MoE layers
-have not become slow."""
+"""The commands of the benchmark, its limits and its memory, and a check that
+MoE layers have not become slow."""
 import json
 import sys
 
@@ -40,7 +40,7 @@ def _fast(monkeypatch):
 
 @pytest.fixture
 def tables(tmp_path):
-    """Run a command line; its tables as written."""
+    """Run a command line, and return the tables that it wrote."""
 
     def run(*args):
         with DefaultScope.overwrite_default_scope('mmseg'):
@@ -71,7 +71,7 @@ def test_layer(tables, capsys):
     assert column(sizes[::6], 'measured') == 2 * [LOSSES, TRAIN, FORWARD]
     losses, plain, forward = (column(sizes[i:i + 6], 'operators')
                               for i in (0, 6, 12))
-    # Losses cost a MoE layer something, and a dense one nothing.
+    # Auxiliary losses take time in a MoE layer, and none in a dense one.
     assert losses[:2] == plain[:2]
     assert all(a > b > c for a, b, c in zip(losses[2:], plain[2:],
                                             forward[2:]))
@@ -92,7 +92,8 @@ def test_layer(tables, capsys):
 
 
 def test_options_before_the_command(tmp_path):
-    """As in the commands that are written down in docs."""
+    """The common options before the command, as in the commands on pages of
+    docs."""
     command(benchmark, '--repeats', 2, '--json', tmp_path / 'out.json',
             'layer', '--layers', TINY, '--growth', 1)
     assert json.loads((tmp_path / 'out.json').read_text())['repeats'] == 2
@@ -214,7 +215,7 @@ def test_peers_do_the_same_work():
 
 @pytest.mark.parametrize('args, message', [
     (('layer', '--repeats', 0), '--repeats 0'),
-    (('memory', '--config', DENSE), 'not of a MoE segmentor')])
+    (('memory', '--config', DENSE), 'not the config of a MoE segmentor')])
 def test_what_cannot_be(args, message):
     with pytest.raises(SystemExit, match=message):
         command(benchmark, *args)
@@ -264,7 +265,7 @@ def test_residual_stage_of_a_backbone():
                      if parameter.grad is not None}
     assert {role_of(f'backbone.{name}') for name in with_gradient} == {
         'residual', 'router'}
-    # nobody warns, because somebody collects
+    # there is no warning, because the losses are collected
     assert all(layer.losses for layer in moe_layers(model).values())
 
 

@@ -1,5 +1,5 @@
-"""What the benchmark's tables are made of: work and rates by hand, counted
-operators, precisions, peaks of memory."""
+"""The parts of the benchmark's tables: work and rates against values worked
+out by hand, numbers of operators, precisions, and peaks of memory."""
 import warnings
 from functools import partial
 
@@ -147,7 +147,7 @@ def test_operators_by_hand():
 
 
 def test_synchronisations_are_warnings_of_torch(monkeypatch):
-    """The switch and its warning, without a GPU."""
+    """The mode that warns of synchronisation, without a GPU."""
     modes = ['default']
     monkeypatch.setattr(counting, 'DEVICE', 'cuda')
     for name, stand_in in (('get_sync_debug_mode', lambda: modes[-1]),
@@ -173,7 +173,7 @@ def test_losses_reach_the_router():
     weight = layer.router.scorer.weight
     x = torch.randn(32, 16, device=DEVICE, requires_grad=True)
     step(layer, x, LOSSES)()
-    assert layer.losses is None  # nobody collects any more
+    assert layer.losses is None  # no longer collected
     found = weight.grad.clone()
     weights, layer.router.loss_weights = layer.router.loss_weights, {}
     step(layer, x, TRAIN)()

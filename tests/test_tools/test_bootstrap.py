@@ -11,7 +11,7 @@ ROOT = Path(bootstrap.__file__).parents[1]
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A project whose commands are recorded and not run."""
+    """A project in which commands are recorded instead of run."""
     (tmp_path / 'requirements').mkdir()
     for file in (ROOT / 'requirements').glob('*.txt'):
         (tmp_path / 'requirements' / file.name).write_text(file.read_text())
@@ -105,7 +105,7 @@ def test_what_fails_says_what_to_do(root, capsys):
         setup.command([sys.executable, '-c',
                        'print("no route to the index"); raise SystemExit(1)'])
     assert 'no route to the index' in capsys.readouterr().out
-    assert 'is the package registry there?' in str(error.value)
+    assert 'the package registry can be reached' in str(error.value)
     assert not (setup.venv / 'rmoe-ready').exists()
     assert 'no route' in setup.log.read_text()
 

@@ -1,5 +1,5 @@
-"""One batch before a long run: good configs pass, and every broken one gets
-a message of its own."""
+"""Correct configs pass check_config.py, and every broken one gets a message of
+its own."""
 import re
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def good(capsys, config, *options):
 
 
 def problems(capsys, config, *options):
-    """What is listed at the end of a config that is not good."""
+    """Return the problems that are listed at the end for a broken config."""
     with pytest.raises(SystemExit) as error:
         command(check_config, config, '--iters', 1, '--cfg-options', *options)
     assert error.value.code == 1
@@ -43,7 +43,7 @@ def test_a_good_config(work, configs, capsys, upcycled, tmp_path,
     out = good(capsys, configs['moe'], '--cfg-options', *scenes(work),
                f'load_from={upcycled}')
     assert 'train: 8 images, BaseSegDataset' in out
-    assert 'val: 3 images' in out and 'test: as val' in out
+    assert 'val: 3 images' in out and 'test: the same as val' in out
     assert 'labels 0 to 6 in 8 label maps; model.decode_head has 7' in out
     assert '9,392,381 parameters, 3,080,445 active' in out  # README.md
     assert ('backbone.stages.2.blocks.1.ffn: E=8 K=1 TokenChoiceRouter'
@@ -63,7 +63,7 @@ def test_a_good_config(work, configs, capsys, upcycled, tmp_path,
     assert 'weights 37.6 MB, optimizer 75.1 MB, gradients 37.6 MB' in joint
     core = out[out.index('stage core'):out.index('stage joint')]
     assert 'optimizer 24.6 MB, gradients 12.3 MB' in core
-    # Nothing is left behind.
+    # No files are left behind.
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,13 +102,13 @@ BROKEN = {
         r'images have 3 channels and the backbone takes 4: set '
         r'model\.backbone\.in_channels=3'),
     'no loss hook': (['custom_hooks=[]'],
-                     r'routers produce the losses importance, load that '
-                     r'nobody collects: add dict\(type=.rmoe\.MoELossHook'),
+                     r'routers produce the losses importance, load, but no '
+                     r'hook collects them: add dict\(type=.rmoe\.MoELossHook'),
     'no bias hook': (
         ['model.backbone.moe.router.type=BiasBalancedRouter'],
         r'without dict\(type=.rmoe\.BalanceBiasHook'),
     'stages': (['custom_hooks.0.stages.1.end=0.1'],
-               r"stage 'joint' ends at iteration 60, not after 120"),
+               r"stage 'joint' ends at iteration 60, which is not after 120"),
     'MoE blocks': (['model.backbone.moe.layers=((),(),(9,),())'],
                    r'moe\.layers\[2\] names block 9'),
     'hooks without experts': (['model.backbone.moe=None'],
@@ -170,7 +170,7 @@ def test_a_backbone_in_a_checkpoint_of_a_whole_model(work, configs, capsys,
 
 def test_a_checkpoint_with_another_head(work, configs, capsys,
                                         dense_checkpoint):
-    """That is how fine-tuning begins: said, and no problem."""
+    """Fine-tuning begins in this way, so it is reported but is no problem."""
     cfg = Config.fromfile(configs['moe'])
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.pop('metainfo')
@@ -179,9 +179,9 @@ def test_a_checkpoint_with_another_head(work, configs, capsys,
                f'load_from={dense_checkpoint}',
                'model.decode_head.num_classes=9')
     # 38 parameters and two statistics of each of 12 batch norms
-    assert ('fits, but for 2 of 62 tensors outside the backbone: decode_head.'
-            'conv_seg.weight (9, 48, 1, 1) (in the checkpoint: (7, 48, 1, 1))'
-            in out)
+    assert ('fits, except for 2 of 62 tensors outside the backbone: '
+            'decode_head.conv_seg.weight (9, 48, 1, 1) (in the checkpoint: '
+            '(7, 48, 1, 1))' in out)
 
 
 def test_a_checkpoint_to_download_is_left_alone(work, configs, capsys):
@@ -190,7 +190,8 @@ def test_a_checkpoint_to_download_is_left_alone(work, configs, capsys):
                'model.backbone.init_cfg.checkpoint=https://nowhere.org/x.pth',
                'load_from=https://nowhere.org/y.pth')
     for name in 'xy':
-        assert f'{name}.pth: not looked at, it would be downloaded' in out
+        assert (f'{name}.pth: not checked, because it would be downloaded'
+                in out)
 
 
 @pytest.fixture

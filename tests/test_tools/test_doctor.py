@@ -40,7 +40,7 @@ NO_NMS = {'torchvision': 'AttributeError: no operator torchvision::nms'}
 
 
 def without(facts: doctor.Facts, *names: str) -> doctor.Facts:
-    """The facts where these packages were never installed."""
+    """The facts of an installation without these packages."""
     return replace(
         facts, modules=facts.modules - set(names),
         versions={k: v for k, v in facts.versions.items() if k not in names},
@@ -90,7 +90,7 @@ PROBLEMS = {
         "mmcv's compiled ops do not import", REPLACE_MMCV),
     'a_stand_in_of_another_library': (
         replace(LITE, errors={}, stand_in=STAND_IN),
-        f"{STAND_IN} stands in for mmcv's operators and is not of rmoe",
+        f"{STAND_IN} stands in for mmcv's operators and is not that of rmoe",
         (f'rm {STAND_IN}', '/env/bin/python -m rmoe.mmcv_ops status')),
     'torch_too_old': (
         replace(GOOD, versions=VERSIONS | {

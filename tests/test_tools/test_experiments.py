@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / 'configs/experiments').glob('*.py'))
-# By its path: tools/report.py has the same name.
+# It is imported by its path, because tools/report.py has the same name.
 SPEC = spec_from_file_location('experiments_report',
                                ROOT / 'tools/experiments/report.py')
 report = module_from_spec(SPEC)
@@ -29,7 +29,7 @@ SPEC.loader.exec_module(report)
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Train in this process; the work dirs of what was trained."""
+    """Train in this process, and record the work dirs of the trainings."""
     folders = []
 
     def here(config, folder, *flags, gpus, label):
@@ -146,7 +146,8 @@ def test_wrong_flags(work, plan, trained, flags, message):
 
 @pytest.mark.parametrize('path', PLANS, ids=lambda path: path.stem)
 def test_every_plan_builds(path):
-    """Each step exists, takes its options, and has its own settings."""
+    """Each step exists, accepts its options, and has settings that no other
+    step has."""
     plan = Config.fromfile(path)
     used = {step for chain in plan.pipelines.values() for step in chain}
     assert used == set(plan.steps)
@@ -155,7 +156,7 @@ def test_every_plan_builds(path):
     assert set(plan.get('once', ())) <= used
     assert set(plan.get('analyse', ())) <= set(plan.pipelines)
     texts, backbones = set(), {}
-    # A step is what it is by its settings and by what it starts from.
+    # Two steps are the same if their settings and their starting points are.
     places = {(tuple(chain[:chain.index(step)]), step)
               for chain in plan.pipelines.values() for step in chain}
     for before, step in places:
@@ -166,7 +167,7 @@ def test_every_plan_builds(path):
         texts.add(cfg.pretty_text + str(plan.get('upcycle', {}).get(step))
                   + str(before))
     assert len(texts) == len(places)
-    # Shapes alone: nothing is initialised.
+    # Only shapes are compared, so nothing is initialised.
     with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
         for backbone in backbones.values():
             MODELS.build(backbone)

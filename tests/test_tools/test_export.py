@@ -18,7 +18,8 @@ SIZE = ('--shape', 64, 64)
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A checkpoint of the demo's MoE with opinionated routers."""
+    """A checkpoint of the demo's MoE model whose routers prefer some experts
+    clearly."""
     torch.manual_seed(1)
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(Config.fromfile(MOE).model)
@@ -47,7 +48,7 @@ def test_export(trained, tmp_path, capsys, suffix):
 
 
 def _passes_through(x_TD, routing, experts, core, align, unrouted, middle):
-    """The layer, but wrong in a trace."""
+    """The layer, which computes something else while it is traced."""
     if compat.is_compiling() or compat.is_exporting():
         return x_TD
     return mixing.mix_sparse(x_TD, routing, experts, core, align, unrouted,

@@ -1,5 +1,5 @@
-"""The report of a GPU: parts that fail or hang do not end it, what they left
-is kept, and wheels are installed from a folder alone."""
+"""The report of a GPU: parts that fail or hang do not end it, their results
+are kept, and wheels are installed only from a folder."""
 import json
 import signal
 import subprocess
@@ -94,7 +94,7 @@ CASES = ('<testsuites><testsuite><testcase classname="a" name="b"/>'
 
 
 def report(tmp_path, monkeypatch, *parts) -> tuple[int, dict, str]:
-    """Exit status and files of a report with these parts."""
+    """Return the exit status and the files of a report with these parts."""
     monkeypatch.setattr(gpu_report, 'parts', lambda args, scratch: [
         Part(part.name, tuple(word.replace('SCRATCH', str(scratch))
                               for word in part.command), part.seconds)
@@ -114,7 +114,7 @@ def test_report_goes_on_after_failures(tmp_path, monkeypatch, capsys):
     write = 'open("SCRATCH/{}", "w").write({!r})'
     status, found, text = report(
         tmp_path, monkeypatch,
-        # One table was there before the error.
+        # One table had been written before the error.
         python(write.format('layer.json', json.dumps(TABLE)) +
                '; raise SystemExit(1)', 'layer'),
         python('import time; time.sleep(60)', 'memory', 1.),
@@ -151,7 +151,8 @@ def test_parts_fit_into_the_time(tmp_path, monkeypatch):
     assert tests.name == 'tests'
     assert [part.name for part in others] == [
         'install', 'machine', *gpu_report.TABLES]
-    # Were all of them stopped at their limits, tests would have some time.
+    # Even if all of them were stopped at their limits, time would be left for
+    # the tests.
     assert sum(part.seconds for part in others) <= .9 * 8 * 60
     one, = (part for part in gpu_report.parts(arguments(
         monkeypatch, '--out', 'x', '--only', 'memory'), tmp_path)
@@ -179,7 +180,7 @@ def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, 'w') as file:
         file.writestr('tiny.py', 'ANSWER = 42\n')
-        # What it requires is not asked for.
+        # Its requirements are not installed.
         file.writestr('tiny-1.0.dist-info/METADATA',
                       'Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n'
                       'Requires-Dist: there-is-no-such-thing\n')
@@ -201,7 +202,7 @@ def test_wheels_are_installed_without_an_index(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (('--minutes', 0), '--minutes 0.0 must be positive'),
-    (('--wheels', '/nowhere'), '--wheels /nowhere holds no wheel')])
+    (('--wheels', '/nowhere'), '--wheels /nowhere has no wheel')])
 def test_what_cannot_be(monkeypatch, capsys, args, message):
     with pytest.raises(SystemExit):
         arguments(monkeypatch, '--out', 'x', *args)
@@ -212,5 +213,5 @@ def test_a_folder_with_something_in_it(tmp_path, monkeypatch):
     (tmp_path / 'kept').touch()
     monkeypatch.setattr(sys, 'argv', ['gpu_report.py', '--out',
                                       str(tmp_path)])
-    with pytest.raises(ValueError, match='has something in it'):
+    with pytest.raises(ValueError, match='is not empty'):
         gpu_report.main()

@@ -1,5 +1,6 @@
-"""The host libraries' own ways to a prediction, each in a process that only
-imports rmoe and names its types in a config, from checkpoints of our tools."""
+"""The inferencers of the host libraries, with checkpoints of our tools. Each
+runs in a process that only imports rmoe, whose types are named in the
+config."""
 import json
 import subprocess
 import sys
@@ -54,7 +55,8 @@ for source in (config, None):
 
 
 def run(code, folder, *args):
-    """In a process of its own, that finds the package and nothing else."""
+    """Run code in a process of its own, which finds the installed package and
+    no other files of this repository."""
     result = subprocess.run(
         [sys.executable, '-c', code, *map(str, args)], cwd=folder,
         capture_output=True, text=True)

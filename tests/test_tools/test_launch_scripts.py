@@ -1,4 +1,4 @@
-"""The shell scripts: what they start."""
+"""The commands that the shell scripts start."""
 import subprocess
 from pathlib import Path
 
@@ -10,8 +10,8 @@ STATIC = ('--nnodes={} --node_rank={} --master_addr={} --master_port={}')
 
 
 def said_by(tmp_path, script, *args, **variables):
-    """The command line of the program that a script becomes."""
-    # In place of python and of srun.
+    """Return the command line of the program that a script starts."""
+    # It replaces python and srun.
     (tmp_path / 'srun').write_text('#!/bin/sh\necho srun "$@"\n')
     (tmp_path / 'srun').chmod(0o755)
     done = subprocess.run(
@@ -29,7 +29,7 @@ def said_by(tmp_path, script, *args, **variables):
      '--nproc_per_node=2 {}/test.py C K.pth --launcher pytorch --tta'),
 ])
 @pytest.mark.parametrize('variables, meeting', [
-    ({}, '--standalone'),  # two runs on a machine do not meet
+    ({}, '--standalone'),  # two runs on one machine take different ports
     (dict(PORT='1'), STATIC.format(1, 0, '127.0.0.1', 1)),
     (dict(NNODES='4', NODE_RANK='2', MASTER_ADDR='first'),
      STATIC.format(4, 2, 'first', 29500)),

@@ -1,5 +1,5 @@
-"""The main job through the commands: train, evaluate, upcycle, fine-tune,
-resume, and back to a dense file that mmseg itself loads."""
+"""The main use of the project by its commands: train, evaluate, upcycle,
+fine-tune, resume, and make a dense file that mmseg itself loads."""
 import json
 import re
 

@@ -1,4 +1,4 @@
-"""The paper's pipelines by one command each, and what they cost."""
+"""The pipelines of the paper, which are one command each, and their costs."""
 import io
 import json
 import re
@@ -73,7 +73,8 @@ def segmentor(work):
 
 
 def classifier(work):
-    """As the demo's config, to the end of the backbone."""
+    """A config for a classifier of packed pictures, with the same backbone as
+    the demo's config."""
     cfg = segmentor(work)
     loader = dict(
         batch_size=4, num_workers=0,
@@ -99,7 +100,7 @@ def classifier(work):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Train in this process; the names of what was trained."""
+    """Train in this process, and record the names of the trained steps."""
     names = []
 
     def here(config, folder, *flags, gpus, label):
@@ -128,8 +129,8 @@ def test_all_pipelines_from_nothing(work, family, runs, capsys):
             assert pipe['total'][what] == sum(
                 step[what] for step in pipe['steps'].values())
         assert pipe['total']['samples'] == 16 + 8 + 16 * (name == 'rmoe-i')
-    # Routers cost a little; a still core saves its backward pass; the
-    # intermediate stage is a step more.
+    # Routers cost a little, a frozen core saves its backward pass, and the
+    # intermediate stage is one more step.
     flops = {name: pipe['total']['flops'] for name, pipe in costs.items()}
     assert flops['non-moe'] < flops['moe'] < flops['rmoe-i']
     assert flops['rmoe-d'] < flops['rmoe-i']
@@ -256,7 +257,8 @@ def test_steps_of_a_family_fit_each_other(path):
         backbones = []
         for before, step in zip([None, *chain], chain):
             cfg = Config.fromfile(path.parent / family.steps[step])
-            # Run alone, a step starts from where the step before ended.
+            # If a step is run alone, it starts from the end of the step
+            # before.
             if before and cfg.load_from:
                 start = Path(cfg.load_from)
                 last = Path(family.steps[before])

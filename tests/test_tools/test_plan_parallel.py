@@ -1,4 +1,5 @@
-"""What a plan says, against processes, real steps, and by hand."""
+"""The numbers of a plan against those of real processes and steps, and against
+values worked out by hand."""
 import json
 from dataclasses import asdict, replace
 
@@ -29,7 +30,7 @@ from rmoe.registry import MODELS
 
 GB = 10**9
 LINKS = Links(300 * GB, 200 * GB, 8)
-# What FullySharded takes for each layout of two processes.
+# The arguments of FullySharded for each layout of two processes.
 WRAPPERS = {'sharded': {}, 'expert parallel': dict(shard=1,
                                                    expert_parallel=2),
             'both': dict(expert_parallel=2)}
@@ -57,14 +58,15 @@ def test_two_processes_hold_and_send_what_was_planned(tmp_path):
             assert min(held) > .9 * max(held)
         assert ranks[0][layout.name]['parameters'] == pytest.approx(
             sent.parameters, rel=.02)
-        # Who has the busier experts sends more back; a half stays at home.
+        # The process that has the busier experts sends more back. Half of the
+        # rows stay in their process.
         rows_sent = sum(rank[layout.name]['rows'] for rank in ranks) / 2 / 2
         assert rows_sent == sent.rows
     assert {one.name for one in layouts(2, 8, 2)[1:]} == set(WRAPPERS)
 
 
 class Saved:
-    """Bytes that autograd keeps, counted once more."""
+    """A second implementation that counts the bytes that autograd keeps."""
 
     def __init__(self, model):
         self.own = {one.untyped_storage().data_ptr()
@@ -86,7 +88,7 @@ class Saved:
 
 
 def real_step(cfg, run):
-    """Bytes that it keeps, with real weights."""
+    """Return the bytes that a step keeps, with real weights."""
     with scope(cfg):
         model = MODELS.build(cfg.model).train()
         model.init_weights()
@@ -182,7 +184,8 @@ def test_layouts_by_hand():
         assert found.moments == 2 * found.gradients == 2 * found.weights
         assert found.activations == 5
         assert found.total == sum(asdict(found).values())
-    # The block's experts, the same as what comes next, gradient and sum.
+    # The terms are the experts of the block, the same again as the next unit,
+    # their gradient, and its sum.
     assert memory(parameters, Layout('sharded', 16, 1), 16, 8, False,
                   0).gathered == 4 * 4 * count
     assert memory(parameters, Layout('both', 16, 4), 16, 8, True,
@@ -203,7 +206,7 @@ def test_traffic_by_hand():
 
     ddp = sent(Layout('data parallel', 1, 1, ddp=True))
     assert ddp.parameters == 2 * 15 / 16 * size
-    # Out of a node, once for all of its eight.
+    # The bytes leave a node once for all of its eight GPUs.
     assert ddp.seconds == ddp.parameters / (200 * GB)
     sharded = Layout('sharded', 16, 1)
     assert sent(sharded).parameters == 3 * 15 / 16 * size
@@ -224,7 +227,8 @@ def test_rows_by_hand():
     again = Rows(100, 16, 8, recomputed=True)
     assert row_bytes(again, 4, True) == 3 / 4 * (6 * 100 * 16 * 2 + 2 * 8 * 4)
     assert row_bytes(layer, 1, False) == 0
-    # Of 15 others 7 are in the node: 8 more go out of it, of each of eight.
+    # Of 15 others 7 are in the same node. The shares of the other 8 leave the
+    # node, for each of its eight GPUs.
     assert LINKS.exchange_seconds(15 * GB, Group(16)) == pytest.approx(
         8 * 8 / 200)
     assert LINKS.exchange_seconds(7 * GB, Group(8)) == pytest.approx(7 / 300)
@@ -243,7 +247,7 @@ def test_the_most_expensive_stage_is_planned():
     assert trained(STAGES) == (1, 2)
     gradients, moments = trained(STAGES[:1] + [dict(
         name='residual', roles=('residual', 'router'))])
-    # The moments of the first stage stay.
+    # The optimizer keeps the moments of the first stage.
     assert gradients < 1 and moments == 2
 
 
@@ -294,7 +298,8 @@ def test_the_command(configs, tmp_path, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--gpus', 0], '--gpus 0 must be at least 1'),
-    (['--gpus', 12], 'no whole nodes of 8: set --gpus-per-node'),
+    (['--gpus', 12], 'not a whole number of nodes with 8 GPUs each: set '
+     '--gpus-per-node'),
     (['--memory', -1], '--memory -1.0 must be greater'),
     (['--link', 0], '--link 0.0 must be greater'),
     (['--batch-size', 0], '--batch-size 0 must be greater'),

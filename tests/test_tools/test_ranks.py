@@ -46,7 +46,7 @@ def test_a_segmentor(tmp_path, work, configs):
     # Twice the batch, twice the rate.
     assert values('lr', first)[0] == 2 * values('base_lr', first)[0]
     assert 'mIoU' not in second
-    # Three images: the second rank has one.
+    # There are three images, of which the second rank has one.
     flags = options(work, 'ranks-test')
     status, (first, _) = run_on_ranks(
         test_tool, tmp_path, configs['moe'], work / 'ranks/iter_4.pth',
@@ -63,7 +63,8 @@ def test_a_segmentor(tmp_path, work, configs):
                       param_dtype='bfloat16'),
                  marks=pytest.mark.torch('2.8'))])
 def test_more_ranks_than_images(tmp_path, wrapper):
-    """Of a detector, one epoch, by a wrapper that the config names."""
+    """Train and test a detector for an epoch, with a wrapper that the config
+    names."""
     make_coco(tmp_path, images=1)
     cfg = detection_config(tmp_path)
     cfg.model_wrapper_cfg = wrapper
@@ -96,7 +97,7 @@ def test_an_error_of_one_rank_ends_the_others(tmp_path, work, configs, kind,
     assert status == 1
     assert time.monotonic() - begin < 60
     assert said in second
-    # Unless it was ended before it could say so.
+    # The first rank may also have been ended before it could print its error.
     assert 'Traceback' not in first
     assert errors(first) in ([], ['error: rank 0: another rank has ended'])
 
@@ -105,7 +106,8 @@ def test_what_all_ranks_meet_is_said_once(tmp_path, work, configs):
     for changed, said in (
             ('train_dataloader.dataset.data_root=nowhere',
              'error: nowhere does not exist'),
-            # In the constructor of a hook, on each rank by itself.
+            # This is raised in the constructor of a hook, on each rank by
+            # itself.
             ('default_hooks.label_check.max_files=0',
              'max_files=0 must be at least 1')):
         status, (first, second) = run_on_ranks(
@@ -116,7 +118,7 @@ def test_what_all_ranks_meet_is_said_once(tmp_path, work, configs):
 
 
 def torchrun(nproc, *args, **variables) -> subprocess.Popen:
-    """dist_train.sh, with this Python."""
+    """Start dist_train.sh with this Python."""
     return subprocess.Popen(
         ['bash', TOOLS / 'dist_train.sh', args[0], str(nproc), *map(
             str, args[1:])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -138,8 +140,9 @@ def worker_of(launcher: int, rank: int) -> int:
 
 @pytest.fixture(scope='module')
 def sharded(work, configs):
-    """A config under which two ranks learn what one process does on twice
-    the batch: nothing is drawn, and nothing looks at a whole batch."""
+    """A config with which two ranks learn the same as one process with twice
+    the batch: it draws no random numbers, and no part of it depends on a whole
+    batch."""
     cfg = Config.fromfile(configs['moe'])
     cfg.model_wrapper_cfg = dict(type='rmoe.FullySharded', expert_parallel=2)
     cfg.model.backbone.drop_path_rate = 0.
@@ -147,7 +150,7 @@ def sharded(work, configs):
         type='TokenChoiceRouter', noise_std=0., loss_weights={})
     cfg.model.decode_head.norm_cfg = dict(type='GN', num_groups=8)
     cfg.train_dataloader.dataset.pipeline[2].prob = 0.
-    # A gradient that is zero but for rounding moves nothing.
+    # Gradients that are zero except for rounding change no weight.
     cfg.optim_wrapper.optimizer.eps = 1e-3
     cfg.train_cfg.val_interval = 8
     cfg.dump(work / 'sharded.py')
@@ -159,8 +162,8 @@ def sharded(work, configs):
                     reason='finds ranks in /proc')
 def test_a_killed_rank_is_named_and_one_process_goes_on(tmp_path, work,
                                                         sharded):
-    """kill -9 in the middle of dist_train.sh; then --resume, to the score of
-    a training that nobody killed."""
+    """dist_train.sh is killed in the middle of a training. After --resume, the
+    score is that of a training that was not killed."""
     flags = options(work, 'killed', 'train_cfg.max_iters=8')
     process = torchrun(2, sharded, *flags)
     said = ''
@@ -197,7 +200,7 @@ def test_a_killed_rank_is_named_and_one_process_goes_on(tmp_path, work,
 
 
 def score(work, config, name, ranks=1):
-    """mIoU of sliding windows, of which images have several numbers."""
+    """mIoU with sliding windows, whose number differs between images."""
     flags = (config, work / 'whole/iter_8.pth',
              *options(work, name, 'model.test_cfg.mode=slide',
                       'model.test_cfg.crop_size=(48,48)',
@@ -212,7 +215,7 @@ def score(work, config, name, ranks=1):
 
 @pytest.mark.slow
 def test_two_nodes(work, configs):
-    """Two launchers on this machine, a process each."""
+    """Two launchers on this machine, with one process each."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -220,7 +223,8 @@ def test_two_nodes(work, configs):
     nodes = [torchrun(1, configs['dense'], *flags, NNODES='2',
                       NODE_RANK=str(node), MASTER_ADDR='127.0.0.1',
                       PORT=str(port)) for node in (0, 1)]
-    # Together: who is not read stops when its pipe is full.
+    # Both are read at the same time, because a process stops when its output
+    # pipe is full.
     with ThreadPoolExecutor() as readers:
         said = list(readers.map(
             lambda node: node.communicate(timeout=200)[0], nodes))

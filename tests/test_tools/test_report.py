@@ -1,4 +1,4 @@
-"""tools/report.py, on what tools/train.py leaves."""
+"""tools/report.py on work dirs that tools/train.py wrote."""
 import pytest
 import report
 import train

@@ -1,4 +1,5 @@
-"""The tools around routers: upcycling's verdict, the sweep, the comparison."""
+"""Tools that concern routers: the report of upcycle.py, the capacity sweep,
+and rescore.py."""
 import json
 
 import capacity_sweep
@@ -110,7 +111,7 @@ def test_rescore(work, configs, moe_checkpoint, dense_checkpoint):
                 *(images if row['model'] == 'mean' else []))
         command(test_tool, configs['dense'], work / 'd.pth',
                 *options(work, f'rescore-{row["model"]}'))
-        # 'mean' there goes by load
+        # 'mean' of that tool weights experts by their load
         assert row['score'] == pytest.approx(
             miou(work / f'rescore-{row["model"]}'),
             abs=.01 if row['model'] == 'core' else 1.)

@@ -1,4 +1,4 @@
-"""First-order scores of FFNs, against other ways to compute them."""
+"""The first-order scores of FFNs agree with other ways to compute them."""
 import json
 from types import SimpleNamespace
 
@@ -81,7 +81,7 @@ def test_what_is_printed_is_what_the_backbone_takes(tmp_path, capsys, backbone,
     model = MODELS.build(dict(backbone, moe=moe))
     assert len(moe_layers(model)) == 2
     assert sum(line.endswith(' <') for line in out.splitlines()) == 2
-    # By default as many as the config has.
+    # By default as many layers are chosen as the config has.
     _, result, _ = choose(capsys, tmp_path)
     flat = [block for blocks in result['layers'] for block in (
         blocks if isinstance(blocks, list) else [blocks])]
@@ -154,8 +154,8 @@ def loss_of(model, batches):
     ids=['k=1', 'k=2', 'expert choice', 'soft', 'low rank', 'no core',
          'segformer'])
 def test_scores_are_slopes_of_the_loss(tmp_path, backbone, moe):
-    """By finite differences along the directions that the scores are about:
-    the normalised gradient, and that without what the experts agree on."""
+    """The scores by finite differences along two directions: the normalised
+    gradient, and the same without its mean over experts."""
     with DefaultScope.overwrite_default_scope('mmseg'):
         model, batches = model_and_batches(tmp_path, backbone, **moe)
     scores = measure(model, iter(batches), len(batches))
@@ -179,8 +179,8 @@ def test_scores_are_slopes_of_the_loss(tmp_path, backbone, moe):
 
 
 def test_scores_by_hand(tmp_path):
-    """From inputs and output gradients of the dense model's FFNs and where
-    the routers send the tokens."""
+    """The scores from the inputs and output gradients of the dense model's
+    FFNs, and from the experts to which the routers send the tokens."""
     model, batches = model_and_batches(tmp_path, SWIN, count=1)
     scores = measure(model, iter(batches), 1)
     dense = dense_model(SWIN)
@@ -224,7 +224,7 @@ def test_the_model_is_the_dense_one(tmp_path):
     still(dense)
     assert loss_of(model, batches) == pytest.approx(loss_of(dense, batches),
                                                     rel=1e-6)
-    # Neither dropout nor statistics move.
+    # There is no dropout, and running statistics do not change.
     assert loss_of(model, batches) == loss_of(model, batches)
     assert dense.backbone.bn.num_batches_tracked == 0
     trainable = {name.split('.')[-1] for name, p in model.named_parameters()
@@ -323,7 +323,8 @@ def test_as_code():
 
 
 def test_positions_need_no_weights():
-    """Those of Swin-T and of a foreign backbone that has depths of its own."""
+    """The positions of Swin-T, and those of a backbone of another library that
+    also has depths."""
     swin = dict(type='rmoe.SwinMoE', arch='tiny', moe=dict(layers=(
         (), (), (1, 3, 5), (1, ))))
     positions = select_layers.all_positions(swin)

@@ -1,4 +1,4 @@
-"""Which classes and places experts take, of a model and a data set."""
+"""The classes and places that each expert gets, for a model and a data set."""
 import json
 import math
 from collections import Counter
@@ -129,7 +129,7 @@ def test_no_segmentation_maps(work, configs, upcycled, missing):
         dataset.pipeline = [transform for transform in dataset.pipeline
                             if transform.type != 'LoadAnnotations']
     cfg.dump(work / 'unlabelled.py')
-    with pytest.raises(SystemExit, match='gives no segmentation maps'):
+    with pytest.raises(SystemExit, match='has no segmentation maps'):
         measure(work, work / 'unlabelled.py', upcycled, 'bad')
 
 
@@ -138,7 +138,8 @@ def test_options_that_make_no_sense(work, configs, dense_checkpoint):
         measure(work, configs['moe'], dense_checkpoint, 'bad',
                 flags=('--images', -1))
     (work / 'detector.py').write_text("model = dict(type='MaskRCNN')")
-    with pytest.raises(SystemExit, match=r'detector\.py is of no segmentor'):
+    with pytest.raises(SystemExit, match=r'detector\.py is not the config of '
+                                         'a segmentor'):
         command(specialisation, work / 'detector.py', dense_checkpoint)
 
 

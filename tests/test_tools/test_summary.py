@@ -1,4 +1,5 @@
-"""The table of costs, against counting a real forward pass and by hand."""
+"""The table of costs agrees with counting a real forward pass, and with values
+worked out by hand."""
 import pytest
 import summary
 import torch

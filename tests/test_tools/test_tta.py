@@ -1,5 +1,5 @@
-"""tools/test.py --tta: the model inside a wrapper gets its weights, and its
-mistakes are still seen."""
+"""tools/test.py --tta: the model inside the wrapper gets its weights, and
+mistakes in it are still reported."""
 import pytest
 import test as test_tool  # tools/test.py
 import torch
@@ -9,7 +9,7 @@ from commands import command, miou, options
 from mmengine.config import Config, ConfigDict
 from toy_detection import detection_config
 
-# What the image is without any augmentation, in TestTimeAug's form.
+# The pipeline without augmentation, in the form of TestTimeAug.
 ONCE = [[dict(type='RandomFlip', prob=0.)], [dict(type='LoadAnnotations')],
         [dict(type='PackSegInputs')]]
 

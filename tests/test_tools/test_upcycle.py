@@ -1,4 +1,4 @@
-"""What else tools/upcycle.py turns checkpoints into, and what it costs."""
+"""Other conversions of tools/upcycle.py, and their costs."""
 import argparse
 import json
 import re
@@ -91,7 +91,8 @@ def test_change_experts(work, configs, noisy, pictures, how, count, capsys):
     assert any(key.startswith('decode_head.') for key in state)
     assert report['change_experts'] == how
     difference = report['relative_feature_difference']
-    # copies of equals change nothing: the first of two is chosen as before
+    # copies of experts change nothing, because of two equal ones the first is
+    # chosen
     assert difference < 1e-5 if how == 'tile' else difference > 0
     assert '% of their norm)' in capsys.readouterr().out
 
@@ -142,7 +143,7 @@ RANK = ['--rank', 4]
 
 @pytest.fixture(scope='module')
 def low_rank(work, configs, dense_checkpoint):
-    """As ``noisy``, of a low rank."""
+    """The same as ``noisy``, with low-rank residuals."""
     out = work / 'low_rank.pth'
     command(upcycle, dense_checkpoint, '--config', configs['moe'], '--out',
             out, '--noise', .3, '--size', 64, *RANK)
@@ -158,7 +159,8 @@ def folded(work, configs, noisy):
 
 
 def segmentor(config, checkpoint, **moe):
-    """A whole model; every key of the file must have a place in it."""
+    """Load a file into a whole model, which must have a place for every
+    key."""
     cfg = Config.fromfile(config)
     init_default_scope('mmseg')
     cfg.model.backbone.init_cfg = None
@@ -237,7 +239,7 @@ ROUTER = 'model.backbone.moe.router.type='
     ('noisy', ['--cfg-options', 'model.backbone.moe.num_experts=4'],
      'has 8 experts in the checkpoint and 4'),
     ('noisy', ['--layers', '((), (), (0, 1, 3), (1,))'],
-     r'is of a dense FFN in .*noisy\.pth and of a MoE'),
+     r'belongs to a dense FFN in .*noisy\.pth, but to a MoE'),
     ('noisy', ['--cfg-options', ROUTER + 'SoftRouter'],
      'router has the weights'),
     ('noisy', ['--cfg-options', ROUTER + 'ExpertChoiceRouter'],
@@ -316,7 +318,7 @@ def test_conversion_holds_nothing_twice(tmp_path):
          '64'], cwd=ROOT, capture_output=True, text=True, check=True)
     grown = int(done.stdout.split('grown by')[1])
     size = (tmp_path / 'moe.pth').stat().st_size
-    assert size > 300e6  # so that 2.2 times it is no noise
+    assert size > 300e6  # large, so that noise cannot decide below
     assert grown < 2.2 * size
     cost = json.loads((tmp_path / 'moe.report.json').read_text())['cost']
     assert cost['file_bytes'] == size
@@ -340,6 +342,6 @@ def test_the_student_of_a_file_with_a_teacher(work, configs, dense_checkpoint,
                            *args)
         key = 'backbone.patch_embed.projection.weight'
         assert torch.equal(state[key], dense[key] + add)
-        # Heads of the pre-training stay where they are.
+        # Heads of the pre-training are not copied.
         assert all(key.startswith('backbone.') for key in state)
         assert f"of '{taken}' under the prefix" in capsys.readouterr().out

@@ -1,6 +1,8 @@
-"""Commands one after the other, each with a limit, whatever one does.
+"""Runs commands one after the other, each with a time limit. If one fails, the
+others run all the same.
 
-Needs nothing but Python: what the commands need may not be there yet.
+This file needs nothing but Python, because the first command may be the one
+that installs packages.
 """
 import os
 import signal
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-# What a part gets to write down what it has, once its time is over.
+# The time that a part has to write its results after it was interrupted.
 GRACE_SECONDS = 10.
 
 
@@ -20,9 +22,9 @@ class Part:
     """A command of a report.
 
     Attributes:
-        name: of the part.
+        name: the name of the part.
         command: its command line.
-        seconds: its limit.
+        seconds: its time limit.
     """
     name: str
     command: tuple[str, ...]
@@ -31,13 +33,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part went.
+    """The result of a part.
 
     Attributes:
-        name: of the part.
+        name: the name of the part.
         status: 'ok', 'failed' with its exit status, or 'stopped' at its
-            limit; 'left out' where no time was left.
-        seconds: that it took.
+            limit; 'left out' if no time was left for it.
+        seconds: the time it took.
     """
     name: str
     status: str
@@ -50,14 +52,15 @@ class Outcome:
 
 def run_part(part: Part, log: Path, environment: Mapping[str, str],
              cwd: Path, seconds: float) -> Outcome:
-    """Run a part to its end or its limit.
+    """Run a part to its end or to its limit.
 
     Args:
-        part: to run.
-        log: file that all it says is added to.
-        environment: of its process.
-        cwd: its folder.
-        seconds: that are left for all parts; it gets no more.
+        part: the part to run.
+        log: the file to which its output is added.
+        environment: the environment variables of its process.
+        cwd: the folder in which it runs.
+        seconds: the time that is left for all parts. The part is stopped
+            after this time too.
     """
     limit = min(part.seconds, seconds)
     if limit <= 0:
@@ -73,7 +76,8 @@ def run_part(part: Part, log: Path, environment: Mapping[str, str],
 def _run(command: Sequence[str], file: IO[bytes],
          environment: Mapping[str, str], cwd: Path, limit: float) -> str:
     try:
-        # A session of its own: its children end with it.
+        # In a session of its own, the process can be stopped together with
+        # all its children.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             env=dict(environment), cwd=cwd, start_new_session=True,
@@ -93,13 +97,14 @@ def _run(command: Sequence[str], file: IO[bytes],
 
 
 def _listen() -> None:
-    """To Ctrl-C, which a shell's background jobs ignore, and their children.
-    """
+    """Make the process react to an interrupt (SIGINT). Background jobs of a
+    shell ignore it, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """First as Ctrl-C does, so that pytest still says what it found."""
+    """Stop a process and its children. They are interrupted first, as by
+    Ctrl-C, so that pytest can still write its results, and killed later."""
     for signal_, wait in ((signal.SIGINT, GRACE_SECONDS),
                           (signal.SIGKILL, None)):
         try:

@@ -1,4 +1,4 @@
-"""How much time and memory MoE costs, as ratios within one run.
+"""Measure how much time and memory MoE costs, as ratios within one run.
 
     python tools/analysis_tools/benchmark.py layer
     python tools/analysis_tools/benchmark.py routers
@@ -10,10 +10,11 @@
     python tools/analysis_tools/benchmark.py memory
     python tools/analysis_tools/benchmark.py peers
 
-Contenders take turns and the median counts, so that a noisy machine disturbs
-all of them alike. On a GPU everything is measured in bfloat16 by autocast, in
-TF32 and in float32 (--precision). Operators are those that a run dispatches,
-without views and allocations; host syncs are how often it waits for the GPU.
+The variants that are compared run in turns, and the median time of each is
+shown, so that other work on the machine disturbs all of them alike. On a GPU
+everything is measured in bfloat16 (autocast), TF32 and float32 (--precision).
+"operators" is the number of operators that PyTorch dispatches in a run, without
+views and allocations; "host syncs" is how often the CPU waits for the GPU.
 """
 import argparse
 import json
@@ -26,7 +27,8 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOOLS))
 
-# First of all: mmcv is imported below, and may have no operators of its own.
+# rmoe must be imported before mmcv, which is imported below and may not have
+# its compiled operators: rmoe then stands in for them.
 import rmoe  # noqa: F401, I001
 import torch
 from _bench import folding, inference, layers, peers, precision, routers
@@ -53,19 +55,21 @@ def main() -> None:
     if args.repeats < 1:
         raise ValueError(f'--repeats {args.repeats} must be at least 1')
     if DEVICE == 'cpu':
-        keep_freed_memory()  # as tools/train.py does
+        keep_freed_memory()  # tools/train.py does so too.
     print(f'{machine()}, median of {args.repeats}')
     found = dict(machine=machine(), versions=versions(), command=args.command,
                  repeats=args.repeats, tables=[])
     for rows in measure(args):
         print(format_table(rows), end='\n\n', flush=True)
         found['tables'].append(rows)
-        if args.json:  # now: whoever is stopped later keeps it
+        # The file is written after each table, so that a benchmark that is
+        # stopped leaves its first tables.
+        if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1))
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """The tables of a command, in one precision after the other."""
+    """Yield the tables of a command in one precision after the other."""
     for name in args.precision:
         with precision.use(name):
             for rows in args.measure(args):
@@ -86,18 +90,19 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     layer = add(commands, 'layer', measure_layer,
-                'MoE layers over the dense FFN, and the limit')
+                'MoE layers over the dense FFN, and the limit of the machine')
     add_layers(layer, layers.SIZES)
     layer.add_argument('--growth', type=int, nargs='+', metavar='E',
                        default=list(layers.GROWTH),
-                       help='experts of layers with 256 tokens for each')
+                       help='numbers of experts; such layers are measured '
+                       'with 256 tokens for each expert')
     router = add(commands, 'routers', measure_routers,
                  'each router alone, and Soft MoE against its own matrix '
                  'products')
     router.add_argument('--layer', type=size_of, metavar='T,D,E',
                         default=routers.SIZE, help='tokens, width, experts')
     router.add_argument('--images', type=int, default=8,
-                        help='that the tokens belong to')
+                        help='number of images to which the tokens belong')
     backbone = add(commands, 'backbone', measure_backbone,
                    'backbones over their dense twins')
     backbone.add_argument('--preset', nargs='+', choices=PRESETS,
@@ -111,14 +116,14 @@ def parse_args() -> argparse.Namespace:
              'training step over its dense twin')):
         command = add(commands, name, measure, text)
         command.add_argument('--config', default=CONFIG,
-                             help='of a MoE segmentor; Swin-T-MoE + UPerNet '
-                             'by default')
+                             help='config of a MoE segmentor; by default '
+                             'Swin-T-MoE + UPerNet')
         add_images(command, several=name == 'train-step')
     infer = add(commands, 'inference', measure_inference,
                 'folded experts, and dropping tokens')
     add_layers(infer, inference.SIZES)
     infer.add_argument('--images', type=int, default=2,
-                       help='that the tokens belong to')
+                       help='number of images to which the tokens belong')
     folds = add(commands, 'fold', measure_fold,
                 'folded experts over core + residual, in inference')
     add_layers(folds, folding.SIZES)
@@ -130,9 +135,10 @@ def parse_args() -> argparse.Namespace:
                "other projects' MoE layers, and mmseg's Swin")
     add_layers(peer, peers.SIZES)
     peer.add_argument('--images', type=int, default=1,
-                      help='that the tokens belong to')
+                      help='number of images to which the tokens belong')
     add_images(peer)
-    # Also before the command, where it was once.
+    # The common options are also accepted before the command, as in earlier
+    # versions.
     add_common(parser, repeats=15, json=None,
                precision=list(precision.DEFAULTS))
     return parser.parse_args()
@@ -149,10 +155,10 @@ def add_common(parser: argparse.ArgumentParser, repeats, json, precision
                ) -> None:
     parser.add_argument('--repeats', type=int, default=repeats)
     parser.add_argument('--precision', nargs='+', default=precision,
-                        choices=PRECISIONS, help='all on a GPU, float32 on '
-                        'the CPU')
+                        choices=PRECISIONS, help='by default all on a GPU, '
+                        'and float32 on the CPU')
     parser.add_argument('--json', metavar='FILE', default=json,
-                        help='write the tables too')
+                        help='also write the tables to this file')
 
 
 def add_layers(parser: argparse.ArgumentParser, sizes: tuple[Size, ...]
@@ -163,12 +169,13 @@ def add_layers(parser: argparse.ArgumentParser, sizes: tuple[Size, ...]
 
 def add_images(parser: argparse.ArgumentParser, several: bool = False
                ) -> None:
-    """``several``: each size with each batch is a table."""
-    for name, default, text in (('--size', 512, 'of the square images'),
-                                ('--batch', 2, 'images')):
+    """Add --size and --batch. With ``several`` they take lists, and there is a
+    table for each size with each batch."""
+    for name, default, text in (('--size', 512, 'side of the square images'),
+                                ('--batch', 2, 'number of images')):
         if several:
             parser.add_argument(name, type=int, nargs='+', default=[default],
-                                help=f'{text}; several are a table each')
+                                help=f'{text}; there is a table for each')
         else:
             parser.add_argument(name, type=int, default=default, help=text)
 

@@ -1,15 +1,15 @@
-"""How much compute can a trained MoE model give up? Evaluate it at several
-capacities, filled by first come and by Batch Prioritized Routing.
+"""Measure how much compute a trained MoE model can give up: evaluate it at
+several capacities, filled by first come and by Batch Prioritized Routing.
 
     python tools/analysis_tools/capacity_sweep.py CONFIG CHECKPOINT
 
-Prints the table, draws the score against the FLOPs of the backbone and
-against its time (capacity_sweep.png in the work dir), and names the smallest
-capacity that keeps 99 % of the score of the model as it is (V-MoE, 2106.05974,
-section 4). Times are of the first test image, medians of runs that take
-turns; keep the machine free of other work.
-Tokens that find their experts full are skipped (--unrouted zero), as in the
-paper: with a core ('core') they would cost what they cost before.
+Prints a table, and draws the score against the FLOPs of the backbone and
+against its time (capacity_sweep.png in the work dir). It names the smallest
+capacity that keeps 99 % of the score of the unchanged model (V-MoE, 2106.05974,
+section 4). Times are medians over runs on the first test image, in which the
+MoE model and its dense cores take turns. Nothing else should run meanwhile.
+Tokens whose experts are full are skipped (--unrouted zero), as in the paper.
+If the core served them (--unrouted core), they would cost as much as before.
 """
 import argparse
 import json
@@ -74,19 +74,24 @@ def parse_args() -> argparse.Namespace:
                         default=CAPACITIES, metavar='C')
     parser.add_argument('--unrouted', choices=['zero', 'core'],
                         default='zero',
-                        help='what a token gets that no expert has room for')
+                        help='what serves a token for which no expert has '
+                        'room: nothing (zero) or the core')
     parser.add_argument('--metric', help='key of the evaluator; by default '
                         'the first found of ' + ', '.join(METRICS))
     parser.add_argument('--repeats', type=int, default=21,
-                        help='timed passes of each setting')
+                        help='number of timed passes of each setting')
     add_common_arguments(parser)
     return parser.parse_args()
 
 
 def sweep(runner: Runner, capacities: list[float], unrouted: str,
           metric: str | None, repeats: int) -> list[dict]:
-    """A row for each order and capacity, the reference first: the model as
-    configured, but with nothing dropped where tokens choose."""
+    """Evaluate the model at each capacity.
+
+    Returns:
+        A row for each order and capacity. The first row is the reference: the
+        model as configured, except that token-choice routers drop nothing.
+    """
     layers = moe_layers(runner.model).values()
     routers = [layer.router for layer in layers]
     fixed = {type(router).__name__ for router in routers
@@ -120,8 +125,8 @@ def sweep(runner: Runner, capacities: list[float], unrouted: str,
 
 @torch.no_grad()
 def times(runner: Runner, repeats: int) -> dict[str, float]:
-    """Milliseconds of the backbone for the first test image, and of its dense
-    cores where it has them; the two take turns."""
+    """The milliseconds that the backbone takes for the first test image, and
+    those of its dense cores, if it has them. The two are run in turns."""
     image = first_image(runner)
     backbone: nn.Module = runner.model.backbone.eval()
     layers = moe_layers(backbone).values()
@@ -149,16 +154,19 @@ def set_capacity(layer: MoEFFN, order: str, capacity: float | None,
         return
     layer.unrouted = unrouted
     router.eval_capacity_factor = capacity
-    router.capacity_multiple = 1  # 4 would blur small capacities
+    # With the default, capacities are rounded up to multiples of 4, which
+    # would make several small ones equal.
+    router.capacity_multiple = 1
     if isinstance(router, TokenChoiceRouter):
-        router.tutel_compat = False  # its rule has no small capacities
+        # Tutel's rule for the capacity does not allow small ones.
+        router.tutel_compat = False
         router.priority = 'bpr' if order == PRIORITISED else 'first_come'
 
 
 @torch.no_grad()
 def cost(runner: Runner) -> dict:
-    """GFLOPs of the backbone and share of skipped tokens, on the first test
-    image."""
+    """The GFLOPs of the backbone and the share of skipped tokens for the first
+    test image."""
     image = first_image(runner)
     backbone: nn.Module = runner.model.backbone
     gflops = complexity(backbone, image).flops / 1e9
@@ -177,11 +185,12 @@ def first_image(runner: Runner) -> Tensor:
 
 
 def smallest_capacity(rows: list[dict], order: str) -> float | None:
-    """The smallest that keeps the score, and so do all above it."""
+    """The smallest capacity such that it and all larger ones keep the score;
+    None if there is none."""
     wanted = KEEP * rows[0]['score']
     smallest = None
     for row in reversed([row for row in rows if row['order'] == order]):
-        if not row['score'] >= wanted:  # nan keeps nothing
+        if not row['score'] >= wanted:  # also True if the score is nan
             break
         smallest = row['capacity']
     return smallest

@@ -1,13 +1,12 @@
-"""One batch before a long run: is everything in a config as it should be,
-and what will training take?
+"""Check a config before a long training, and measure what the training takes.
 
     python tools/analysis_tools/check_config.py CONFIG
     python tools/analysis_tools/check_config.py CONFIG --all --iters 50
 
-Looks at the data of every split, the model's classes and channels, its MoE
-layers and hooks, the checkpoint it starts from, and then trains a few
-iterations of every stage. Every problem is printed with what to do about it;
-the exit code is 1 if there is one. Nothing is written, nothing downloaded.
+Checks the data of every split, the model's classes and channels, its MoE
+layers and hooks, and the checkpoint it starts from, and then trains a few
+iterations of every stage. Every problem is printed with its fix, and the exit
+code is 1 if there is one. Nothing is written or downloaded.
 """
 import argparse
 import sys
@@ -32,11 +31,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--all', action='store_true',
-                        help='look at every image and label map, not at '
+                        help='read every image and label map, instead of '
                         f'{MAX_IMAGES} and {MAX_LABEL_MAPS} of each split')
     parser.add_argument('--iters', type=int, default=5,
-                        help='iterations of each stage that are timed; with '
-                        'worker processes, more than they load in advance')
+                        help='number of iterations of each stage that are '
+                        'timed. If worker processes load the data, it should '
+                        'be larger than the number of batches that they load '
+                        'in advance')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of the config')
     args = parser.parse_args()

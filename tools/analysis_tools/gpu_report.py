@@ -1,22 +1,23 @@
-"""Prove and measure rmoe on a machine with one GPU, in eight minutes.
+"""Test and measure rmoe on a machine with one GPU, in eight minutes.
 
     python tools/analysis_tools/gpu_report.py --out report --wheels wheels
     python tools/analysis_tools/gpu_report.py --out report --device cpu --small
 
 Runs the tests of tests/test_gpu and the tables of benchmark.py, one after the
-other, each with a limit, and goes on where one fails. The machine needs
-Python, PyTorch and what PyTorch needs; no package registry: whatever wheels a
-folder has are installed into one of their own, in front of what is there. The
-folder --out gets
+other, each with a time limit. If one fails, the others run all the same. The
+machine needs Python and PyTorch with its dependencies, but no package
+registry: the wheels in the folder --wheels are installed into a temporary
+folder, from which they are imported before packages that are installed
+already. The folder --out gets
 
-- report.json: how each part went, every test that failed, every table;
-- report.txt: the same to read;
-- report.log: all that was said.
+- report.json: the result of each part, every test that failed, every table;
+- report.txt: the same as text;
+- report.log: the output of all commands.
 
-The exit status is 0 if every part went well.
+The exit status is 0 if every part succeeded.
 
-docs/performance.md says which wheels. ``--device cpu --small`` tries the
-script itself where there is no GPU; its numbers mean nothing.
+docs/performance.md says which wheels are needed. ``--device cpu --small`` tries
+this script on a machine without a GPU; its numbers mean nothing.
 """
 import argparse
 import json
@@ -35,8 +36,8 @@ from _parts import Outcome, Part, run_part
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = 'tools/analysis_tools/benchmark.py'
 MINUTES = 8.
-# Tables, their options, and their largest share of the time. Tests get what
-# is left: a third or more.
+# The tables, with their options and the largest share of the time that each
+# gets. The tests get the rest, which is at least a third.
 TABLES = {
     'layer': (('layer', '--repeats', '7'), .17),
     'capacity': (('inference', '--repeats', '7', '--precision', 'bf16',
@@ -47,9 +48,9 @@ TABLES = {
                   'fp32'), .10),
     'routers': (('routers', '--repeats', '5', '--precision', 'bf16'), .06),
     'memory': (('memory', '--precision', 'bf16', 'fp32'), .05)}
-# pytest-xdist runs so many tests at once, where it is there.
+# The number of tests that pytest-xdist runs at once, if it is installed.
 WORKERS = 4
-# The same at sizes that mean nothing.
+# For --small: the same tables with tiny sizes, whose numbers mean nothing.
 DEMO = ('--config',
         'configs/demo/swin-micro-moe-e8k1_upernet_scenes-128x128.py')
 SMALL_TABLES = {
@@ -63,7 +64,7 @@ SMALL_TABLES = {
     'routers': ('routers', '--repeats', '1', '--layer', '64,16,4',
                 '--images', '2'),
     'memory': ('memory', '--size', '32', *DEMO)}
-# One router of the table, without compiling.
+# For --small: the tests of one router, without those that compile.
 SMALL_TESTS = ('-k', 'cosine or overflows or 512')
 
 
@@ -72,8 +73,8 @@ def main() -> int:
     begin = time.monotonic()
     out = Path(args.out).resolve()
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f'--out {args.out} has something in it: choose '
-                         'another folder')
+        raise ValueError(f'--out {args.out} is not empty: choose another '
+                         'folder')
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         report = Report(out, Path(scratch), args)
@@ -90,26 +91,27 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, help='an empty folder')
     parser.add_argument('--wheels', metavar='DIR',
-                        help='install these first; without it everything is '
-                        'there already')
+                        help='folder of wheels to install first; not needed '
+                        'if all packages are installed')
     parser.add_argument('--minutes', type=float, default=MINUTES,
-                        help='for everything; parts get their shares')
+                        help='time for all parts together')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
     parser.add_argument('--small', action='store_true',
                         help='tiny sizes and few tests')
     parser.add_argument('--only', nargs='+', metavar='PART',
                         choices=('tests', *TABLES),
-                        help=f'of tests, {", ".join(TABLES)}')
+                        help='run only these parts: tests, '
+                        f'{", ".join(TABLES)}')
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error(f'--minutes {args.minutes} must be positive')
     if args.wheels and not list(Path(args.wheels).glob('*.whl')):
-        parser.error(f'--wheels {args.wheels} holds no wheel (*.whl)')
+        parser.error(f'--wheels {args.wheels} has no wheel (*.whl) in it')
     return args
 
 
 def parts(args: argparse.Namespace, scratch: Path) -> list[Part]:
-    """What is run, in order."""
+    """The parts to run, in order."""
     whole = 60 * args.minutes
     found = []
     if args.wheels:
@@ -131,7 +133,8 @@ def parts(args: argparse.Namespace, scratch: Path) -> list[Part]:
 
 
 def install(wheels: Path, scratch: Path) -> tuple[str, ...]:
-    """All wheels of a folder, and nothing else from anywhere."""
+    """The command that installs all wheels of a folder, without dependencies
+    from elsewhere."""
     return (sys.executable, '-m', 'pip', 'install', '--quiet', '--no-index',
             '--find-links', str(wheels.resolve()), '--no-deps',
             '--no-compile', '--disable-pip-version-check', '--target',
@@ -140,7 +143,8 @@ def install(wheels: Path, scratch: Path) -> tuple[str, ...]:
 
 
 def tests(args: argparse.Namespace, scratch: Path) -> tuple[str, ...]:
-    """pytest, without the plugins that pyproject.toml counts on."""
+    """The command that runs the tests. It ignores pytest's options in
+    pyproject.toml, because they need plugins that may not be installed."""
     marks = 'gpu and not slow' if args.small else 'gpu'
     at_once = ('-n', str(WORKERS), '--dist=worksteal') if (
         args.device == 'cuda' and find_spec('xdist')) else ()
@@ -155,8 +159,9 @@ def environment(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
     found = dict(os.environ, PYTHONUNBUFFERED='1',
                  PYTHONPATH=os.pathsep.join(filter(None, paths)),
                  RMOE_GPU_SUITE_DEVICE=args.device)
-    # Workers share the cores, and a GPU's host has little to compute itself.
-    # Threads of a CPU that others use too wait for one another.
+    # With a GPU, the test processes share the cores of the host, which has
+    # little to compute itself. Without one, a single thread is used, because
+    # several would wait for each other when other programs use the CPU too.
     found.setdefault('OMP_NUM_THREADS',
                      str(WORKERS) if args.device == 'cuda' else '1')
     if args.device == 'cpu':
@@ -164,7 +169,8 @@ def environment(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
     return found
 
 
-# Run by a part: versions, the card, and that there is one at all.
+# The program of the part "machine". It writes the versions and the GPU, and
+# fails if there is no GPU.
 MACHINE = '''
 import json, platform, sys
 import rmoe, torch
@@ -185,12 +191,12 @@ print(found)
 
 
 class Report:
-    """Collects what parts leave, and writes it after each.
+    """Collects the results of the parts, and writes the files after each part.
 
     Args:
-        out: folder of the report.
-        scratch: where parts put their files.
-        args: of the command line.
+        out: the folder of the report.
+        scratch: the folder in which parts write their files.
+        args: the arguments of the command line.
     """
 
     def __init__(self, out: Path, scratch: Path, args: argparse.Namespace
@@ -233,7 +239,7 @@ class Report:
         (self.out / 'report.txt').write_text('\n'.join(self.text) + '\n')
 
     def finish(self) -> int:
-        """Say what went wrong; the exit status."""
+        """Print and write which parts failed, and return the exit status."""
         wrong = [each for each in self.outcomes if not each.ok]
         lines = [f'{each.name}: {each.status}' for each in wrong]
         lines += [f'  {test}' for test in self.found['tests'].get(
@@ -248,7 +254,8 @@ class Report:
 
 
 def read_tests(path: Path) -> dict[str, Any]:
-    """Counts, and who failed; empty if pytest was killed before it wrote."""
+    """The numbers of tests, and the names of those that failed. Empty if
+    pytest was killed before it wrote its file."""
     if not path.exists():
         return {}
     cases = list(ElementTree.parse(path).getroot().iter('testcase'))

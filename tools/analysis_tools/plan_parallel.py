@@ -1,12 +1,14 @@
-"""What a training needs of every GPU, for each way to spread it over many.
+"""Compute how much memory and communication a training needs on each GPU, for
+each way to spread it over several.
 
     python tools/analysis_tools/plan_parallel.py CONFIG --gpus 8 --memory 80
     python tools/analysis_tools/plan_parallel.py CONFIG --gpus 16 64 --amp
 
-For data parallel, sharded and expert parallel training, and both: memory of
-the GPU that needs most, what it sends in a step, and how long that takes by
-itself. Needs neither GPUs nor data nor the memory of the weights. What is
-counted, measured and assumed: docs/scaling.md.
+For data parallel, sharded and expert parallel training, and for the last two
+together, it shows the memory of the GPU that needs most, the bytes that this
+GPU sends in a step, and the time that the sending takes by itself. It needs
+neither GPUs nor data, nor memory for the weights. docs/scaling.md says what is
+counted, measured and assumed.
 """
 import argparse
 import json
@@ -38,21 +40,21 @@ from rmoe.moe import moe_layers
 from rmoe.registry import type_name
 
 GB = 1e9
-# Of a GPU's memory; the rest is for temporaries, for what the allocator cannot
-# use, and for the libraries.
+# The share of a GPU's memory that is planned with. The rest is for temporary
+# tensors, for gaps that the allocator cannot use, and for the libraries.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Option:
-    """A layout, and what it takes."""
+    """A layout on a number of GPUs, with its memory and communication."""
     gpus: int
     layout: Layout
     memory: Memory
     traffic: Traffic
 
     def fits(self, available: float) -> bool:
-        """In so many bytes of a GPU's memory."""
+        """Whether it fits into a GPU with so many bytes of memory."""
         return self.memory.total <= USABLE * available
 
 
@@ -62,30 +64,33 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--gpus', type=int, nargs='+', default=[8],
-                        help='GPUs in all; several numbers make a table each')
+                        help='number of all GPUs; several numbers make a '
+                        'table each')
     parser.add_argument('--memory', type=float, default=80,
-                        help='GB of each GPU')
+                        help='memory of each GPU in GB')
     parser.add_argument('--gpus-per-node', type=int, default=8)
     parser.add_argument('--link', type=float, default=300, metavar='GB/s',
-                        help='each GPU sends to others of its node; the '
-                        "default is NVLink's of an A100")
+                        help='rate at which a GPU sends to others of its '
+                        'node; the default is that of NVLink on an A100')
     parser.add_argument('--node-link', type=float, default=200,
-                        metavar='GB/s', help='a node sends to others, all its '
-                        'adapters together; the default is eight of 200 '
-                        'Gbit/s')
+                        metavar='GB/s', help='rate at which a node sends to '
+                        'others, for all its network adapters together; the '
+                        'default is that of eight adapters of 200 Gbit/s')
     parser.add_argument('--device', choices=('gpu', 'cpu'), default='gpu',
-                        help='whose path through MoE layers is taken')
+                        help='the device whose implementation of MoE layers '
+                        'is assumed')
     parser.add_argument('--amp', action='store_true',
-                        help='bfloat16, with float32 weights and moments; '
-                        'the default is what the config says')
+                        help='compute in bfloat16, with float32 weights and '
+                        'moments; the default is what the config says')
     parser.add_argument('--batch-size', type=int,
-                        help="images a GPU; the default is the config's")
+                        help="images per GPU; the default is the config's")
     parser.add_argument('--image-size', type=int, nargs='+',
                         metavar='PIXELS', help='a side, or height and width; '
                         "the default is the config's")
     parser.add_argument('--expert-parallel', type=int, metavar='N',
-                        help='GPUs that share the experts; the default is the '
-                        "config's, or as many as possible inside a node")
+                        help='number of GPUs that share the experts; the '
+                        "default is the config's, or as many as possible "
+                        'inside a node')
     parser.add_argument('--optimizer', metavar='TYPE',
                         help="the default is the config's")
     parser.add_argument('--json', metavar='FILE',
@@ -101,7 +106,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise for numbers that no machine has."""
+    """Raise for numbers that make no sense, such as a negative memory."""
     for name in ('memory', 'gpus_per_node', 'link', 'node_link',
                  'batch_size', 'expert_parallel'):
         value = getattr(args, name)
@@ -113,8 +118,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f'--gpus {gpus} must be at least 1')
         if gpus > args.gpus_per_node and gpus % args.gpus_per_node:
             raise ValueError(
-                f'--gpus {gpus} are no whole nodes of {args.gpus_per_node}: '
-                'set --gpus-per-node to a divisor')
+                f'--gpus {gpus} are not a whole number of nodes with '
+                f'{args.gpus_per_node} GPUs each: set --gpus-per-node to a '
+                'divisor')
     if args.image_size and (len(args.image_size) > 2
                             or min(args.image_size) < 1):
         raise ValueError(f'--image-size {args.image_size} must be a side, or '
@@ -167,10 +173,10 @@ def plan(cfg: Config, args: argparse.Namespace) -> None:
 
 def divided(args: argparse.Namespace, wrapper: dict, model: Any, experts: int,
             gpus: int) -> int:
-    """N, the GPUs that share the experts.
+    """The number of GPUs that share the experts of a layer.
 
     Raises:
-        ValueError: if they cannot.
+        ValueError: if the experts cannot be divided among that many.
     """
     given = args.expert_parallel or wrapper.get('expert_parallel')
     for name, layer in moe_layers(model).items():
@@ -195,7 +201,8 @@ def divided(args: argparse.Namespace, wrapper: dict, model: Any, experts: int,
 
 
 def rows_of(model: Any, activations: Activations) -> list[Rows]:
-    """What its MoE layers would exchange."""
+    """The rows that the MoE layers of a model would exchange under expert
+    parallelism."""
     return [Rows(round(activations.tokens[name]
                        * layer.router.experts_per_token),
                  layer.experts.widths[0], layer.num_experts, layer.with_cp)
@@ -265,7 +272,7 @@ def row(option: Option, available: float) -> dict[str, str]:
 
 
 def setting(layout: Layout, bfloat16: bool) -> str:
-    """What the config needs for a layout."""
+    """The setting in the config for a layout."""
     if layout.wrapper is None:
         return 'no setting needed'
     inside = ["type='rmoe.FullySharded'"]

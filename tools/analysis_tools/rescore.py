@@ -1,13 +1,13 @@
-"""What do the experts of a trained segmentor give? Its score as it is, and
-that of the dense models inside it.
+"""Measure what the experts of a trained segmentor contribute: compare its score
+with those of the dense models inside it.
 
     python tools/analysis_tools/rescore.py CONFIG CHECKPOINT
 
-Rows are the model as it is, its cores alone ('core') and the mean of its
-experts ('mean'), which cost what a dense model costs; a dense model has the
-first alone. Each is scored as configured and with its predictions averaged
-over the image and its mirror image, which are less noisy. rescore.json in the
-work dir has the table.
+The rows are the model as it is, its cores alone ('core') and the mean of its
+experts ('mean'). The last two cost as much as a dense model. For a dense model
+there is only the first row. Each is scored as configured, and with its
+predictions averaged over the image and its mirror image, which gives a less
+noisy score. The table is also written to rescore.json in the work dir.
 """
 import argparse
 import json
@@ -33,7 +33,8 @@ def main() -> None:
     runner = test_runner(args)
     if not hasattr(runner.model, 'inference'):
         raise ValueError(f'{type(runner.model).__name__} is no segmentor: it '
-                         'gives no maps of logits to average')
+                         'gives no maps of logits to average. Give the config '
+                         'of a segmentor')
     rows = rescore(runner, args.metric)
     print('\n'.join(f'{row["model"]:<8}{row["score"]:>8.2f}'
                     f'{row["flips"]:>8.2f} with flips' for row in rows))
@@ -56,8 +57,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def rescore(runner: Runner, metric: str | None) -> list[dict[str, Any]]:
-    """A row for each model: its name, its score, and that with flips."""
-    # What mmengine does before it tests.
+    """A row for each model with its name, its score, and its score with
+    mirrored images."""
+    # mmengine loads the checkpoint only in runner.test(), which is not called
+    # here.
     runner.load_or_resume()
     rows = [_score('as it is', runner, metric)]
     layers = moe_layers(runner.model)
@@ -98,7 +101,8 @@ def _score(name: str, runner: Runner, metric: str | None) -> dict[str, Any]:
 
 def both(model: Any, images: Tensor, metas: list[dict]
          ) -> tuple[Tensor, Tensor]:
-    """Logits of images, and their average with those of the mirror images."""
+    """The logits of images, and the average of these with the logits of the
+    mirror images."""
     once = model.inference(images, metas)
     mirrored = model.inference(images.flip(3), metas).flip(3)
     return once, (once + mirrored) / 2

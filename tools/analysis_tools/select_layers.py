@@ -1,13 +1,14 @@
-"""Which FFNs of a dense model should become MoE: those whose experts would
-lower the loss most, to first order.
+"""Choose the FFNs of a dense model that should become MoE: those whose experts
+would lower the loss most, to first order.
 
     python tools/analysis_tools/select_layers.py CONFIG CHECKPOINT
 
-CONFIG is a MoE config; which layers it names does not matter but for their
-number. CHECKPOINT is the trained dense model, head included. Every FFN gets
-experts with zero residuals, so that the model still is the dense one, and the
-gradients of the residuals are averaged over training batches: g_e, for each
-expert e of a layer, over the tokens its router sends there. Two scores:
+CONFIG is a MoE config; of the layers that it names only the number matters.
+CHECKPOINT is the trained dense model with its head. Every FFN gets experts
+with zero residuals, so that the model still computes what the dense one does.
+Then the gradients of the residuals are averaged over training batches: g_e is
+the gradient for expert e of a layer, over the tokens that its router sends to
+it. There are two scores of a layer:
 
   gradient    (sum_e ||g_e||^2)^1/2: how steeply the loss falls along the best
               residuals of norm one
@@ -64,12 +65,13 @@ BACKBONE = 'backbone.'
 
 @dataclass(frozen=True)
 class Score:
-    """Of one FFN.
+    """The scores of one FFN.
 
     Attributes:
-        stage: None for a backbone without stages.
-        block: in its stage.
-        gradient, divergence: see above.
+        stage: the number of its stage; None for a backbone without stages.
+        block: the number of its block in the stage.
+        gradient, divergence: the two scores, as the head of this file defines
+            them.
     """
     stage: int | None
     block: int
@@ -123,16 +125,16 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='MoE config')
-    parser.add_argument('checkpoint', help='dense model, head included')
+    parser.add_argument('checkpoint', help='dense model with its head')
     parser.add_argument('--batches', type=int, default=8,
-                        help='training batches the gradients are averaged '
-                        'over')
+                        help='number of training batches over which the '
+                        'gradients are averaged')
     parser.add_argument('--num-layers', type=int,
-                        help='FFNs to choose; default: as many as CONFIG has '
-                        'MoE layers')
+                        help='number of FFNs to choose; default: as many as '
+                        'CONFIG has MoE layers')
     parser.add_argument('--rank-by', choices=SCORES, default=SCORES[0])
     parser.add_argument('--seed', type=int, default=0,
-                        help='of routers, data order and augmentation')
+                        help='seed of routers, data order and augmentation')
     parser.add_argument('--out', help='.json file for scores and choice')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of the config')
@@ -143,10 +145,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def all_positions(backbone: Mapping) -> list[tuple[int | None, int]]:
-    """(stage, block) of every FFN, in forward order."""
+    """The stage and the block of every FFN, in forward order."""
     with weightless():
         model = build_backbone(dict(backbone))
-        # A foreign backbone's FFNs are counted through, whatever its depths.
+        # The FFNs of a backbone that is not one of rmoe's are numbered
+        # through all stages, even if it has depths.
         if isinstance(model, MoEBackbone) and hasattr(model, 'depths'):
             return [(stage, block) for stage, depth in enumerate(model.depths)
                     for block in range(depth)]
@@ -155,7 +158,7 @@ def all_positions(backbone: Mapping) -> list[tuple[int | None, int]]:
 
 
 def count_layers(backbone: Mapping) -> int:
-    """MoE layers of the config as it stands."""
+    """The number of MoE layers that the config names."""
     with weightless():
         return len(moe_layers(build_backbone(dict(backbone))))
 
@@ -167,11 +170,11 @@ def with_layers(backbone: Mapping, layers: Any) -> dict:
 
 def placement(chosen: Sequence[tuple[int | None, int]],
               positions: Sequence[tuple[int | None, int]]) -> tuple:
-    """``moe.layers`` that names these positions.
+    """The value of ``moe.layers`` that names some positions.
 
     Args:
-        chosen: positions, in any order.
-        positions: all there are.
+        chosen: these positions, in any order.
+        positions: the positions of all FFNs.
     """
     if positions[0][0] is None:
         return tuple(sorted(block for _, block in chosen))
@@ -182,23 +185,25 @@ def placement(chosen: Sequence[tuple[int | None, int]],
 
 def build_model(cfg: Config, backbone: Mapping, checkpoint: str
                 ) -> nn.Module:
-    """The dense model with experts in every FFN, whose residuals alone
-    require a gradient.
+    """Build the dense model with experts in every FFN, of which only the
+    residuals require a gradient.
 
     Raises:
         ValueError: if the checkpoint is not that of the whole dense model.
     """
     layers = placement(positions := all_positions(backbone), positions)
     config = with_layers(backbone, layers)
-    # Of a core and full-rank residuals; how they are to be stored later does
-    # not matter here.
+    # The scores are defined for a core with full-rank residuals, even if the
+    # config wants another form of experts.
     config['moe'].update(core=True, rank=None, align=None, unrouted='core')
     model = MODELS.build(dict(deepcopy(cfg.model), backbone=config))
     model = revert_sync_batchnorm(model)
     load(model, checkpoint)
     for layer in moe_layers(model.backbone).values():
-        # What is differentiated is the function itself, so no surrogate for
-        # the sake of routers; both are the dense function at residual zero.
+        # The default align changes the gradient, so that routers can learn.
+        # Here the gradient of the function itself is needed. With either of
+        # these settings the layer computes the dense function while residuals
+        # are zero.
         layer.align = 'difference' if layer.router.soft else 'renormalize'
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(role_of(name) == 'residual')
@@ -218,18 +223,21 @@ def load(model: Any, checkpoint: str) -> None:
                          'dense with tools/upcycle.py --to-dense')
     if missing := unfilled(model, content):
         raise ValueError(
-            f'{checkpoint} does not fill {missing}. The gradients of a head '
-            'that was not trained tell nothing: give the checkpoint of the '
+            f'{checkpoint} does not fill {missing}. With a head that was not '
+            'trained the gradients mean nothing: give the checkpoint of the '
             'whole dense model')
-    # The backbone checks what is its own.
+    # The load need not be strict: the head was checked above, and the backbone
+    # checks its own part.
     model.load_state_dict(state, strict=False)
 
 
 def still(model: nn.Module) -> None:
-    """Training mode, without what makes training noisy: the backbone and
-    norms as in evaluation, no dropout, no stochastic depth.
+    """Put a model into training mode, but without sources of noise: the
+    backbone and norms are in evaluation mode, and there is no dropout and no
+    stochastic depth.
 
-    Not evaluation mode for all: detectors (DINO) compute another loss there.
+    The whole model cannot be in evaluation mode, because some detectors (DINO)
+    compute another loss in it.
     """
     model.train()
     model.get_submodule('backbone').eval()
@@ -242,12 +250,12 @@ def still(model: nn.Module) -> None:
 
 def measure(model: Any, batches: Any, count: int
             ) -> list[tuple[float, float]]:
-    """Both scores of every MoE layer, in forward order.
+    """Compute both scores of every MoE layer, in forward order.
 
     Args:
-        model: as :func:`build_model` gives it.
-        batches: iterator over training batches.
-        count: how many to use.
+        model: the model that :func:`build_model` returns.
+        batches: an iterator over training batches.
+        count: the number of batches to use.
 
     Raises:
         ValueError: if a gradient is nan or inf.
@@ -260,20 +268,21 @@ def measure(model: Any, batches: Any, count: int
     for name, layer in moe_layers(model.backbone).items():
         score = score_of(layer)
         if not all(value < float('inf') for value in score):
-            raise ValueError(f'the gradients of {name} are nan or inf: is '
-                             'the checkpoint, and the data, sound?')
+            raise ValueError(f'the gradients of {name} are nan or inf: check '
+                             'the checkpoint and the data')
         scores.append(score)
     return scores
 
 
 def score_of(layer: MoELayer) -> tuple[float, float]:
-    """From the gradients of its residuals."""
+    """The two scores of a layer, from the gradients of its residuals."""
     gradient = divergence = 0.
     for parameter in layer.experts.parameters():
         grad_E: Tensor | None = parameter.grad
         if grad_E is None:
-            continue  # no path from this layer to the loss
-        # One expert at a time, for the memory of float64.
+            continue  # The loss does not depend on this layer.
+        # One expert at a time is converted, because float64 takes twice the
+        # memory.
         mean = grad_E.double().mean(0)
         for grad in grad_E:
             gradient += float(grad.double().square().sum())
@@ -282,13 +291,14 @@ def score_of(layer: MoELayer) -> tuple[float, float]:
 
 
 def rank(scores: Sequence[Score], by: str) -> list[Score]:
-    """Best first; equal ones stay in forward order."""
+    """Sort scores, the best first; equal ones stay in forward order."""
     return sorted(scores, key=lambda score: -getattr(score, by))
 
 
 def table(ranked: Sequence[Score], by: str, number: int) -> str:
-    """A line for each FFN; shares are of the sum of squares of ``by``, which
-    is the square of the score that all layers have together."""
+    """A table with a line for each FFN. The share of an FFN is its score
+    ``by`` squared, over the sum of all squares, which is the square of the
+    score of all layers together."""
     total = sum(getattr(score, by)**2 for score in ranked) or 1.
     lines = [f'{"rank":>4} {"stage":>6} {"block":>6} {"gradient":>11} '
              f'{"divergence":>11} {"share":>7} {"sum":>7}']
@@ -305,7 +315,7 @@ def table(ranked: Sequence[Score], by: str, number: int) -> str:
 
 
 def as_code(value: Any) -> str:
-    """As a config would say it."""
+    """The Python code for a value, as it would be written in a config."""
     if isinstance(value, Mapping) and all(
             isinstance(key, str) and key.isidentifier() for key in value):
         return 'dict(' + ', '.join(f'{key}={as_code(item)}'

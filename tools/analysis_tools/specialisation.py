@@ -3,14 +3,15 @@
     python tools/analysis_tools/specialisation.py CONFIG CHECKPOINT \\
         --images 50 --out specialisation.png --json specialisation.json
 
-Runs an mmseg segmentor over the config's test set, image by image, as it is
-evaluated. Each token has the class that covers most of its patch and weighs
-one, shared equally by the experts that kept it. Prints the mutual information
-of expert and class, of expert and place (a cell of a 4 x 4 grid over the
-image), and of expert and class where the place is known, in bits. "% of X" is
-the share of what there is to know about the class or the place. "chance" is
-what the same expert maps tell when they are shifted at random over their
-images, and, where the place is known, when they are those of other images.
+Runs an mmseg segmentor over the config's test set, image by image, as in
+evaluation. The class of a token is the class that covers most of its patch.
+Each token counts as one, divided equally among the experts that kept it. The
+tool prints, in bits, the mutual information of expert and class, of expert and
+place (a cell of a 4 x 4 grid over the image), and of expert and class given
+the place. "% of X" is the mutual information as a share of the entropy of the
+class or the place. "chance" is the mutual information with the same expert
+maps after they were shifted at random over their images, and, given the place,
+with the expert maps of other images.
 """
 import argparse
 import json
@@ -49,8 +50,9 @@ def main() -> None:
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if 'decode_head' not in cfg.model:
-        raise ValueError(f'{args.config} is of no segmentor: classes of '
-                         'patches are read off segmentation maps')
+        raise ValueError(f'{args.config} is not the config of a segmentor: '
+                         'the class of a patch is read from a segmentation '
+                         'map. Give the config of a segmentor')
     model = trained_model(cfg, args.checkpoint)
     check_routers(model, args.config)
     dataset = build_test_data(cfg)
@@ -81,8 +83,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config of a segmentor with experts')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--images', type=int, default=0,
-                        help='how many, evenly spaced over the test set; 0 '
-                        'for all')
+                        help='number of images, evenly spaced over the test '
+                        'set; 0 for all')
     parser.add_argument('--out', type=Path, default=Path('specialisation.png'))
     parser.add_argument('--json', type=Path, help='file for the numbers')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
@@ -103,12 +105,12 @@ def check_routers(model: BaseModel, config: str) -> None:
 
 def labelled(dataset: Any, index: int) -> dict:
     """An image of the data set with its segmentation map."""
-    # Without this key, the pipeline fails with nothing but its name.
+    # Without this key the pipeline would raise a bare KeyError.
     item = (dataset[index] if dataset.get_data_info(index).get('seg_map_path')
             else None)
     if item is None or 'gt_sem_seg' not in item['data_samples']:
         raise ValueError(
-            'the test data set gives no segmentation maps: set test_dataloader'
+            'the test data set has no segmentation maps: set test_dataloader'
             '.dataset.data_prefix.seg_map_path and put '
             "dict(type='LoadAnnotations') into its pipeline")
     return item
@@ -117,7 +119,8 @@ def labelled(dataset: Any, index: int) -> dict:
 @torch.no_grad()
 def tally_experts(model: BaseModel, items: Iterable[dict], num_classes: int
                   ) -> dict[str, Tally]:
-    """Run the segmentor as in evaluation and count who takes what."""
+    """Run the segmentor as in evaluation, and count which tokens each expert
+    gets."""
     tallies = {
         short_name(name): Tally(num_classes, layer.num_experts)
         for name, layer in moe_layers(model).items()}
@@ -126,21 +129,22 @@ def tally_experts(model: BaseModel, items: Iterable[dict], num_classes: int
             image_hw = tuple(item['inputs'].shape[-2:])
             labels = item['data_samples'].gt_sem_seg.data[0]
             data = model.data_preprocessor(pseudo_collate([item]), False)
-            # Not the backbone alone: the segmentor tells it the padding.
+            # The whole segmentor runs, because it tells the backbone which
+            # tokens are padding.
             model(**data, mode='predict')
             for (name, routings), tally in zip(records.items(),
                                                tallies.values()):
                 if len(routings) != 1:
                     raise ValueError(
-                        f'{name} ran {len(routings)} times for one image; '
-                        'sliding windows have no one place for a token: set '
-                        'model.test_cfg.mode=whole')
+                        f'{name} ran {len(routings)} times for one image, so '
+                        'that a patch has several tokens. Sliding windows do '
+                        'this: set model.test_cfg.mode=whole')
                 routing = routings.pop()
                 leading, height, width, stride = token_map(
                     routing.num_tokens, tuple(data['inputs'].shape[-2:]))
                 shares = expert_shares(routing)[leading:].view(
                     height, width, -1)
-                # without rows and columns that are all padding
+                # Rows and columns that are only padding are left out.
                 map_hw = tuple(-(-side // stride) for side in image_hw)
                 tally.add(
                     shares[:map_hw[0], :map_hw[1]],

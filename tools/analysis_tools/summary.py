@@ -1,12 +1,12 @@
-"""Parameters and operations of backbones, with and without experts.
+"""Count parameters and operations of backbones, with and without experts.
 
     python tools/analysis_tools/summary.py CONFIG --size 512
     python tools/analysis_tools/summary.py --preset swin-tiny cvt-13
     python tools/analysis_tools/summary.py --preset all --markdown
 
-Nothing of a model's size is held in memory: the dense twin is counted without
-weights, then one MoE layer of each kind is run on as many tokens as it gets.
-A multiply-add is two operations.
+The weights of the model are never in memory: the operations of the dense twin
+are counted without weights, and then one MoE layer of each kind is run on as
+many tokens as it gets. A multiply-add is two operations.
 """
 import argparse
 import sys
@@ -92,8 +92,8 @@ def summarise(name: str, backbone: dict, size: int) -> tuple:
 
 def input_shapes(dense: nn.Module, names: list[str], image: torch.Tensor
                  ) -> dict[str, tuple]:
-    """What each FFN of the dense twin is called with: a shape, and for
-    SegFormer's the (h, w) beside it."""
+    """The shape of the input of each FFN of the dense twin. SegFormer's FFNs
+    also take the height and width, which follow the shape."""
     shapes, handles = {}, []
     for name in names:
         def note(module: nn.Module, args: tuple, name: str = name) -> None:
@@ -113,7 +113,7 @@ def inputs(shape: tuple, device: str) -> tuple:
 
 
 def operations(layer: nn.Module, shape: tuple) -> int:
-    """Of one MoE layer, run with arbitrary weights."""
+    """The operations of one MoE layer, which is run with all weights zero."""
     layer = deepcopy(layer).to_empty(device='cpu')
     for parameter in [*layer.parameters(), *layer.buffers()]:
         nn.init.zeros_(parameter)

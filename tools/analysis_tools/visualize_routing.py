@@ -1,10 +1,10 @@
-"""Draw which expert takes each patch of an image, and the experts' loads.
+"""Draw which expert each patch of an image is sent to, and the experts' loads.
 
     python tools/analysis_tools/visualize_routing.py CONFIG CHECKPOINT \\
         --index 3 --out routing.png
 
-The image is one of the config's test set. Loads are of that image, or of the
-first --load-images images of the test set.
+The image is one of the config's test set. Loads are counted over that image, or
+over the first --load-images images of the test set.
 """
 import argparse
 import sys
@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument('config')
     parser.add_argument('checkpoint')
     parser.add_argument('--index', type=int, default=0,
-                        help='of the image in the test set')
+                        help='index of the image in the test set')
     parser.add_argument('--out', type=Path, default=Path('routing.png'))
     parser.add_argument('--load-images', type=int, default=0,
-                        help='images the loads are counted over; 0 means the '
-                        'shown one alone')
+                        help='number of images over which loads are counted; '
+                        '0 means only the image that is drawn')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
 

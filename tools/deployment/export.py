@@ -1,11 +1,13 @@
-"""Export a trained model to ONNX, or to torch.export's format, and check it.
+"""Export a trained model to ONNX, or to torch.export's format, and check the
+file.
 
     python tools/deployment/export.py CONFIG CHECKPOINT --out model.onnx
 
-A segmentor is exported whole, from normalised images to logits at the scale
-of its head; of any other model it is the backbone, from normalised images to
-feature maps. The file holds every expert. It is loaded again, run on the
-example and on images it has not seen, and compared with the model.
+A segmentor is exported as a whole, from normalised images to logits at the
+resolution of its head. Of any other model only the backbone is exported, from
+normalised images to feature maps. The file contains all experts. It is loaded
+again, run on the example with which it was exported and on other images, and
+compared with the model.
 """
 import argparse
 import sys
@@ -38,13 +40,16 @@ def main() -> None:
                         help='file to write, .onnx or .pt2')
     parser.add_argument('--shape', type=int, nargs=2, default=(512, 512),
                         metavar=('HEIGHT', 'WIDTH'),
-                        help='of the images; it is fixed in the file')
+                        help='shape of the images, which is fixed in the file')
     parser.add_argument('--batch-size', type=int, default=1,
-                        help='fixed in the file as well')
+                        help='number of images, which is also fixed in the '
+                        'file')
     parser.add_argument('--checks', type=int, default=8,
-                        help='images to compare on beside the example')
+                        help='number of images, beside the example, on which '
+                        'outputs are compared')
     parser.add_argument('--tolerance', type=float, default=1e-3,
-                        help='largest difference, over the largest output')
+                        help='largest difference that is allowed, over the '
+                        'largest output')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
     if args.out.suffix not in ('.onnx', '.pt2'):
@@ -77,7 +82,8 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
 
 
 def make_images(count: int, shape: tuple[int, ...]) -> list[Tensor]:
-    """Noise, from fine to coarse: experts often go by texture."""
+    """Random images, from fine to coarse noise. Experts often specialise in
+    textures, so that noise of one kind would use only few of them."""
     torch.manual_seed(0)
     images = []
     for i in range(count):
@@ -89,7 +95,7 @@ def make_images(count: int, shape: tuple[int, ...]) -> list[Tensor]:
 
 def write(program: torch.export.ExportedProgram, example: Tensor, out: Path
           ) -> Run:
-    """Write the file; return what runs it."""
+    """Write the file, and return a function that runs it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == '.pt2':
         torch.export.save(program, out)
@@ -117,8 +123,10 @@ def flat(outputs: Tensor | Sequence) -> list[Tensor]:
 
 def compare(model: nn.Module, exported: Run, images: list[Tensor],
             tolerance: float) -> None:
-    """Raises:
-        ValueError: if the file computes something else.
+    """Compare the outputs of the exported file with those of the model.
+
+    Raises:
+        ValueError: if they differ by more than the tolerance.
     """
     worst = largest = 0.
     with record_routing(model) as records:
@@ -137,7 +145,9 @@ def compare(model: nn.Module, exported: Run, images: list[Tensor],
         raise ValueError(
             f'the exported model is off by {worst:.2g}, more than '
             f'--tolerance={tolerance} of the largest output {largest:.2g}. '
-            'One token with two equally good experts can do that')
+            'A single token with two equally good experts can cause that: look '
+            'at the outputs, and give a larger --tolerance if the difference '
+            'is in one place only')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Pictures of experiments, drawn from their records."""
+"""Draws the pictures of experiments from their records."""
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -13,12 +13,13 @@ from _results import (
 )
 from matplotlib.figure import Figure
 
-# Matplotlib's first colours differ for colour-blind eyes as well.
+# Matplotlib's first colours can be told apart by colour-blind people too.
 COLOURS = [f'C{i}' for i in range(10)]
 
 
 def curves(runs: Mapping[str, Runs], path: Path) -> None:
-    """Downstream loss by iteration, and what it came to."""
+    """Draw the downstream training loss over iterations, and beside it the
+    gains of every seed over the first pipeline."""
     figure = Figure((9, 3.6), dpi=110, layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for (name, each), colour in zip(runs.items(), COLOURS):
@@ -36,7 +37,7 @@ def curves(runs: Mapping[str, Runs], path: Path) -> None:
 
 
 def dots(runs: Mapping[str, Runs], path: Path) -> None:
-    """What every seed gained over the first pipeline, and the means."""
+    """Draw the gains of every seed over the first pipeline, and the means."""
     figure = Figure((7, 1.2 + 0.26 * len(runs)), dpi=110,
                     layout='constrained')
     _dots(figure.add_subplot(), runs)
@@ -44,8 +45,9 @@ def dots(runs: Mapping[str, Runs], path: Path) -> None:
 
 
 def differences(runs: Mapping[str, Runs], path: Path) -> None:
-    """The same with 95 % intervals of the means, where there are at least
-    three seeds: that of two is wider than any picture."""
+    """Draw the same as :func:`dots`, with 95 % intervals of the means. There is
+    an interval only for three seeds or more, because that of two seeds would
+    be wider than the picture."""
     figure = Figure((7, 1.2 + 0.26 * len(runs)), dpi=110,
                     layout='constrained')
     axes = figure.add_subplot()
@@ -79,7 +81,8 @@ def _dots(axes, runs: Mapping[str, Runs]) -> None:
 
 
 def mean_loss(runs: Runs) -> tuple[list[int], list[float]]:
-    """Of the last step, over seeds, at iterations all of them have."""
+    """The mean loss of the last step over seeds, at the iterations that all of
+    them have."""
     each = [dict(runs.last_step(seed)['curve']['loss'])
             for seed in runs.records]
     steps = sorted(set.intersection(*map(set, each)))
@@ -87,7 +90,8 @@ def mean_loss(runs: Runs) -> tuple[list[int], list[float]]:
 
 
 def capacities(runs: Mapping[str, Runs], path: Path) -> None:
-    """Score against the operations of the backbone, at every capacity."""
+    """Draw the score against the operations of the backbone at every
+    capacity."""
     swept = {name: each for name, each in runs.items() if sweeps(each)}
     figure = Figure((4.2 * len(swept), 4), dpi=110, layout='constrained')
     for axes, (name, each) in zip(
@@ -102,7 +106,8 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
                       markersize=4, label=order)
         labelled = 0.0
         for row in rows:
-            # Above a capacity where nothing is dropped all points are one.
+            # From the capacity on at which nothing is dropped, all points are
+            # at the same place, so only the first has a label.
             if row['order'] == 'first come' and (
                     row['gflops'] > 1.01 * labelled):
                 labelled = row['gflops']
@@ -125,8 +130,8 @@ def capacities(runs: Mapping[str, Runs], path: Path) -> None:
 
 
 def times(runs: Mapping[str, Runs], path: Path) -> None:
-    """Score against operations and against time, both over the dense
-    model's, at every capacity."""
+    """Draw the score against operations and against time, both over those of
+    the dense model, at every capacity."""
     figure = Figure((8.4, 4), dpi=110, layout='constrained')
     both = figure.subplots(1, 2, sharey=True)
     for axes, cost in zip(both, ('operations', 'time')):
@@ -151,7 +156,8 @@ def times(runs: Mapping[str, Runs], path: Path) -> None:
 
 
 def specialisation(runs: Mapping[str, Runs], path: Path) -> None:
-    """P(expert | class) in every MoE layer of a model, its first seed."""
+    """Draw P(expert | class) in every MoE layer of a model, for its first
+    seed."""
     each = next(each for each in runs.values() if specialised(each))
     found = specialised(each)[0]
     layers, classes = found['layers'], found['classes']

@@ -1,6 +1,8 @@
-"""The record of a finished pipeline: small, and enough to redraw it.
+"""Writes and reads the records of finished pipelines. A record is small, but
+tables and pictures can be made from it.
 
-Those of a plan are one file of JSON lines, a line for each pipeline and seed.
+The records of a plan are a file of JSON lines, with a line for each pipeline
+and seed.
 """
 import fcntl
 import json
@@ -18,17 +20,17 @@ from rmoe.upcycling import write_atomically
 def write_record(folder: Path, experiment: str, pipeline: str, seed: int,
                  steps: dict[str, dict[str, Any]],
                  analyses: dict[str, dict[str, Any]]) -> Path:
-    """Put a line into ``folder/experiment.jsonl``, in place of an older one of
-    this pipeline and seed.
+    """Write a line into ``folder/experiment.jsonl``. It replaces an older line
+    of the same pipeline and seed.
 
     Args:
-        folder: of all records.
-        experiment: name of the plan.
-        pipeline: name in the plan.
-        seed: of the steps that are not shared by all seeds.
-        steps: what ``_steps.finish`` returned for each, with ``folder``,
-            ``config`` (file name), ``options`` and ``seed``.
-        analyses: what tools found, by their names.
+        folder: the folder of all records.
+        experiment: the name of the plan.
+        pipeline: the name of the pipeline in the plan.
+        seed: the seed of the steps that are not shared by all seeds.
+        steps: the result of ``_steps.finish`` for each step, with ``folder``,
+            ``config`` (the file name), ``options`` and ``seed``.
+        analyses: the results of analysis tools, by the name of the tool.
     """
     record = dict(
         experiment=experiment, pipeline=pipeline, seed=seed,
@@ -50,7 +52,7 @@ def write_record(folder: Path, experiment: str, pipeline: str, seed: int,
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a plan; none if there is no such file."""
+    """The records of a plan; empty if there is no such file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -58,8 +60,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Trainings of several threads and processes end when they like, and no
-    two of them may write a file at a time."""
+    """Context with a lock on a folder. Trainings run in several threads and
+    processes, and two of them may end at the same time and write the same
+    file."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -69,12 +72,12 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """The main ones, with two decimals as evaluators print them."""
+    """The main scores, rounded to four decimals."""
     return {key: round(metrics[key], 4) for key in SCORES if key in metrics}
 
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:
-    if 'folder' not in step:  # it was trained elsewhere
+    if 'folder' not in step:  # Its checkpoint was given with --dense.
         return dict(checkpoint=Path(step['checkpoint']).name,
                     cost=step['cost'])
     return dict(
@@ -88,9 +91,12 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(folder: Path) -> dict[str, list]:
-    """Loss and scores of all runs in a work dir, by iteration; of what a
-    stopped run did again, the second time. The loss is that of the task: a
-    dense model has no ``loss_moe_*`` to compare with."""
+    """The loss and scores of all runs in a work dir, by iteration.
+
+    If a resumed run repeated iterations, the later values are taken. The loss
+    is that of the task, without ``loss_moe_*``, so that it can be compared with
+    that of a dense model.
+    """
     loss: dict[int, float] = {}
     score: dict[int, list] = {}
     last = 0
@@ -107,8 +113,9 @@ def curve(folder: Path) -> dict[str, list]:
 
 
 def routing(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of the last window of iterations, by layer: each expert's share of the
-    tokens, their normalised entropy, the share of tokens nobody kept."""
+    """The statistics of routing in the last report of RoutingStatsHook, by
+    layer: each expert's share of the tokens, the normalised entropy of these
+    shares, and the share of tokens that no expert kept."""
     last: dict[str, float] = {}
     for line in _lines(folder):
         last.update({key: value for key, value in line.items()

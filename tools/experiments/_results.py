@@ -1,4 +1,5 @@
-"""Records, read and summed up: scores over seeds, costs of whole pipelines."""
+"""Reads records, and computes means over seeds, gains and costs of whole
+pipelines from them."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ class Runs:
     """One pipeline of an experiment, with all its seeds.
 
     Attributes:
-        name: of the pipeline.
-        records: by seed, in order.
+        name: the name of the pipeline.
+        records: its records by seed, in order of the seeds.
     """
     name: str
     records: dict[int, dict[str, Any]]
 
     def scores(self) -> dict[int, float]:
-        """The main score by seed, in percent: COCO's evaluator counts to 1,
-        all others to 100."""
+        """The main score by seed, in percent. The scores of COCO's evaluator
+        are fractions and are multiplied by 100; all others are in percent
+        already."""
         found = {}
         for seed, record in self.records.items():
             name, score = next(iter(record['scores'].items()))
@@ -30,16 +32,17 @@ class Runs:
         return found
 
     def mean(self, seeds: Iterable[int] | None = None) -> float:
-        """Of the scores of these seeds, or of all."""
+        """The mean score of these seeds, or of all."""
         scores = self.scores()
         return mean(scores[seed] for seed in (
             scores if seeds is None else seeds))
 
     def gains(self, base: 'Runs') -> dict[int, float]:
-        """Differences to another pipeline, for the seeds both have.
+        """The differences to the scores of another pipeline, for the seeds that
+        both have.
 
         Raises:
-            ValueError: if they share none.
+            ValueError: if they have no seed in common.
         """
         mine, theirs = self.scores(), base.scores()
         both = {seed: mine[seed] - theirs[seed]
@@ -50,8 +53,8 @@ class Runs:
 
     def rescored(self, model: str = 'as it is', flips: bool = False
                  ) -> 'Runs':
-        """With the scores that rescore.py found in place of their own: of
-        the seeds for which it looked at this model."""
+        """The same runs with the scores of rescore.py instead of their own.
+        Seeds for which rescore.py did not score this model are left out."""
         found = {}
         for seed, record in self.records.items():
             for row in record['analyses'].get('rescore', dict(rows=[]))[
@@ -62,34 +65,37 @@ class Runs:
         return Runs(self.name, found)
 
     def gain(self, base: 'Runs') -> tuple[float, float | None]:
-        """Mean of the gains, and its standard error, None for one seed."""
+        """The mean of the gains, and its standard error, which is None for one
+        seed."""
         gains = list(self.gains(base).values())
         return mean(gains), (
             stdev(gains) / len(gains) ** .5 if len(gains) > 1 else None)
 
     def interval(self, base: 'Runs') -> float:
-        """Half of the 95 % interval of the mean gain, by Student's t.
+        """Half the width of the 95 % interval of the mean gain, by Student's t.
 
         Raises:
-            ValueError: for a single pair.
+            ValueError: if there is only one pair of scores.
         """
         gains = list(self.gains(base).values())
         if len(gains) < 2:
             raise ValueError(f'{self.name} and {base.name} share the seeds '
                              f'{list(self.gains(base))}: an interval needs '
-                             'two')
+                             'at least two')
         return float(student.ppf(.975, len(gains) - 1) * stdev(gains)
                      / len(gains) ** .5)
 
     def cost(self, what: str, last_only: bool = False) -> float:
-        """Mean over seeds of a cost, summed over the steps or of the last."""
+        """The mean over seeds of a cost, summed over the steps, or of the last
+        step only."""
         return mean(
             sum(step['cost'][what] for step in list(
                 record['steps'].values())[-1 if last_only else 0:])
             for record in self.records.values())
 
     def loss(self) -> dict[int, float]:
-        """Training loss of the last step over its last quarter, by seed."""
+        """The mean training loss in the last quarter of the last step, by
+        seed."""
         found = {}
         for seed in self.records:
             losses = self.last_step(seed)['curve']['loss']
@@ -99,7 +105,8 @@ class Runs:
         return found
 
     def loss_over(self, base: 'Runs') -> float:
-        """Ratio of means over the seeds both have: their batches are the
+        """The mean training loss over that of another pipeline. Only seeds that
+        both have count, because with the same seed the batches are the
         same."""
         mine, theirs = self.loss(), base.loss()
         both = mine.keys() & theirs.keys()
@@ -110,14 +117,15 @@ class Runs:
         return list(self.records[seed]['steps'].values())[-1]
 
     def routing(self) -> dict[str, float]:
-        """Means over seeds of the loads of the last step, see summarise."""
+        """The means over seeds of the numbers of :func:`summarise` for the last
+        step."""
         each = [summarise(self.last_step(seed)['routing'].values())
                 for seed in self.records]
         return {key: mean(one[key] for one in each) for key in each[0]}
 
 
 def read(path: Path, order: Sequence[str]) -> dict[str, Runs]:
-    """The pipelines of a plan that have records in a file, in this order."""
+    """Read the pipelines that have records in a file, in the given order."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for record in read_records(path):
         found.setdefault(record['pipeline'], {})[record['seed']] = record
@@ -131,13 +139,13 @@ def swept_seeds(runs: Runs) -> list[int]:
 
 
 def sweeps(runs: Runs) -> list[list[dict[str, Any]]]:
-    """Rows of capacity_sweep.py, by seed."""
+    """The rows of capacity_sweep.py for each seed that has them."""
     return [runs.records[seed]['analyses']['capacity_sweep']['rows']
             for seed in swept_seeds(runs)]
 
 
 def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of a sweep with scores and costs averaged over seeds."""
+    """The rows of a sweep, with scores and costs averaged over seeds."""
     averaged = []
     for rows in zip(*each, strict=True):
         averaged.append({
@@ -148,24 +156,24 @@ def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a sweep the reference and what was filled by batch priority, with
-    operations and time over those of the dense cores."""
+    """The rows of a sweep for the reference and for Batch Prioritized Routing,
+    with operations and time over those of the dense cores."""
     return [dict(row, operations=row['gflops'] / rows[0]['dense_gflops'],
                  time=row['milliseconds'] / row['dense_milliseconds'])
             for row in rows if row['order'] != 'first come']
 
 
 def specialised(runs: Runs) -> list[dict[str, Any]]:
-    """What specialisation.py found, by seed."""
+    """The results of specialisation.py for each seed that has them."""
     return [record['analyses']['specialisation']
             for record in runs.records.values()
             if 'specialisation' in record.get('analyses', {})]
 
 
 def summarise(layers: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Over MoE layers: mean normalised entropy of the loads, mean share of
-    tokens without an expert, and the smallest load of any expert over its
-    fair share; empty without MoE."""
+    """Summarise the routing of all MoE layers: the mean normalised entropy of
+    the loads, the mean share of tokens that no expert kept, and the smallest
+    load of any expert over its fair share. Empty without MoE layers."""
     layers = [layer for layer in layers if 'load' in layer]
     return {} if not layers else dict(
         entropy=mean(layer['entropy'] for layer in layers),

@@ -1,4 +1,4 @@
-"""Tables of experiments, as Markdown."""
+"""Makes the tables of experiments, as Markdown."""
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import stdev
 
@@ -15,7 +15,8 @@ DENSE = 'non-moe'
 
 
 def pipelines(runs: Mapping[str, Runs]) -> str:
-    """The four pipelines of RMoE (2204.09636): score and whole cost."""
+    """The table of the four pipelines of RMoE (2204.09636), with scores and the
+    costs of all steps."""
     base = runs[DENSE]
     rows = []
     for name, each in runs.items():
@@ -34,7 +35,8 @@ def pipelines(runs: Mapping[str, Runs]) -> str:
 
 
 def variants(runs: Mapping[str, Runs]) -> str:
-    """One change at a time, over the first of them."""
+    """The table of variants that each change one thing, over the first of
+    them."""
     base = next(iter(runs.values()))
     rows = []
     for each in runs.values():
@@ -51,9 +53,9 @@ def variants(runs: Mapping[str, Runs]) -> str:
 
 
 def paired(runs: Mapping[str, Runs]) -> str:
-    """Variants over the dense model and over one expert, with 95 % intervals.
-    The mean of a model's experts is a dense model that was trained with
-    them."""
+    """The table of variants over the dense model and over one expert, with 95 %
+    intervals. The column for the mean of the experts is about the dense model
+    that has the mean of the experts' weights."""
     base, one = runs['dense'], runs.get('e1')
     rows = []
     for name, each in runs.items():
@@ -71,8 +73,8 @@ def paired(runs: Mapping[str, Runs]) -> str:
 
 
 def noise(runs: Mapping[str, Runs]) -> str:
-    """How far four experts are from dense, and how far that is from seed to
-    seed, by how models are trained and how they are scored."""
+    """The table of the difference between four experts and dense, and of its
+    deviation from seed to seed, for several ways to train and to score."""
     rows = []
     for what, suffix in (
             ('with stochastic depth', '-drop'), ('without', ''),
@@ -97,7 +99,8 @@ def noise(runs: Mapping[str, Runs]) -> str:
 
 
 def spread(runs: Runs, base: Runs) -> str:
-    """The mean difference, paired by seed, with its 95 % interval."""
+    """The text of the mean difference, paired by seed, with its 95 %
+    interval."""
     gains = runs.gains(base)
     if len(gains) < 2:
         return f'{runs.gain(base)[0]:+.2f}'
@@ -105,7 +108,7 @@ def spread(runs: Runs, base: Runs) -> str:
 
 
 def routers(runs: Mapping[str, Runs]) -> str:
-    """Routers at equal compute."""
+    """The table of routers with about equal compute."""
     base = next(iter(runs.values()))
     rows = []
     for each in runs.values():
@@ -123,24 +126,25 @@ def routers(runs: Mapping[str, Runs]) -> str:
 
 
 def flops(runs: Runs) -> float:
-    """Of the last step."""
+    """The operations of the last step."""
     return runs.cost('flops', True)
 
 
 def score(runs: Runs) -> list[str]:
-    """All seeds in order, and their mean."""
+    """The texts of the scores of all seeds in order, and of their mean."""
     return [', '.join(f'{score:.1f}' for score in runs.scores().values()),
             f'{runs.mean():.2f}']
 
 
 def gain(runs: Runs, base: Runs) -> str:
-    """Paired by seed, with its standard error."""
+    """The text of the mean gain, paired by seed, with its standard error."""
     mean, error = runs.gain(base)
     return f'{mean:+.2f}' + ('' if error is None else f' ± {error:.2f}')
 
 
 def upstream(runs: Runs) -> str:
-    """Accuracy of the last classifier, its mean over seeds."""
+    """The text of the accuracy of the last classifier of a pipeline, its mean
+    over seeds. Empty if a run has no classifier."""
     found = [[step['scores']['accuracy/top1']
               for step in record['steps'].values()
               if 'accuracy/top1' in step.get('scores', {})]
@@ -156,8 +160,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def capacities(runs: Mapping[str, Runs]) -> str:
-    """Score and operations at each capacity, below those of the dense
-    model."""
+    """The table of score and operations at each capacity. A row above each
+    model has those of the dense model."""
     rows = []
     for name, each in runs.items():
         swept = sweeps(each)
@@ -186,8 +190,9 @@ def capacities(runs: Mapping[str, Runs]) -> str:
 
 
 def times(runs: Mapping[str, Runs]) -> str:
-    """Score and time at each capacity, by batch priority, beside a dense
-    model; a pass through the same model's dense cores has time 1."""
+    """The table of score and time at each capacity, with Batch Prioritized
+    Routing, beside a dense model. Times are over that of a pass through the
+    dense cores of the same model."""
     base = runs['dense']
     rows = []
     for name, each in runs.items():
@@ -203,7 +208,8 @@ def times(runs: Mapping[str, Runs]) -> str:
 
 
 def specialisation(runs: Mapping[str, Runs]) -> str:
-    """Bits by layer, means over seeds, what is expected by chance beside."""
+    """The table of mutual information in bits by layer, as means over seeds,
+    each with the value that is expected by chance."""
     rows = []
     for name, each in runs.items():
         found = [one['layers'] for one in specialised(each)]

@@ -2,9 +2,9 @@
 
     python tools/experiments/report.py
 
-Each table replaces what stands between its two markers in the file, such as
+Each table replaces the text between its two markers in the file, such as
 ``<!-- ablation: begin -->`` and ``<!-- ablation: end -->``. A table without
-records is left as it is.
+records is not changed.
 """
 import argparse
 import sys
@@ -28,11 +28,15 @@ Draw = Callable[[Mapping[str, Runs], Path], None]
 
 
 class Report(NamedTuple):
-    """A table and, if it helps, a picture of a plan's records.
+    """A table and, for some, a picture of the records of a plan.
 
     Attributes:
-        pipelines: which of the plan; all if not given.
-        analysis: that one of them must have.
+        plan: the name of the plan.
+        table: makes the table.
+        draw: draws the picture; None for no picture.
+        pipelines: the pipelines of the plan that it shows; None for all.
+        analysis: the analysis tool whose results it needs from at least one
+            record; None if it needs none.
     """
     plan: str
     table: Table
@@ -41,12 +45,13 @@ class Report(NamedTuple):
     analysis: str | None = None
 
 
-# Of the plan 'recipe', whose others are pairs that tell the noise.
+# The pipelines of the plan 'recipe' in its own table. The other ones come in
+# pairs, which show the noise.
 RECIPE = ('dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
           'e4-zero-mean', 'e4-straight', 'e4-clusters', 'e4-no-core',
           'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt',
           'e8-straight')
-# By the name of its markers and of its picture.
+# The keys are the names of the markers and of the picture.
 REPORTS = {
     'rmoe-swin': Report('rmoe-swin', _tables.pipelines, _figures.curves),
     'rmoe-cvt': Report('rmoe-cvt', _tables.pipelines, _figures.curves),
@@ -99,16 +104,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def pipelines_of(name: str) -> list[str]:
-    """Of a plan, in the order the tables have them."""
+    """The pipelines of a plan, in the order of the tables."""
     return list(Config.fromfile(
         ROOT / 'configs/experiments' / f'{name}.py').pipelines)
 
 
 def put(text: str, name: str, table: str, path: Path) -> str:
-    """Replace what stands between the markers of a table.
+    """Replace the text between the markers of a table.
 
     Raises:
-        ValueError: unless there is one pair of them, in this order.
+        ValueError: unless each marker is there once, the first before the
+            second.
     """
     begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
     if text.count(begin) != 1 or text.count(end) != 1 or (

@@ -3,21 +3,23 @@
     python tools/experiments/run.py configs/experiments/rmoe-swin.py
     python tools/experiments/run.py PLAN --seeds 0 --only dense joint --jobs 2
 
-A plan is a family of pipelines (see tools/pipeline.py) with some of
+A plan is a family of pipelines (see tools/pipeline.py), with some of these
+settings:
 
-    options   what to override in each step
+    options   the overrides for each step
     once      steps that all seeds share; they have seed 0
-    upcycle   steps whose checkpoint tools/upcycle.py converts with these
-              flags, instead of the load
-    analyse   tools of tools/analysis_tools that look at what a pipeline ends
-              with
+    upcycle   steps for which tools/upcycle.py converts the checkpoint before,
+              with these flags; otherwise it is upcycled as it loads
+    analyse   the tools of tools/analysis_tools that are run on the last
+              checkpoint of a pipeline
 
-It can be stopped at any time: a run goes on from its last checkpoint, and what
-has finished is not repeated.
+It can be stopped at any time. A training then continues from its last
+checkpoint, and finished steps are not repeated.
 
-Each pipeline and seed that finishes leaves a line in records/PLAN.jsonl: its
-settings, commit, scores, learning curve, loads of the experts, and cost.
-tools/experiments/report.py makes tables and pictures of them.
+When a pipeline has finished with a seed, a line is written to
+records/PLAN.jsonl, with its settings, commit, scores, learning curve, loads of
+the experts, and cost. tools/experiments/report.py makes tables and pictures of
+these lines.
 """
 import argparse
 import json
@@ -40,7 +42,7 @@ from mmengine.config import Config, DictAction
 from pipeline import DENSE, read_family
 
 CAPACITIES = '.1 .25 .5 .75 1 1.25 2'
-# Flags that make a tool leave TOOL.json, and its picture, in a folder.
+# The flags with which a tool writes TOOL.json, and its picture, into a folder.
 ANALYSES: dict[str, Callable[[Path], list[str]]] = {
     'capacity_sweep': lambda folder: [
         '--work-dir', str(folder), '--capacities', *CAPACITIES.split()],
@@ -62,7 +64,8 @@ def main() -> None:
                              f'{", ".join(plan.pipelines)}')
     if args.jobs < 1:
         raise ValueError(f'--jobs={args.jobs} must be at least 1')
-    # Jobs share the cores: each would otherwise start a thread on every one.
+    # The jobs share the cores. By default each would start as many threads as
+    # there are cores.
     os.environ.setdefault('OMP_NUM_THREADS', str(
         max(1, (os.cpu_count() or 1) // args.jobs)))
     trainer = Trainer(args, plan)
@@ -74,11 +77,13 @@ def main() -> None:
         for name, seed, job in jobs:
             try:
                 job.result()
-            except (ValueError, OSError) as error:  # the others go on
+            # The other jobs continue if one fails.
+            except (ValueError, OSError) as error:
                 failed.append(f'{name}, seed {seed}: {error}')
                 print(failed[-1], flush=True)
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C stops what waits, too
+        # After Ctrl-C, jobs that have not begun must not start.
+        pool.shutdown(cancel_futures=True)
     if failed:
         raise ValueError(f'{len(failed)} of {len(jobs)} failed; ' +
                          '; '.join(failed))
@@ -92,22 +97,25 @@ def parse_args() -> argparse.Namespace:
                         help='config of configs/experiments')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--only', nargs='+', metavar='PIPELINE',
-                        help='some of its pipelines; all if not given')
+                        help='run only these pipelines; default: all')
     parser.add_argument('--jobs', type=int, default=1,
-                        help='trainings at a time')
+                        help='number of trainings at the same time')
     parser.add_argument('--dense', type=Path, metavar='CHECKPOINT',
-                        help=f'instead of the step {DENSE}')
+                        help='a dense checkpoint instead of the step '
+                        f'{DENSE}')
     parser.add_argument('--work-dir', type=Path,
                         default=Path('work_dirs/experiments'))
     parser.add_argument('--records', type=Path, default=RECORDS,
-                        help='folder of the records, one file a plan')
+                        help='folder of the records, with a file for each '
+                        'plan')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction,
                         help='override settings of every step')
     return parser.parse_args()
 
 
 class Trainer:
-    """Follows pipelines of a plan, in several threads."""
+    """Runs pipelines of a plan; several threads may use it at the same
+    time."""
 
     def __init__(self, args: argparse.Namespace, plan: Config) -> None:
         self.args, self.plan = args, plan
@@ -116,7 +124,8 @@ class Trainer:
         self.lock = Lock()
 
     def follow(self, name: str, seed: int) -> None:
-        """Train what is not trained yet, and write the record."""
+        """Train the steps of a pipeline that are not trained yet, and write its
+        record."""
         steps: dict[str, dict[str, Any]] = {}
         chain: list[str] = []
         start: str | None = None
@@ -152,7 +161,9 @@ class Trainer:
         folder = self.folder / ('once' if once else f'seed{seed}') / chain
         with self.lock:
             busy = self.busy.setdefault(folder, Lock())
-        with busy:  # two pipelines may begin with one step
+        # Two pipelines that run at the same time may begin with the same step,
+        # and the second has to wait for its checkpoint.
+        with busy:
             if step in self.plan.get('upcycle', {}):
                 start = self._upcycle(cfg, start, seed, folder,
                                       self.plan.upcycle[step])
@@ -163,7 +174,8 @@ class Trainer:
 
     def _upcycle(self, cfg: Config, start: str | None, seed: int,
                  folder: Path, flags: list[str]) -> str:
-        """Convert the checkpoint with flags, instead of as it loads."""
+        """Convert the checkpoint with tools/upcycle.py and these flags, and
+        return the path of the result."""
         start = start or cfg.model.backbone.init_cfg.checkpoint
         out = folder / 'upcycled.pth'
         if not out.exists():
@@ -177,7 +189,8 @@ class Trainer:
 
 
 def analyse(tool: str, folder: Path, checkpoint: str) -> dict[str, Any]:
-    """What a tool of ANALYSES finds, unless it found it before."""
+    """The results of a tool of ANALYSES, which is run unless it was run
+    before."""
     found = folder / 'analysis' / f'{tool}.json'
     if not found.exists():
         found.parent.mkdir(exist_ok=True)

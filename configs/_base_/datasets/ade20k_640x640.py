@@ -1,4 +1,4 @@
-# ade20k.py with the shorter side at 640 and crops of that size.
+# ade20k.py with images whose shorter side is 640, and crops of 640x640.
 _base_ = './ade20k.py'
 crop_size = (640, 640)
 train_pipeline = [
@@ -17,7 +17,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2560, 640), keep_ratio=True),
-    # after Resize: the ground truth keeps its size
+    # Annotations are loaded after Resize, so that they keep their size.
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs')
 ]

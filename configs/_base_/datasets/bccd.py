@@ -1,5 +1,5 @@
-# Blood cells (BCCD, github.com/Shenggan/BCCD_Dataset) as COCO json, at half
-# size: 205 training and 87 validation images.
+# Blood cells (BCCD, github.com/Shenggan/BCCD_Dataset) as COCO json, with images
+# at half their size: 205 for training and 87 for validation.
 dataset_type = 'CocoDataset'
 data_root = 'data/bccd/'
 metainfo = dict(
@@ -16,7 +16,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(320, 240), keep_ratio=True),
-    # after Resize: the ground truth keeps its size
+    # Annotations are loaded after Resize, so that they keep their size.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',

@@ -1,4 +1,4 @@
-# CamVid in its 11-class, 480x360 form (SegNet's split).
+# CamVid with 11 classes and images of 480x360, in the split of SegNet.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/camvid'
 crop_size = (256, 256)
@@ -23,7 +23,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    # after Resize: the ground truth keeps its size
+    # Annotations are loaded after Resize, so that they keep their size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]

@@ -1,4 +1,4 @@
-# COCO 2017, boxes.
+# COCO 2017 with boxes.
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 train_pipeline = [
@@ -11,7 +11,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # after Resize: the ground truth keeps its size
+    # Annotations are loaded after Resize, so that they keep their size.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',

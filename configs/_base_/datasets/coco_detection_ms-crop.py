@@ -1,5 +1,5 @@
 # coco_detection.py with the augmentation of DETR and Sparse R-CNN: scales from
-# 480 to 800, for half of the images of a random crop.
+# 480 to 800, and for half of the images a random crop before.
 _base_ = './coco_detection.py'
 scales = [(side, 1333) for side in range(480, 801, 32)]
 train_pipeline = [

@@ -1,4 +1,4 @@
-# COCO 2017, boxes and masks.
+# COCO 2017 with boxes and masks.
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 train_pipeline = [
@@ -11,14 +11,15 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # after Resize: the ground truth keeps its size
+    # Annotations are loaded after Resize, so that they keep their size.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                    'scale_factor'))
 ]
-# No tta_model: mmdet's takes detectors without masks.
+# There is no tta_model, because that of mmdet supports only detectors without
+# masks.
 train_dataloader = dict(
     batch_size=2,
     num_workers=2,

@@ -1,6 +1,7 @@
-# Eight images of COCO 2017 to overfit: trained on and evaluated on. They are
-# the first eight of the annotation file that show two to six objects, none of
-# them a crowd or small in COCO's sense (less than 32 x 32 pixels).
+# Eight images of COCO 2017 for training and evaluation, to see that a model can
+# overfit them. They are the first eight of the annotation file with two to six
+# objects, of which none is a crowd or small in the sense of COCO (less than
+# 32 x 32 pixels).
 _base_ = './coco_instance.py'
 data_root = 'data/coco_mini/'
 indices = [4, 14, 15, 22, 23, 28, 29, 36]
@@ -13,12 +14,13 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(320, 320), keep_ratio=True),
-    # after Resize: the ground truth keeps its size
+    # Annotations are loaded after Resize, so that they keep their size.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
-        # The evaluator makes its ground truth of the instances, as the file
-        # has them: CocoMetric(ann_file=...) would count all of its images.
+        # The evaluator takes its ground truth from the instances, which are
+        # those of the file. CocoMetric(ann_file=...) would evaluate all
+        # images of the file.
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                    'scale_factor', 'instances'))
 ]
@@ -43,6 +45,7 @@ val_dataloader = dict(
         indices=indices,
         pipeline=test_pipeline))
 test_dataloader = val_dataloader
-# Without the AP by size: the metric takes the box for the area of an object.
+# The AP by size is left out, because without ann_file the metric takes the area
+# of the box for that of the object.
 val_evaluator = dict(ann_file=None, metric_items=['mAP', 'mAP_50', 'mAP_75'])
 test_evaluator = val_evaluator

@@ -2,13 +2,14 @@
 dataset_type = 'rmoe.ImageFolder'
 data_root = 'data/imagenet'
 bicubic = 3
-# The recipe of DeiT, Swin and CvT with torchvision's transforms. Images are
-# normalised later, in the data preprocessor: RandomErasing fills with the
-# mean colour, which that makes zero, and not with noise.
+# The augmentation of DeiT, Swin and CvT, by the transforms of torchvision.
+# Images are normalised later, in the data preprocessor. So RandomErasing fills
+# with the mean colour, which is zero after normalisation, and not with noise.
 train_transforms = [
     dict(type='RandomResizedCrop', size=224, interpolation=bicubic),
     dict(type='RandomHorizontalFlip'),
-    # timm's m9 is 9 of 10; timm skips each operation half of the time.
+    # timm's m9 is magnitude 9 of 10. timm also skips each operation half of
+    # the time.
     dict(
         type='RandAugment', num_ops=2, magnitude=9, num_magnitude_bins=11,
         interpolation=bicubic,

@@ -1,4 +1,5 @@
-# Synthetic scenes drawn by rmoe.datasets.scenes, in the layout of mmseg.
+# Synthetic scenes that rmoe.datasets.scenes draws, in the folder layout of
+# mmseg.
 dataset_type = 'BaseSegDataset'
 data_root = 'work_dirs/demo/scenes'
 train_pipeline = [

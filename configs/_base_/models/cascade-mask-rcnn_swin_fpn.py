@@ -1,4 +1,5 @@
-# Three box heads, each trained on tighter boxes than the one before it.
+# Cascade Mask R-CNN has three box heads. Each is trained on boxes that overlap
+# objects more than those of the head before.
 _base_ = './mask-rcnn.py'
 model = dict(
     type='CascadeRCNN',

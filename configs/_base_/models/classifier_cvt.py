@@ -1,6 +1,6 @@
-# CvT-13 as an image classifier. The class token takes part in the attention
-# of the last stage; the mean of the map is classified, as every rmoe
-# backbone returns maps.
+# CvT-13 as an image classifier. The class token takes part in the attention of
+# the last stage, but the mean of the last map is classified, because backbones
+# of rmoe return maps.
 data_preprocessor = dict(
     type='ImgDataPreprocessor',
     mean=[123.675, 116.28, 103.53],
@@ -8,7 +8,8 @@ data_preprocessor = dict(
 model = dict(
     type='rmoe.ImageClassifier',
     data_preprocessor=data_preprocessor,
-    # GELU, as in the downstream configs, for Hugging Face's weights.
+    # The exact GELU, which the weights of Hugging Face need, as in the
+    # downstream configs.
     backbone=dict(
         type='rmoe.CvTMoE', arch='13', act_cfg=dict(type='GELU'),
         out_indices=(2, )),

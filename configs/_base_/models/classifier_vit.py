@@ -1,4 +1,4 @@
-# ViT-S as an image classifier; its class token is classified.
+# ViT-S as an image classifier, which classifies the class token.
 data_preprocessor = dict(
     type='ImgDataPreprocessor',
     mean=[123.675, 116.28, 103.53],

@@ -1,4 +1,4 @@
-# Four scales: strides 8, 16, 32 and 64.
+# DINO with maps of four scales, at strides 8, 16, 32 and 64.
 model = dict(
     type='DINO',
     num_queries=900,
@@ -17,7 +17,8 @@ model = dict(
         num_heads=(3, 6, 12, 24),
         window_size=7,
         drop_path_rate=0.2,
-        # The norm of a stage that nobody reads would be an unused parameter.
+        # Without this, the norm of the first stage, whose map is not used,
+        # would have unused parameters.
         out_indices=(1, 2, 3)),
     neck=dict(
         type='ChannelMapper',

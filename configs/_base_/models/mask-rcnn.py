@@ -1,5 +1,6 @@
-# What follows the neck: maps at strides 4 to 64, boxes and masks from 4 to
-# 32. torchvision's RoIAlign is mmcv's, and also runs in bfloat16.
+# The parts of Mask R-CNN after the neck, which gives maps at strides 4 to 64.
+# The box and mask heads use those at 4 to 32. torchvision's RoIAlign computes
+# the same as that of mmcv, and also works in bfloat16.
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(

@@ -1,10 +1,12 @@
-# CvT has strides 4, 8 and 16; convolutions on its last map add 32 and 64.
+# CvT has maps at strides 4, 8 and 16. Convolutions on the last one add maps at
+# 32 and 64.
 _base_ = './mask-rcnn.py'
 model = dict(
     backbone=dict(
         type='rmoe.CvTMoE',
         arch='13',
-        # Two images are too few for batch norms to learn from.
+        # Batch norms keep the statistics of the checkpoint, because those of
+        # two images are too noisy.
         norm_eval=True),
     neck=dict(
         type='FPN',

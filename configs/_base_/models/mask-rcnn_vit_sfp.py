@@ -1,4 +1,5 @@
-# ViTDet's pyramid: strides 4 to 32 from the one map at 16, and 64.
+# The pyramid of ViTDet, which makes maps at strides 4 to 32 from the one map at
+# stride 16, and one at 64.
 _base_ = './mask-rcnn.py'
 model = dict(
     backbone=dict(type='rmoe.ViTMoE', arch='small', drop_path_rate=0.1),

@@ -1,4 +1,4 @@
-# Strides 8 to 128.
+# RetinaNet with maps at strides 8 to 128.
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(
@@ -14,7 +14,8 @@ model = dict(
         num_heads=(3, 6, 12, 24),
         window_size=7,
         drop_path_rate=0.2,
-        # The norm of a stage that nobody reads would be an unused parameter.
+        # Without this, the norm of the first stage, whose map is not used,
+        # would have unused parameters.
         out_indices=(1, 2, 3)),
     neck=dict(
         type='FPN',

@@ -1,4 +1,4 @@
-# CvT's three maps, at strides 4, 8 and 16, as they are.
+# UPerNet on the three maps of CvT, at strides 4, 8 and 16.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 data_preprocessor = dict(
     type='SegDataPreProcessor',

@@ -1,4 +1,5 @@
-# Four blocks' maps at stride 16, brought to strides 4, 8, 16 and 32.
+# UPerNet on the maps of four blocks, which a neck resizes from stride 16 to 4,
+# 8, 16 and 32.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 data_preprocessor = dict(
     type='SegDataPreProcessor',

@@ -1,2 +1,2 @@
-# Parameters, gradients and moments are divided among all GPUs.
+# Parameters, gradients and optimizer moments are divided among all GPUs.
 model_wrapper_cfg = dict(type='rmoe.FullySharded')

@@ -1,3 +1,3 @@
-# Experts are divided among eight GPUs, to which their tokens travel; all else
-# among all GPUs.
+# Experts are divided among eight GPUs, and tokens are sent to the GPU that has
+# their expert. All other parameters are divided among all GPUs.
 model_wrapper_cfg = dict(type='rmoe.FullySharded', expert_parallel=8)

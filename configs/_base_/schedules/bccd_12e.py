@@ -1,4 +1,5 @@
-# 12 epochs of 51 batches; the backbone learns slower than the new head.
+# 12 epochs of 51 batches. The backbone has a smaller learning rate than the new
+# head.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(

@@ -1,4 +1,5 @@
-# 1,000 iterations of 4 crops: 11 epochs of CamVid's 367 training images.
+# 1,000 iterations of 4 crops, which are 11 epochs of the 367 training images of
+# CamVid.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(

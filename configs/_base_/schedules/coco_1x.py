@@ -1,4 +1,5 @@
-# AdamW, 1000 iterations of warm-up, 12 epochs: mmdet's Swin settings.
+# AdamW with 1000 iterations of warm-up and 12 epochs, as in mmdet's configs of
+# Swin.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
@@ -22,5 +23,5 @@ param_scheduler = [
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-# The learning rate is for 8 GPUs with 2 images each.
+# The learning rate above is for 8 GPUs with 2 images each.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,4 +1,4 @@
-# coco_1x.py for 36 epochs.
+# coco_1x.py with 36 epochs.
 _base_ = './coco_1x.py'
 param_scheduler = [
     dict(

@@ -1,5 +1,6 @@
-# 400 iterations: 100 epochs of eight images, two at a time. The backbone's
-# core has learned before: a tenth of the rate at which all else starts anew.
+# 400 iterations of two images, which are 100 epochs of eight images. The core
+# of the backbone is pretrained, so it has a tenth of the learning rate of
+# everything else, which starts from random weights.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.01),

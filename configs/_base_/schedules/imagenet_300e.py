@@ -1,4 +1,4 @@
-# AdamW, 20 epochs of warm-up, cosine: the settings of Swin.
+# AdamW with 20 epochs of warm-up and a cosine schedule, as in Swin.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
@@ -25,5 +25,5 @@ param_scheduler = [
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=300, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-# The learning rate is for 8 GPUs with 128 images each.
+# The learning rate above is for 8 GPUs with 128 images each.
 auto_scale_lr = dict(enable=False, base_batch_size=1024)

@@ -1,6 +1,6 @@
-# The intermediate stage of RMoE-I: a tenth of the dense training at a tenth
-# of its learning rate. The paper gives neither length nor rates: they are
-# this project's choice.
+# The intermediate stage of RMoE-I, with a tenth of the epochs of the dense
+# training and a tenth of its learning rate. The paper does not give length and
+# rates; they are the choice of this project.
 _base_ = ['./imagenet_300e.py', './rmoe_i_intermediate.py']
 optim_wrapper = dict(optimizer=dict(lr=0.0001))
 param_scheduler = [

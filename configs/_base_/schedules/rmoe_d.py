@@ -1,8 +1,9 @@
-# RMoE-D: a dense checkpoint, upcycled and fine-tuned on the downstream task.
-# A new head and the warm-up meet a dense model, at its cost; then everything
-# trains. The paper does not say who trains when: of the orders compared in
-# docs/results.md this one has the highest mean, by less than its noise (eight
-# experts; four did better without a core stage).
+# RMoE-D: a dense checkpoint is upcycled and fine-tuned on the downstream task.
+# In the first stage, with the warm-up, only the core and the new head train, at
+# the cost of a dense model. Then everything trains. The paper does not say
+# which roles train when. Of the orders that docs/results.md compares for eight
+# experts, this one has the highest mean, but the difference is smaller than the
+# noise. Four experts did better without the core stage.
 custom_hooks = [
     dict(
         type='rmoe.ResidualMoEHook',

@@ -1,6 +1,6 @@
-# RMoE-I, intermediate: an upcycled classifier, short, on the upstream data.
-# Its head is trained already, so there is no core stage: the residuals learn
-# around a still core, then everything trains.
+# The intermediate stage of RMoE-I: a short training of an upcycled classifier
+# on the upstream data. Its head is trained already, so there is no core stage.
+# First the residuals train while the core is frozen, then everything trains.
 custom_hooks = [
     dict(
         type='rmoe.ResidualMoEHook',

@@ -1,4 +1,5 @@
-# AdamW, 1500 iterations of warm-up, linear decay: mmseg's Swin settings.
+# AdamW with 1500 iterations of warm-up and a linear decay, as in mmseg's
+# configs of Swin.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
@@ -22,5 +23,5 @@ train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-# The learning rate is for 8 GPUs with 2 images each.
+# The learning rate above is for 8 GPUs with 2 images each.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,5 +1,5 @@
-# schedule_160k.py with layer-wise decay of the learning rate, as MAE and BEiT
-# fine-tune a ViT.
+# schedule_160k.py with a layer-wise decay of the learning rate, with which MAE
+# and BEiT fine-tune a ViT.
 _base_ = './schedule_160k.py'
 optim_wrapper = dict(
     optimizer=dict(lr=0.0001, weight_decay=0.05),

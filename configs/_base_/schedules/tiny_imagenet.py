@@ -1,4 +1,4 @@
-# As many epochs as two CPU cores do in tens of minutes.
+# Short enough for two CPU cores, which take tens of minutes for it.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(

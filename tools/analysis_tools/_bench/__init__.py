@@ -1,1 +1,1 @@
-"""What benchmark.py measures, a file for each subject."""
+"""The measurements of benchmark.py, with a file for each subject."""

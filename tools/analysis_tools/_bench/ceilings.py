@@ -1,7 +1,8 @@
-"""What a GPU reaches at its best: large products, a large copy.
+"""Measures the highest rates of a GPU, with a large matrix product and a large
+copy.
 
-Products of one expert's size wait for their launch there, and would call slow
-what is only small.
+On a GPU, a product of one expert's size takes mostly the time of its launch.
+So it would make the GPU look slow, although the product is only small.
 """
 from functools import partial
 from typing import Any
@@ -14,14 +15,14 @@ from _bench.precision import now
 from _bench.timing import DEVICE
 
 PRODUCT_SIDE = 8192
-# 1 GiB: several times what a cache holds.
+# 1 GiB, which is several times the size of a cache.
 COPIED_ELEMENTS = 2**28
 PRODUCT, COPY = ('ceiling', 'product'), ('ceiling', 'copy')
 
 
 class Ceilings:
-    """Measures the rates whatever the layer: of a square product in the
-    precision in use, and of a copy."""
+    """Measures the rates of a square product, in the precision in use, and of
+    a copy. They do not depend on the shapes of a layer."""
 
     def __init__(self) -> None:
         self.side = PRODUCT_SIDE
@@ -32,20 +33,21 @@ class Ceilings:
             torch.zeros(COPIED_ELEMENTS, device=DEVICE) for _ in range(2))
 
     def steps(self) -> dict[tuple[str, ...], Run]:
-        """To be interleaved with the layers."""
+        """The steps to time, in turns with the layers."""
         return {PRODUCT: partial(torch.mm, *self.factors, out=self.product),
                 COPY: partial(self.target.copy_, self.source)}
 
     def rates(self, seconds: dict[Any, float], mode: str) -> Rates:
-        """From the seconds of the steps; the same in every mode."""
+        """The rates from the seconds of the steps. They are the same in every
+        mode."""
         return Rates(2 * self.side**3 / seconds[PRODUCT],
                      2 * self.source.nbytes / seconds[COPY])
 
 
 def probe_of(tokens: int, dim: int, hidden: int, experts: int
              ) -> RateProbe | Ceilings:
-    """What measures a limit here: for the shapes of a layer on the CPU, at
-    the machine's best on a GPU."""
+    """The object that measures the rates of this machine: on the CPU for the
+    shapes of a layer, on a GPU the highest ones."""
     if DEVICE == 'cuda':
         return Ceilings()
     return RateProbe(max(tokens // experts, 1), dim, hidden, experts)

@@ -1,4 +1,5 @@
-"""How many operators a run takes, and how often the host waits in it."""
+"""Counts the operators that a run dispatches, and how often the host waits for
+the GPU in it."""
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -9,21 +10,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from _bench.timing import DEVICE, Row
 
-# They start no kernel: memory is taken, or a question about a tensor answered.
+# These operators start no kernel: they allocate memory, or answer a question
+# about a tensor.
 ALLOCATIONS = frozenset({
     'empty', 'empty_like', 'empty_strided', 'new_empty',
     'new_empty_strided', 'empty_permuted'})
 QUESTIONS = frozenset({'is_same_size'})
-# Views whose schema does not say so.
+# Operators that return views although their schema does not say so.
 HIDDEN_VIEWS = frozenset({'_unsafe_view', 'lift_fresh', 'detach', 'alias'})
-# Of a warning of torch.cuda.set_sync_debug_mode.
+# A part of the warning that torch.cuda.set_sync_debug_mode produces.
 SYNCHRONISES = 'synchronizing CUDA operation'
 
 
 class Operators(TorchDispatchMode):
-    """Counts what is dispatched inside a with block, backward included.
+    """Counts the operators that are dispatched inside a with block, also those
+    of the backward pass.
 
-    Views and allocations do not count: they start no kernel.
+    Views and allocations do not count, because they start no kernel.
 
     Attributes:
         seen: how often each operator was dispatched.
@@ -45,19 +48,22 @@ class Operators(TorchDispatchMode):
 
 
 def computes(func: Any) -> bool:
-    """Is it more than a view, an allocation, or a question?"""
+    """Whether an operator starts a kernel, which views, allocations and
+    questions about a tensor do not."""
     space, name = func._schema.name.split('::')
     if space in ('prim', 'profiler') or (
             name in ALLOCATIONS | QUESTIONS | HIDDEN_VIEWS):
         return False
-    # What a view returns is its input, unwritten.
+    # The schema of a view says that the result shares the memory of an input
+    # and is not written to.
     return not any(each.alias_info is not None and
                    not each.alias_info.is_write
                    for each in func._schema.returns)
 
 
 def operators_of(run: Callable[[], None]) -> int:
-    """In one run; it should have run before."""
+    """The number of operators in one run. It should have run once before, so
+    that operators of a first run do not count."""
     with Operators() as operators:
         run()
     return operators.total
@@ -80,7 +86,8 @@ def synchronisations_of(run: Callable[[], None]) -> int | None:
 
 
 def counts(run: Callable[[], None]) -> Row:
-    """Two columns of a table; the second is empty on the CPU."""
+    """The columns "operators" and "host syncs" of a table. The second is empty
+    on the CPU."""
     waits = synchronisations_of(run)
     return {'operators': operators_of(run),
             'host syncs': '' if waits is None else waits}

@@ -1,4 +1,5 @@
-"""What folding experts for inference saves."""
+"""Measures how much time it saves to fold experts for inference, that is, to
+store core + residual of each expert as one weight."""
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -13,14 +14,14 @@ from rmoe.backbones import preset
 from rmoe.registry import MODELS
 from rmoe.upcycling import fold
 
-# Swin-T's MoE layers on one 512x512 image, a narrow layer of many tokens.
+# The MoE layers of Swin-T on one 512x512 image, and a layer with many tokens.
 SIZES: tuple[Size, ...] = ((1024, 384, 8), (256, 768, 8), (8192, 384, 8))
 KINDS = {'full rank': None, 'rank 16': 16}
 
 
 def benchmark_folded_layers(repeats: int, sizes: Sequence[Size] = SIZES
                             ) -> list[Row]:
-    """Forward passes of MoE layers, folded over not."""
+    """Time of the forward passes of MoE layers, folded over unfolded."""
     rows = []
     for tokens, dim, experts in sizes:
         x = torch.randn(1, tokens, dim, device=DEVICE)
@@ -33,7 +34,7 @@ def benchmark_folded_layers(repeats: int, sizes: Sequence[Size] = SIZES
 
 def benchmark_folded_backbone(repeats: int, name: str, size: int, batch: int
                               ) -> list[Row]:
-    """Forward passes of a backbone, folded over not."""
+    """Time of the forward passes of a backbone, folded over unfolded."""
     init_default_scope('mmseg')
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     models = {}
@@ -48,7 +49,7 @@ def benchmark_folded_backbone(repeats: int, name: str, size: int, batch: int
 
 def _both(models: dict[str, nn.Module], x: Tensor, repeats: int
           ) -> dict[tuple[str, bool], float]:
-    """Seconds of each model as it is (False) and folded (True)."""
+    """The seconds of each model as it is (False) and folded (True)."""
     steps = {}
     for kind, model in models.items():
         folded = deepcopy(model)

@@ -1,4 +1,5 @@
-"""What a trained MoE layer costs, and what dropping tokens saves."""
+"""Measures the time of a MoE layer in inference, and how much of it is saved by
+dropping tokens."""
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,8 @@ from _bench.passes import FORWARD, step
 from _bench.timing import DEVICE, Row, interleave
 from rmoe.moe import MoEFFN
 
-# Of the MoE layers of Swin-T at 512x512, batch 2, and a longer one.
+# On the CPU, the sizes of the MoE layers of Swin-T at 512x512 with batch 2, and
+# one with more tokens.
 SIZES: tuple[Size, ...] = (
     (8192, 384, 8), (65536, 1024, 32)) if DEVICE == 'cuda' else (
     (2048, 384, 8), (512, 768, 8), (8192, 384, 8))
@@ -21,7 +23,7 @@ CAPACITIES = (0.25, 0.5, 0.75, 1.)
 
 def benchmark_folded(repeats: int, sizes: Sequence[Size] = SIZES
                      ) -> list[Row]:
-    """Experts folded with their core, routing included, over the dense
+    """Time of MoE layers with folded experts, with routing, over the dense
     FFN."""
     return benchmark_layers(repeats, sizes, ('no core', ), (FORWARD, ))
 
@@ -30,9 +32,9 @@ def benchmark_capacity(repeats: int, images: int = 2,
                        sizes: Sequence[Size] = SIZES,
                        capacities: Sequence[float] = CAPACITIES
                        ) -> list[Row]:
-    """Batch-prioritised routing at small capacities over capacity 1, the
-    tokens that are dropped getting nothing; and the limit of a FFN on the
-    tokens that are kept, over the same."""
+    """Time of batch-prioritised routing at small capacities over that at
+    capacity 1, where dropped tokens get nothing. Beside it is the limit of
+    the machine for a FFN on the tokens that are kept, over the same time."""
     rows = []
     for tokens, dim, experts in sizes:
         x = torch.randn(images, tokens // images, dim, device=DEVICE)
@@ -43,7 +45,8 @@ def benchmark_capacity(repeats: int, images: int = 2,
                 router=dict(type='TokenChoiceRouter', priority='bpr',
                             eval_capacity_factor=capacity))
                 for capacity in (*capacities, 1.)}
-            for layer in layers.values():  # the same tokens, the same choice
+            # With the same weights all layers route the tokens alike.
+            for layer in layers.values():
                 layer.load_state_dict(layers[1.].state_dict())
             steps = {capacity: step(layer, x, FORWARD)
                      for capacity, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""MoE layers over the dense FFN of the same width."""
+"""Measures MoE layers over the dense FFN of the same width."""
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,13 +22,14 @@ SIZES: tuple[Size, ...] = ((
     (8192, 384, 32)))
 GROWTH = (8, 16, 32, 64)
 DENSE, SAME_PRODUCTS = 'dense FFN', 'dense, same products'
-# Without a core is also what experts folded for inference are.
+# Experts that were folded for inference also compute as those without a core.
 KINDS = {'no core': dict(core=False), 'core + residual': {},
          'rank 16': dict(rank=16), 'K = 2': dict(top_k=2)}
 
 
 class FastFFN(nn.Module):
-    """A dense FFN by the matrix product that MoE layers use."""
+    """A dense FFN that uses the same function for matrix products as MoE
+    layers."""
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
@@ -65,15 +66,16 @@ def dense_ffn(dim: int) -> FFN:
 
 def moe_layer(dim: int, experts: int, losses: bool = False, **options
               ) -> MoEFFN:
-    """On the device.
+    """Build a MoE layer on the device.
 
     Args:
         dim: D.
         experts: E.
-        losses: whether its router makes auxiliary losses, if it has any.
-        options: of MoEFFN.
+        losses: whether its router produces its auxiliary losses, if it has
+            any.
+        options: further arguments of MoEFFN.
     """
-    # Made where it is used: a GPU draws large weights in no time.
+    # The weights are drawn on the device, because a GPU is much faster at it.
     with torch.device(DEVICE):
         layer = MoEFFN(dim, 4 * dim, experts, **options)
     if not losses:
@@ -84,14 +86,15 @@ def moe_layer(dim: int, experts: int, losses: bool = False, **options
 
 def layer_of(kind: str, dim: int, experts: int, losses: bool = False
              ) -> MoEFFN:
-    """One of KINDS."""
+    """Build the MoE layer of one of KINDS."""
     options = dict(KINDS[kind])
     router = dict(type='TokenChoiceRouter', top_k=options.pop('top_k', 1))
     return moe_layer(dim, experts, losses, router=router, **options)
 
 
 def spread_load(modules: Iterable[nn.Module]) -> None:
-    """Routers that use every expert about equally on random tokens."""
+    """Give routers weights with which they use every expert about equally on
+    random tokens."""
     for module in modules:
         if isinstance(module, MoEFFN) and hasattr(
                 getattr(module.router, 'scorer', None), 'weight'):
@@ -102,15 +105,18 @@ def benchmark_layers(repeats: int, sizes: Sequence[Size] = SIZES,
                      kinds: Sequence[str] = tuple(KINDS),
                      modes: Sequence[str] = (LOSSES, TRAIN, FORWARD)
                      ) -> list[Row]:
-    """Time over the dense FFN's, as PyTorch computes it and by the products
-    that MoE layers use, and the limit over the first.
+    """Time of MoE layers over that of the dense FFN. The FFN is measured as
+    PyTorch computes it, and with the function for products that MoE layers
+    use. The limit of the machine is given over the first of these times.
 
-    As layers train, with their losses, and without them.
+    Training is measured with the auxiliary losses of the layers and without
+    them.
     """
     rows = []
     for tokens, dim, experts in sizes:
         models: dict[str, nn.Module] = {DENSE: dense_ffn(dim).to(DEVICE)}
-        if DEVICE == 'cpu':  # elsewhere it is PyTorch's
+        # On other devices that function is PyTorch's own.
+        if DEVICE == 'cpu':
             models[SAME_PRODUCTS] = FastFFN(dense_ffn(dim))
         models.update({kind: layer_of(kind, dim, experts, losses=True)
                        for kind in kinds})
@@ -151,7 +157,8 @@ def parameters(model: nn.Module) -> int:
 def benchmark_growth(repeats: int, experts: Sequence[int] = GROWTH,
                      tokens_per_expert: int = 256, dim: int = 384
                      ) -> list[Row]:
-    """Time per token as experts and tokens grow together."""
+    """Time per token of layers with more and more experts, and as many more
+    tokens."""
     rows = []
     for kind in ('no core', 'core + residual'):
         steps = {}

@@ -1,7 +1,8 @@
-"""How fast could it be? Operations and bytes, over what this machine does.
+"""Computes how fast a FFN could be on this machine: the limit in the tables.
 
-The time of a layer is bounded by what it must multiply and what it must move,
-at the rates of matrix products and of a copy that take turns with it.
+The limit is the time for the operations that the layer must do and for the
+bytes that it must move, at the rates that a matrix product and a copy reach,
+which are measured in turns with the layer.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +18,17 @@ from _bench.timing import DEVICE
 from rmoe.moe.products import linear
 
 PARAMETER_BYTES = 4
-# 128 MiB: several times what a cache holds.
+# 128 MiB, which is several times the size of a cache.
 STREAM_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine reaches.
+    """The rates that a machine reaches.
 
     Attributes:
-        multiply: operations a second of matrix products.
-        stream: bytes a second, read and written, of a copy.
+        multiply: operations per second of matrix products.
+        stream: bytes per second, read and written, of a copy.
     """
     multiply: float
     stream: float
@@ -35,17 +36,18 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What a FFN must do.
+    """The work that a FFN must do.
 
     Attributes:
-        flops: of matrix products; a multiplication and an addition are two.
-        bytes: to and from memory.
+        flops: operations of matrix products; a multiply-add is two.
+        bytes: bytes moved to and from memory.
     """
     flops: int
     bytes: int
 
     def seconds(self, rates: Rates) -> float:
-        """One after the other: moving does not hide behind multiplying."""
+        """The time of the operations plus that of the moved bytes, as if they
+        could not overlap."""
         return self.flops / rates.multiply + self.bytes / rates.stream
 
 
@@ -53,35 +55,37 @@ def work_of_ffn(tokens: int, dim: int, hidden: int, mode: str,
                 experts: int = 0, core: bool = True,
                 rank: int | None = None, top_k: int = 1,
                 activation_bytes: int | None = None) -> Work:
-    """Of one pass of a FFN, dense or MoE.
+    """The work of one pass of a FFN, dense or MoE.
 
-    With T tokens, D and H widths, E experts, K of them for each token (1 if
-    dense), R the rank. Operations of the forward pass:
+    There are T tokens, the widths D and H, E experts of which each token uses
+    K (1 if the FFN is dense), and the rank R. The operations of the forward
+    pass are
 
-    - 4 T K D H of the two linear layers,
-    - 2 T D E of the router,
-    - 4 T K R (D + H) of low-rank residuals, applied beside the core.
+    - 4 T K D H for the two linear layers,
+    - 2 T D E for the router,
+    - 4 T K R (D + H) for low-rank residuals, applied beside the core.
 
-    Backward has two products for each of the forward's. Adding a core and
-    residuals is no product; what it reads counts below.
+    The backward pass has two products for each one of the forward pass. The
+    addition of core and residuals is no product; the bytes that it reads are
+    counted below.
 
-    Elements moved, P being the weights: 2 D H if dense, E times that without
-    a core, E + 1 times with core and full rank, 2 D H + 2 E R (D + H) with
-    low rank:
+    The number of weights P is 2 D H if the FFN is dense, E times that without
+    a core, E + 1 times that with a core and full rank, and
+    2 D H + 2 E R (D + H) with low rank. The elements moved are
 
-    - forward: P read; hidden activations written and read, 2 T K H; the
+    - forward: P read; the hidden activations written and read, 2 T K H; the
       input read and the output written, 2 T D. A MoE layer gathers its rows
       (input read, rows written and read) and combines them (outputs written
-      and read, the result written): 4 T K D more.
+      and read, the result written), which is 4 T K D more.
     - backward: P read again and as many gradients written; the hidden
       activations read, their gradient written and read, 3 T K H; the output's
       gradient and the input read, the input's gradient written, 3 T D. A MoE
       layer gathers the gradient (read, written, read), reads its rows, and
-      combines the rows' gradients (written, read, the result written):
-      5 T K D and 2 T D in place of 3.
+      combines the rows' gradients (written, read, the result written), which
+      is 5 T K D more, and has 2 T D in place of 3 T D.
 
-    Biases, the activation function, what stands around the FFN, and who goes
-    where are left out: no program reaches the limit.
+    Biases, the activation function, the operations around the FFN, and the
+    indices of the routing are left out. So no program reaches the limit.
 
     Args:
         tokens: T.
@@ -89,11 +93,11 @@ def work_of_ffn(tokens: int, dim: int, hidden: int, mode: str,
         hidden: H.
         mode: 'forward' or 'forward+backward'.
         experts: E; 0 for the dense FFN.
-        core: whether experts have one.
+        core: whether the experts have a core.
         rank: R; None for full rank.
         top_k: K.
-        activation_bytes: of an element of an activation; None for that of
-            the precision in use. Parameters have 4.
+        activation_bytes: bytes of an element of an activation; None for those
+            of the precision in use. A parameter has 4.
     """
     if activation_bytes is None:
         activation_bytes = now().dtype.itemsize
@@ -117,23 +121,27 @@ def work_of_ffn(tokens: int, dim: int, hidden: int, mode: str,
 
 
 class RateProbe:
-    """Measures the rates for a layer's shapes, on the CPU.
+    """Measures the rates on the CPU, with products of the shapes in a layer.
 
-    A product of one expert's size is fast there, and what it reaches is what
-    this layer can. A GPU needs larger ones: see ceilings.py.
+    On a CPU a product of one expert's size reaches a high rate, which is the
+    highest that this layer can reach. A GPU needs larger products, see
+    ceilings.py.
 
     Args:
-        rows: that one expert gets.
+        rows: number of rows that one expert gets.
         dim: D.
         hidden: H.
-        times: that each product is done in a turn, on the same operands, so
-            that it finds them in cache and counts no memory traffic.
+        times: how often each product is repeated in a turn. The operands are
+            the same, so that they are in the cache and the time has no memory
+            traffic in it.
     """
 
     def __init__(self, rows: int, dim: int, hidden: int, times: int) -> None:
         self.flops, self.times = 2 * rows * dim * hidden, times
-        # (N, I) and (O, I). Of the three products of a linear layer, that
-        # for the input's gradient has the shape of the other layer's forward.
+        # The shapes (N, I) and (O, I) of the two factors. A linear layer has
+        # three products. The one for the gradient of its input has the same
+        # shape as the forward product of the other layer, so it is not
+        # measured.
         self.shapes = {
             'fc1': ((rows, dim), (hidden, dim)),
             'fc2': ((rows, hidden), (dim, hidden)),
@@ -144,7 +152,7 @@ class RateProbe:
             torch.zeros(STREAM_ELEMENTS, device=DEVICE) for _ in range(2))
 
     def steps(self) -> dict[tuple[str, ...], Run]:
-        """To be interleaved with the layers."""
+        """The steps to time, in turns with the layers."""
         steps: dict[tuple[str, ...], Run] = {
             ('stream', ): lambda: self.target.copy_(self.source)}
         for name, (left, right) in self.shapes.items():
@@ -161,7 +169,8 @@ class RateProbe:
             product(left, right)
 
     def rates(self, seconds: dict, mode: str) -> Rates:
-        """From the seconds of the steps, each product by the faster kind."""
+        """The rates from the seconds of the steps. For each product the faster
+        of the two functions counts."""
         best = {name: min(seconds[name, kind] for kind in ('torch', 'rmoe'))
                 for name in self.shapes}
         total, count = best['fc1'] + best['fc2'], 2

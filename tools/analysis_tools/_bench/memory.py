@@ -1,4 +1,4 @@
-"""Peak memory of a training step over the dense model's."""
+"""Measures the peak memory of a training step over that of the dense model."""
 import gc
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,22 @@ from _bench.training import CONFIG, Training
 from rmoe import compat
 
 MIB = 2**20
-# float32, of each extra parameter: itself, its gradient, AdamW's two moments.
+# Each extra parameter takes four float32 numbers: itself, its gradient, and the
+# two moments of AdamW.
 UNAVOIDABLE_BYTES = 4 * 4
 
 
 class PeakOfTensors:
-    """By how many bytes PyTorch's memory grows at most in a with block.
+    """Measures by how many bytes PyTorch's memory grows at most in a with
+    block.
 
-    On a GPU its allocator knows. On the CPU every allocation in the block is
-    recorded with its release, and none missed, as looking at the size of the
-    process would. What was there before counts as staying, and what oneDNN
-    takes for itself not at all.
+    On a GPU the allocator reports it. On the CPU the profiler records every
+    allocation and release in the block. Reading the size of the process now
+    and then would miss some. Memory that was allocated before the block counts
+    as unchanged, and memory that oneDNN allocates for itself is not counted.
 
     Attributes:
-        bytes: set at the end of the block.
+        bytes: the result, set at the end of the block.
     """
     bytes = 0
 
@@ -57,11 +59,12 @@ class PeakOfTensors:
 
 def benchmark_memory(config: str | Path = CONFIG, size: int = 512,
                      batch: int = 2) -> list[Row]:
-    """Of the second step, when the optimizer has its moments.
+    """Peak memory of the second training step, when the optimizer has its
+    moments.
 
-    Peaks count parameters, buffers, gradients, moments, activations and
-    temporaries. What a MoE model cannot do without is the dense model's peak
-    and 16 bytes for each extra parameter.
+    A peak counts parameters, buffers, gradients, moments, activations and
+    temporary tensors. The unavoidable memory of a MoE model is the peak of
+    the dense model and 16 bytes for each extra parameter.
     """
     found = {}
     for name, stage in (('dense', None), ('MoE, joint stage', 'joint')):
@@ -87,7 +90,8 @@ def benchmark_memory(config: str | Path = CONFIG, size: int = 512,
 
 
 def resident_bytes(training: Training) -> int:
-    """Of parameters, buffers and moments: what is there between steps."""
+    """Bytes of the tensors that exist between steps: parameters, buffers and
+    moments."""
     states = training.optim_wrapper.optimizer.state.values()
     tensors = [*training.model.parameters(), *training.model.buffers(),
                *(value for state in states for value in state.values()

@@ -1,4 +1,4 @@
-"""Backbones and training steps over those of their dense twins."""
+"""Measures backbones and training steps over those of their dense twins."""
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ PRESET_NAMES = ('swin-tiny', 'cvt-13', 'vit-small-p16')
 
 def benchmark_backbone(repeats: int, name: str, size: int, batch: int
                        ) -> list[Row]:
-    """Time of a preset over its dense twin's; for Swin V1 mmseg's own is
-    measured too. In the residual stage the core is frozen."""
+    """Time of the backbone of a preset over that of its dense twin. For Swin
+    V1 the backbone of mmseg is measured too. In the residual stage the core is
+    frozen."""
     init_default_scope('mmseg')
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     rows: list[Row] = []
@@ -63,8 +64,8 @@ def contenders(name: str) -> dict[str, nn.Module]:
 
 
 def in_stage(model: nn.Module, run: Run, roles: Sequence[str]) -> Run:
-    """``run`` with only these roles of the backbone training, and its
-    auxiliary losses collected, as a hook would."""
+    """A version of ``run`` in which only these roles of the backbone train, and
+    in which its auxiliary losses are collected, as MoELossHook does."""
 
     def run_stage() -> None:
         for name, parameter in model.named_parameters():
@@ -77,10 +78,11 @@ def in_stage(model: nn.Module, run: Run, roles: Sequence[str]) -> Run:
 
 def benchmark_train_step(repeats: int, config: str | Path = CONFIG,
                          size: int = 512, batch: int = 2) -> list[Row]:
-    """Training steps of a segmentor, in each stage, over its dense twin's.
+    """Time of the training steps of a segmentor in each stage, over that of its
+    dense twin.
 
-    One MoE model goes from stage to stage at every turn; what that takes is
-    measured too, and small.
+    There is one MoE model, which is put into another stage for each step. The
+    time of this is measured too, but is small.
     """
     dense = Training(config, size, batch, dense=True)
     moe = Training(config, size, batch)

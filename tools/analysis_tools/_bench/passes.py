@@ -1,4 +1,4 @@
-"""One pass of a model, as it is used."""
+"""Makes the function that runs one pass of a model, which is then timed."""
 from collections.abc import Callable
 
 import torch
@@ -8,21 +8,22 @@ from _bench.precision import autocast
 from rmoe.moe import collect_losses
 
 FORWARD, TRAIN = 'forward', 'forward+backward'
-# With the auxiliary losses, as MoELossHook has it.
+# The auxiliary losses are collected and added, as MoELossHook does.
 LOSSES = 'forward+backward, losses'
 Run = Callable[[], None]
 
 
 def step(model: nn.Module, x: Tensor, mode: str) -> Run:
-    """One pass of a model.
+    """A function that runs one pass of a model.
 
     Args:
-        model: returns a tensor, or several.
-        x: its input. If it requires a gradient it gets one.
-        mode: FORWARD in evaluation; TRAIN: forward and backward in training,
-            from a gradient of ones to whatever needs one; LOSSES: the same,
-            with the auxiliary losses of MoE layers collected and their
-            gradients added. In training the layers count their loads.
+        model: a model that returns a tensor or several.
+        x: its input. It gets a gradient if it requires one.
+        mode: FORWARD is a forward pass in evaluation mode. TRAIN is a forward
+            and a backward pass in training mode, from gradients of ones to
+            everything that requires a gradient. LOSSES is the same with the
+            auxiliary losses of MoE layers. In training the layers count their
+            loads.
     """
 
     def forward() -> None:

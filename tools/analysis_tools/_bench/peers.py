@@ -1,8 +1,8 @@
-"""Other projects' MoE layers on the same work, where they are installed.
+"""Measures MoE layers of other projects on the same work, if they are
+installed.
 
-Each is an import that may fail. Experts with a gated activation, which have
-three matrices in place of two, get two thirds of the hidden width: the same
-operations and parameters.
+Experts with a gated activation have three matrices in place of two. They get
+two thirds of the hidden width, so that operations and parameters are the same.
 """
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ DENSE = 'dense FFN'
 
 
 class FirstOutput(nn.Module):
-    """What a layer returns, without losses and logits beside it."""
+    """Returns only the first output of a layer, without losses and logits."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class Peer:
     """A project whose layers are measured.
 
     Attributes:
-        name: of the project.
-        command: that installs it.
-        layers: (dim, experts, tokens) to pairs of a label and a layer;
-            raises ImportError where the project is not installed.
+        name: the name of the project.
+        command: the command that installs it.
+        layers: a function from (dim, experts, tokens) to pairs of a label and
+            a layer. It raises ImportError if the project is not installed.
     """
     name: str
     command: str
@@ -87,7 +87,9 @@ def mixtral(dim: int, experts: int, tokens: int
         MixtralSparseMoeBlock,
     )
     implementations: tuple[str, ...] = ('eager', )
-    try:  # of transformers 5; its batched_mm copies weights for each token
+    # transformers 5 has other implementations. Of these, batched_mm is left
+    # out, because it copies the weights for each token.
+    try:
         from transformers.integrations import moe  # noqa: F401
         implementations += ('grouped_mm', )
     except ImportError:
@@ -104,7 +106,8 @@ def mixtral(dim: int, experts: int, tokens: int
 
 
 def initialized(layer: nn.Module) -> nn.Module:
-    """transformers leaves that to its models."""
+    """Initialise the weights of a layer of transformers, which leaves this to
+    its models."""
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     return layer
@@ -131,7 +134,8 @@ def available(dim: int, experts: int, tokens: int) -> dict[str, nn.Module]:
 def mmseg_is_there() -> bool:
     try:
         importlib.import_module('mmseg.models')
-    except Exception as error:  # with transformers 5 it is a TypeError
+    # With transformers 5 the import raises a TypeError.
+    except Exception as error:
         print(f"skipped mmseg's Swin ({error}): pip install mmsegmentation "
               "'transformers<5'")
         return False
@@ -140,14 +144,14 @@ def mmseg_is_there() -> bool:
 
 def benchmark_peers(repeats: int, sizes: Sequence[Size] = SIZES,
                     images: int = 1) -> list[Row]:
-    """Forward and backward over the dense FFN's.
+    """Time of the forward and backward pass over that of the dense FFN.
 
     Args:
-        repeats: of each contender.
-        sizes: T, D and E.
-        images: that the tokens belong to: st-moe-pytorch, whose time grows
-            with the square of an image's tokens, and Switch's capacities are
-            by image.
+        repeats: how often each layer is timed.
+        sizes: T, D and E of each measurement.
+        images: number of images to which the tokens belong. It matters for
+            st-moe-pytorch, whose time grows with the square of the tokens of
+            an image, and for Switch, which has a capacity for each image.
     """
     rows = []
     for tokens, dim, experts in sizes:

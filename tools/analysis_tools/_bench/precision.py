@@ -1,4 +1,5 @@
-"""float32, TF32, bfloat16: what products compute in."""
+"""Sets the precision in which matrix products are computed: float32, TF32 or
+bfloat16."""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from _bench.timing import DEVICE
 
 @dataclass(frozen=True)
 class Precision:
-    """How products are computed; parameters are float32 throughout.
+    """A precision of products. Parameters always stay in float32.
 
     Attributes:
-        name: as on the command line.
-        dtype: of activations.
+        name: its name on the command line.
+        dtype: the type of activations.
         tf32: whether float32 products round their factors to TF32.
     """
     name: str
@@ -26,13 +27,13 @@ PRECISIONS = {each.name: each for each in (
     Precision('bf16', torch.bfloat16),
     Precision('tf32', torch.float32, tf32=True),
     Precision('fp32', torch.float32))}
-# TF32 is a thing of GPUs, and bfloat16 is slow on most CPUs.
+# Only GPUs have TF32, and bfloat16 is slow on most CPUs.
 DEFAULTS = tuple(PRECISIONS) if DEVICE == 'cuda' else ('fp32', )
 _used = [PRECISIONS[DEFAULTS[0]]]
 
 
 def now() -> Precision:
-    """The one that is measured in."""
+    """The precision in use."""
     return _used[-1]
 
 
@@ -41,16 +42,17 @@ def use(name: str) -> Iterator[None]:
     """Measure in another precision inside a with block.
 
     Args:
-        name: of PRECISIONS.
+        name: a key of PRECISIONS.
 
     Raises:
-        ValueError: for TF32 where there is no GPU.
+        ValueError: for TF32 if there is no GPU.
     """
     precision = PRECISIONS[name]
     if precision.tf32 and DEVICE != 'cuda':
         raise ValueError(f'--precision {name} needs a GPU: choose fp32 or '
                          'bf16')
-    # Convolutions use TF32 by default, products do not.
+    # By default convolutions use TF32 and matrix products do not, so both are
+    # set.
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     _used.append(precision)
@@ -65,7 +67,8 @@ def use(name: str) -> Iterator[None]:
 
 
 def autocast() -> AbstractContextManager:
-    """To the type of activations; nothing where that is float32."""
+    """A context of autocast to the type of activations. It does nothing if
+    this is float32."""
     dtype = now().dtype
     if dtype == torch.float32:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Routers alone, and Soft MoE against its own matrix products."""
+"""Measures routers alone, and Soft MoE against its own matrix products."""
 from functools import partial
 
 import torch
@@ -16,14 +16,16 @@ SIZE: Size = (8192, 384, 8)
 
 def benchmark_routers(repeats: int, images: int, size: Size = SIZE
                       ) -> list[Row]:
-    """Routing alone over the forward pass of the dense FFN, and the layer's
-    forward and backward over the FFN's."""
+    """Time of routing alone over the forward pass of the dense FFN, and of the
+    layer's forward and backward pass over those of the FFN."""
     tokens, dim, experts = size
     dense = dense_ffn(dim).to(DEVICE)
     layers = {name: MoEFFN(dim, 4 * dim, experts, router=router).to(DEVICE)
               for name, router in routers(tokens // images, experts).items()}
     spread_load(layers.values())
-    for layer in layers.values():  # no warning that nobody collects losses
+    # Without a list the layers would warn that their auxiliary losses are not
+    # collected.
+    for layer in layers.values():
         layer.losses = []
     x = torch.randn(images, tokens // images, dim, device=DEVICE,
                     requires_grad=True)
@@ -77,8 +79,9 @@ def routers(tokens_per_image: int, experts: int) -> dict[str, dict]:
 
 def benchmark_soft(repeats: int, images: int, size: Size = SIZE
                    ) -> list[Row]:
-    """Forward and backward of Soft MoE over the time of its own matrix
-    products alone, which take turns with it; the dense FFN for comparison."""
+    """Time of the forward and backward pass of Soft MoE over that of its own
+    matrix products alone, measured in turns. The dense FFN is measured in the
+    same way for comparison."""
     tokens, dim, experts = size
     hidden, group = 4 * dim, tokens // images
     x = torch.randn(images, group, dim, device=DEVICE, requires_grad=True)
@@ -91,7 +94,8 @@ def benchmark_soft(repeats: int, images: int, size: Size = SIZE
                    [])]
     for slots in (group, group // 4):
         logits = products(1, tokens, dim, slots)
-        # dispatch: slots from tokens; combine: tokens from slots
+        # The first product is dispatch, which makes slots from tokens. The
+        # second is combine, which makes tokens from slots.
         mixing = (products(images, slots, group, dim) +
                   products(images, group, slots, dim))
         on_slots = ffn(images * slots // experts, experts)

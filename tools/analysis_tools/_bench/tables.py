@@ -1,10 +1,12 @@
-"""Tables as text; needs nothing but Python."""
+"""Formats tables as text. It needs nothing but Python, so that gpu_report.py
+can use it before packages are installed."""
 from collections.abc import Sequence
 from typing import Any
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal columns, aligned, with the names of the columns above."""
+    """Format rows with the same columns as aligned text, below the names of the
+    columns."""
     columns = list(rows[0])
     widths = [max(len(str(row[column])) for row in [*rows, {column: column}])
               for column in columns]

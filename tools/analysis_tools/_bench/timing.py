@@ -1,4 +1,4 @@
-"""Contenders take turns, and the median counts."""
+"""Measures the time of several functions, which are run in turns."""
 import random
 import time
 from collections.abc import Callable
@@ -14,10 +14,13 @@ Row = dict[str, Any]
 
 def interleave(steps: dict[Any, Callable[[], None]], repeats: int
                ) -> dict[Any, float]:
-    """Median seconds of each step; all take turns, after two warm-ups, so
-    that a noisy machine disturbs all of them alike. Each turn has another
-    order, always the same ones: who ran before leaves traces in caches and
-    memory."""
+    """Measure the median seconds of each step.
+
+    All steps are run in turns, after two warm-ups, so that other work on the
+    machine disturbs all of them alike. Each turn has another order, because
+    the step before has an effect on caches and memory. The orders are the
+    same in every call.
+    """
     times: dict[Any, list[float]] = {name: [] for name in steps}
     shuffle = random.Random(0).sample
     for turn in range(repeats + WARM_UP):

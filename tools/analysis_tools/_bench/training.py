@@ -1,4 +1,5 @@
-"""A config's segmentor in training, on noise, in each of its stages."""
+"""Trains the segmentor of a config on random images, in each stage of training,
+for the measurements of time and memory."""
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +23,20 @@ from rmoe.engine.roles import ROLES
 from rmoe.moe import moe_layers
 from rmoe.registry import MODELS
 
-# Swin-T-MoE + UPerNet, 8 experts in 4 of 12 FFNs.
+# Swin-T-MoE + UPerNet, with 8 experts in 4 of the 12 FFNs.
 CONFIG = (Path(__file__).parents[3] / 'configs/swin_moe' /
           'swin-tiny-patch4-window7-moe-e8k1-in1k-pre_upernet_8xb2-160k_'
           'ade20k-512x512.py')
-# By the roles that train; configs have some of them.
+# The stages and the roles that train in each. A config may have only some of
+# them.
 STAGES = {'core': ('core', 'head'),
           'residual': ('residual', 'router', 'head'), 'joint': ROLES}
 
 
 @dataclass
 class StageRunner:
-    """What ResidualMoEHook asks of a runner; iteration i is in stage i."""
+    """The attributes of a runner that ResidualMoEHook uses. Iteration i is in
+    stage i."""
     model: nn.Module
     iter: int = 0
     max_iters: int = len(STAGES)
@@ -43,25 +46,26 @@ class StageRunner:
 
 
 class Training:
-    """A segmentor, its optimizer, and a batch of noise.
+    """A segmentor, its optimizer, and a batch of random images.
 
     Args:
-        config: of a MoE segmentor.
-        size: of the square images.
-        batch: images.
-        dense: the config's dense twin in its place.
+        config: the config of a MoE segmentor.
+        size: the side of the square images.
+        batch: number of images.
+        dense: whether to use the dense twin of the model instead.
 
     Raises:
-        ValueError: if the config is not of a MoE segmentor.
+        ValueError: if the config is not that of a MoE segmentor.
     """
 
     def __init__(self, config: str | Path, size: int, batch: int,
                  dense: bool = False) -> None:
         cfg = Config.fromfile(config)
         if not cfg.model.backbone.get('moe') or 'decode_head' not in cfg.model:
-            raise ValueError(f'--config {config} is not of a MoE segmentor')
+            raise ValueError(f'--config {config} is not the config of a MoE '
+                             'segmentor')
         if not MMLogger.check_instance_created('benchmark'):
-            # Groups of parameters would be logged.
+            # Otherwise every group of parameters would be logged.
             MMLogger.get_instance('benchmark', log_level='ERROR')
         init_default_scope(cfg.default_scope)
         cfg.model.backbone.init_cfg = None
@@ -97,7 +101,8 @@ class Training:
 
 
 def noise(size: int, batch: int, classes: int) -> dict:
-    """What a dataloader of mmseg gives."""
+    """A batch of random images and labels, as a dataloader of mmseg returns
+    it."""
     from mmseg.structures import SegDataSample
     return dict(
         inputs=[torch.randint(256, (3, size, size), dtype=torch.uint8)

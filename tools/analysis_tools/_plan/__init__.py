@@ -1,1 +1,1 @@
-"""Parts of plan_parallel.py."""
+"""The calculations of plan_parallel.py, with a file for each subject."""

@@ -1,9 +1,10 @@
-"""What a training step keeps of its forward pass.
+"""Finds how many bytes a training step keeps of its forward pass for backward.
 
-The backbone is traced at its full size, without values, on the path that the
-planned machine takes. What follows it, heads and losses, looks at values: it
-runs for real on two small sizes, and a line through what is kept is followed
-to the full one.
+The backbone is traced with fake tensors, which have a shape but no values, at
+the full image size and with the implementation of MoE layers that the planned
+machine uses. The neck, heads and losses look at values and cannot be traced.
+So they are run on images of two small sizes, and a line through the two results
+gives the bytes at the full size.
 """
 import copy
 import warnings
@@ -28,27 +29,30 @@ from _plan.saved import SavedTensors
 from rmoe.moe import collect_losses, host, moe_layers
 
 BACKBONE, REST = 'backbone', ''
-# Norms of batches need two values for a channel, even after global pooling.
+# Batch norms need two values of a channel, and after global pooling there is
+# only one for each image.
 MEASURED_BATCH = 2
-# Images up to so many pixels are measured as they are.
+# Images with at most so many pixels are measured at their full size.
 SMALL = 256 * 256
 STRIDE = 32
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward.
+    """The bytes that are kept for backward.
 
     Attributes:
-        backbone: without its MoE layers.
-        moe: of MoE layers, by how many experts a process has in each.
-        rest: neck, heads and losses.
-        copies: parameters of the backbone that autocast keeps in its own
-            type, by the number of experts too.
-        copies_of_rest: those of neck and heads.
-        recomputed: what is there of one recomputed part at a time.
-        tokens: of each MoE layer.
-        notes: how each of them was found.
+        backbone: bytes of the backbone without its MoE layers.
+        moe: bytes of the MoE layers, by the number of experts that a process
+            has in each.
+        rest: bytes of neck, heads and losses.
+        copies: bytes of copies of the backbone's parameters that autocast
+            keeps in its own type, by the same number of experts.
+        copies_of_rest: bytes of such copies for neck and heads.
+        recomputed: bytes of one part that is recomputed in backward. Only one
+            of these parts is in memory at a time.
+        tokens: number of tokens of each MoE layer.
+        notes: lines that say how the numbers were found.
     """
     backbone: int
     moe: Mapping[int, int]
@@ -60,12 +64,12 @@ class Activations:
     notes: tuple[str, ...]
 
     def total(self, experts: int, converted: bool) -> int:
-        """Of a process.
+        """All bytes of a process.
 
         Args:
-            experts: it has in each MoE layer.
-            converted: whether blocks are gathered in the type they compute
-                in, so that autocast copies nothing.
+            experts: the number of experts that it has in each MoE layer.
+            converted: whether blocks are gathered in the type in which they
+                compute, so that autocast makes no copies.
         """
         return (self.backbone + self.moe[experts] + self.rest +
                 self.recomputed + self.copies_of_rest +
@@ -74,14 +78,14 @@ class Activations:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training step is like.
+    """The settings of a training step.
 
     Attributes:
-        size: height and width of images.
-        batch: images a process.
+        size: height and width of the images.
+        batch: number of images per process.
         bfloat16: whether autocast is on.
-        gpu: whether an accelerator's path is planned for.
-        stages: roles that train in each stage.
+        gpu: whether MoE layers run as on an accelerator.
+        stages: the roles that train in each stage.
     """
     size: tuple[int, int]
     batch: int
@@ -91,12 +95,13 @@ class Run:
 
 
 def find(cfg: Config, run: Run, experts: set[int]) -> Activations:
-    """Trace and measure.
+    """Find the bytes by tracing the backbone and measuring the rest.
 
     Args:
-        cfg: of the model, with E experts.
-        run: the step.
-        experts: how many a process may have in a layer, E among them.
+        cfg: the config of the model, with E experts.
+        run: the settings of the step.
+        experts: the numbers of experts that a process may have in a layer,
+            with E among them.
     """
     whole = experts_of(cfg)
     small = _sizes(run.size)
@@ -114,7 +119,8 @@ def find(cfg: Config, run: Run, experts: set[int]) -> Activations:
             f'backbone: traced at {run.size[0]}x{run.size[1]} without values, '
             + ("on an accelerator's path" if run.gpu else
                'its MoE layers: measured'))
-    # On the CPU, MoE layers look at values.
+    # On the CPU, MoE layers look at values, so that they cannot be traced. Then
+    # the backbone is measured together with the rest.
     found = [measure(cfg, run, size, one) for size, one in zip(
         small, maps if traced and run.gpu else [None] * len(small))]
     x = [MEASURED_BATCH * height * width for height, width in small]
@@ -145,7 +151,7 @@ def find(cfg: Config, run: Run, experts: set[int]) -> Activations:
 
 
 def experts_of(cfg: Config) -> int:
-    """E of every MoE layer of a config."""
+    """The number E of experts in every MoE layer of a config."""
     return cfg.model.backbone.moe.get('num_experts', 8)
 
 
@@ -155,7 +161,8 @@ def _tokens(saved: SavedTensors) -> dict[str, int]:
 
 
 def _sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """To measure at; sides are whole numbers of a backbone's strides."""
+    """The image sizes to measure. Their sides are multiples of the stride of a
+    backbone."""
     if size[0] * size[1] <= SMALL:
         return [size]
     return [(_stride_up(size[0] // part), _stride_up(size[1] // part))
@@ -167,7 +174,8 @@ def _stride_up(side: int) -> int:
 
 
 def _line(x: list[int], y: list[int], at: int) -> int:
-    """Through two points, or through zero and one."""
+    """The value at ``at`` of the line through two points, or through zero if
+    there is only one point."""
     if len(x) == 1:
         return round(y[0] / x[0] * at)
     slope = (y[1] - y[0]) / (x[1] - x[0])
@@ -176,13 +184,15 @@ def _line(x: list[int], y: list[int], at: int) -> int:
 
 def measure(cfg: Config, run: Run, size: tuple[int, int], maps: Any = None
             ) -> SavedTensors:
-    """What a real step on the CPU keeps, with small images.
+    """Run the forward pass of a step on the CPU with small images, and count
+    what it keeps.
 
     Args:
-        cfg: of the model.
-        run: the step.
-        size: of images.
-        maps: what the backbone returns for them, in its place; None runs it.
+        cfg: the config of the model.
+        run: the settings of the step.
+        size: height and width of the images.
+        maps: the feature maps that the backbone would return for them. They
+            are used instead of running the backbone; None runs it.
     """
     model = build(cfg)
     set_stage(model, run.stages, run.bfloat16)
@@ -200,7 +210,7 @@ def measure(cfg: Config, run: Run, size: tuple[int, int], maps: Any = None
 
 
 class _Returns(nn.Module):
-    """In the place of a backbone."""
+    """Stands in for a backbone, and returns maps that were made before."""
 
     def __init__(self, maps: Any) -> None:
         super().__init__()
@@ -211,7 +221,8 @@ class _Returns(nn.Module):
 
 
 def maps_of(cfg: Config, run: Run, size: tuple[int, int]) -> Any:
-    """Maps of the shapes that the backbone returns for a measured batch."""
+    """Random maps with the shapes that the backbone returns for a batch of
+    MEASURED_BATCH images."""
     model = _fake(cfg, run, experts_of(cfg))
     _, outs = _traced(model, run, {}, MEASURED_BATCH, size)
 
@@ -224,19 +235,20 @@ def maps_of(cfg: Config, run: Run, size: tuple[int, int]) -> Any:
 
 
 def trace(cfg: Config, run: Run, experts: int) -> SavedTensors:
-    """What the backbone keeps at full size, with so many experts in each MoE
-    layer.
+    """Trace the backbone at the full image size, with ``experts`` experts in
+    each MoE layer, and count what it keeps.
 
     Raises:
-        DataDependentOutputException: where it looks at values.
-        DynamicOutputShapeException: where values decide about shapes.
+        DataDependentOutputException: if the backbone looks at values.
+        DynamicOutputShapeException: if shapes in it depend on values.
     """
     model = _fake(cfg, run, experts)
     return _traced(model, run, _places(model), run.batch, run.size)[0]
 
 
 def _recomputed(cfg: Config, run: Run) -> int:
-    """The most that one recomputed part keeps while backward is inside."""
+    """The largest number of bytes that one recomputed part keeps while the
+    backward pass is inside it."""
     model = _fake(cfg, run, experts_of(cfg))
     parts = {name: module for name, module in model.backbone.named_modules()
              if getattr(module, 'with_cp', False) is True}
@@ -260,7 +272,11 @@ def _fake(cfg: Config, run: Run, experts: int) -> nn.Module:
 
 def _traced(model: nn.Module, run: Run, places: dict[str, nn.Module],
             batch: int, size: tuple[int, int]) -> tuple[SavedTensors, Any]:
-    """What the backbone keeps, and what it returns."""
+    """Trace the backbone.
+
+    Returns:
+        What it keeps, by place, and the fake tensors that it returns.
+    """
     backbone: Any = model.backbone
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in backbone.modules():
@@ -271,7 +287,8 @@ def _traced(model: nn.Module, run: Run, places: dict[str, nn.Module],
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, mode.from_tensor(buffer))
         image = torch.empty(batch, 3, *size)
-        # The CPU's path through MoE layers looks at values.
+        # A trace always takes the accelerator's path through MoE layers, as
+        # that of the CPU looks at values.
         with _settings(run, traced=True), SavedTensors(
                 backbone, places) as saved:
             collect_losses(backbone, start=True)
@@ -285,7 +302,8 @@ def _places(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _settings(run: Run, traced: bool = False) -> Iterator[None]:
-    """Precision and path of a step."""
+    """Context with the precision of a step and with its implementation of MoE
+    layers and attention."""
     before, host.force_accelerator = host.force_accelerator, traced
     attention = F.scaled_dot_product_attention
     if traced and run.gpu:
@@ -309,8 +327,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor,
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a GPU's fused kernels keep, and computes nothing: those of
-    the CPU keep the weights where a bias needs a gradient."""
+    """Attention that computes nothing, but keeps the same tensors for backward
+    as the fused kernels of a GPU. The CPU's attention would also keep the
+    attention weights if a bias requires a gradient."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor,

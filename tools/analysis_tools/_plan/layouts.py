@@ -1,7 +1,8 @@
-"""Where parameters and what belongs to them are, in each layout.
+"""Computes where parameters, gradients and optimizer states are in each layout.
 
-W processes, of which S share one copy of the parameters and N one set of
-experts; neighbours in rank come together first, as they sit in one node.
+Of W processes, S share one copy of the parameters, and N share one set of
+experts. Processes with neighbouring ranks share first, because they are in the
+same node.
 """
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,15 +18,16 @@ BFLOAT16 = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a model.
+    """One way to spread a model over processes.
 
     Attributes:
-        name: for the table.
-        shard: S; 1 where every process has all but experts.
-        experts: N; 1 where experts are not divided.
-        ddp: whether it is PyTorch's DistributedDataParallel, which keeps
-            gradients a second time.
-        wrapper: what ``model_wrapper_cfg`` says; None for the default.
+        name: the name in the table.
+        shard: S; 1 if every process has all parameters, except experts.
+        experts: N; 1 if experts are not divided.
+        ddp: whether it is PyTorch's DistributedDataParallel, which keeps a
+            second copy of gradients.
+        wrapper: the arguments in ``model_wrapper_cfg``; None for the default
+            wrapper.
     """
     name: str
     shard: int
@@ -36,11 +38,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Group:
-    """Processes of one collective.
+    """The processes that take part in a collective operation.
 
     Attributes:
-        size: how many.
-        stride: by which their ranks differ.
+        size: the number of processes.
+        stride: the difference between neighbouring ranks in the group.
     """
     size: int
     stride: int = 1
@@ -48,15 +50,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is gathered at once: bytes in each process of a group.
+    """The parameters that are gathered together, with their bytes in each
+    process of a group.
 
     Attributes:
-        name: of its module, or what it is.
-        block: the block around it.
-        gathered: of its parameters, whole, in the type they compute in.
-        gradients: of its gradients, whole, in that type.
-        reduced: of its gradients, whole, as they are summed.
-        shards: the processes that share one copy.
+        name: the name of its module, or REST or WHOLE.
+        block: the name of the block that contains it.
+        gathered: bytes of its whole parameters, in the type in which they
+            compute.
+        gradients: bytes of its whole gradients, in that type.
+        reduced: bytes of its whole gradients, in the type in which they are
+            summed.
+        shards: the processes that share one copy of it.
         copies: the processes that have the same part of it.
     """
     name: str
@@ -70,13 +75,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in the process that has most.
+    """The bytes in the process that needs most.
 
     Attributes:
-        weights, gradients, moments: of its own part.
-        gathered: parameters and gradients that are whole for a while, or
-            DDP's buckets.
-        activations: kept for backward.
+        weights, gradients, moments: bytes of its own part of these.
+        gathered: bytes of parameters and gradients while they are whole, or
+            of DDP's buckets.
+        activations: bytes that are kept for backward.
     """
     weights: int
     gradients: int
@@ -91,12 +96,13 @@ class Memory:
 
 
 def layouts(world_size: int, node: int, experts: int) -> list[Layout]:
-    """The simplest first.
+    """List the layouts to compare, the simplest first.
 
     Args:
         world_size: W.
-        node: processes in a node.
-        experts: N of those that divide experts; 1 for none of them.
+        node: number of processes in a node.
+        experts: N for the layouts that divide experts. With 1 there are no
+            such layouts.
     """
     found = [Layout('data parallel', 1, 1, ddp=True),
              Layout('sharded', world_size, 1, wrapper='')]
@@ -129,10 +135,12 @@ def groups(layout: Layout, world_size: int, parameter: Parameter
 
 
 def local_numel(parameter: Parameter, layout: Layout, world_size: int) -> int:
-    """Numbers of a parameter in the process that has most of it.
+    """The number of elements of a parameter in the process that has most of
+    them.
 
-    It is cut along dimension 0 into equal parts, the last ones shorter or
-    empty; stacks of experts along the first that comes out even.
+    A parameter is cut along dimension 0 into equal parts, of which the last
+    ones may be shorter or empty. Stacked experts are cut along the first
+    dimension that can be divided without remainder.
     """
     shape = list(parameter.shape)
     parts = groups(layout, world_size, parameter)[0].size
@@ -148,7 +156,8 @@ def local_numel(parameter: Parameter, layout: Layout, world_size: int) -> int:
 
 def units(parameters: Sequence[Parameter], layout: Layout, world_size: int,
           bfloat16: bool) -> list[Unit]:
-    """What there is of the rest first, then in the order of the model."""
+    """The units of a model: first the rest, which is in no block, if there is
+    any, then the others in the order of the model."""
     members: dict[str, list[Parameter]] = defaultdict(list, {REST: []})
     for parameter in parameters:
         members[parameter.unit].append(parameter)
@@ -157,7 +166,8 @@ def units(parameters: Sequence[Parameter], layout: Layout, world_size: int,
         if not inside:
             continue
         size = BFLOAT16 if bfloat16 and name not in (REST, WHOLE) else FLOAT32
-        # Whole, but for experts that are elsewhere.
+        # A gathered unit is whole, except that the experts of other processes
+        # are not in it.
         parts = layout.experts if inside[0].experts else 1
         count = sum(one.numel for one in inside) // parts
         trained = sum(one.numel for one in inside if one.trains) // parts
@@ -171,17 +181,17 @@ def units(parameters: Sequence[Parameter], layout: Layout, world_size: int,
 def memory(parameters: Sequence[Parameter], layout: Layout, world_size: int,
            moments: float, bfloat16: bool, activations: int,
            reshard: bool = True, buckets: bool = True) -> Memory:
-    """Of the process that has most.
+    """Compute the memory of the process that needs most.
 
     Args:
-        parameters: of the model.
-        layout: how they are spread.
+        parameters: the parameters of the model.
+        layout: the way in which they are spread.
         world_size: W.
-        moments: bytes an optimizer keeps for each number.
-        bfloat16: whether parameters compute in bfloat16.
-        activations: bytes.
-        reshard: whether a unit is dropped after its forward pass.
-        buckets: whether DDP copies gradients into its own memory.
+        moments: bytes that the optimizer keeps for each element.
+        bfloat16: whether blocks compute in bfloat16.
+        activations: bytes that are kept for backward.
+        reshard: whether a unit is freed after its forward pass.
+        buckets: whether DDP copies gradients into buckets of its own.
     """
     local = {one.name: local_numel(one, layout, world_size)
              for one in parameters}
@@ -199,13 +209,14 @@ def memory(parameters: Sequence[Parameter], layout: Layout, world_size: int,
 
 
 def at_once(found: Sequence[Unit], reshard: bool) -> int:
-    """Bytes of whole parameters and gradients at their most, in backward.
+    """The largest number of bytes of whole parameters and gradients, which is
+    reached in backward.
 
-    The rest is whole from the first use to the end of backward. Of blocks the
-    one that computes is, with its experts, and of those that follow the next
-    unit, whose gathering has begun. Gradients of a unit are whole until they
-    are summed, in memory of their own. Even a single process that shares with
-    nobody copies what it gathers.
+    The rest, which is in no block, is whole from its first use to the end of
+    backward. Of the blocks, the one that computes is whole, with its experts,
+    and so is the next unit, because its gathering has begun. The gradients of
+    a unit are whole, in memory of their own, until they are summed. All this
+    also holds for a single process, which makes a copy when it gathers.
     """
     held, last = 0, 0
     blocks: dict[str, list[Unit]] = defaultdict(list)

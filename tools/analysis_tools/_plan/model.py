@@ -1,4 +1,5 @@
-"""The model of a config, without the memory of its weights."""
+"""Builds the model of a config without memory for its weights, and describes
+its parameters and its training."""
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,28 +22,30 @@ from rmoe.parallel.units import blocks_of, kept_whole
 from rmoe.registry import HOOKS, MODELS, type_name
 from rmoe.upcycling import weightless
 
-# Units beside experts and blocks, which are called as their modules.
+# The names of the units that are no experts or blocks. Those are named after
+# their modules.
 REST, WHOLE = '', 'kept whole'
-# An optimizer is looked at on parameters of these sizes.
+# The state of an optimizer is measured on parameters of these sizes.
 PROBES = ((8, 16), (32, 48))
-# Of what pipelines call sizes of images.
+# The keys under which steps of a pipeline have the size of images.
 SIZE_KEYS = ('crop_size', 'scale', 'scales', 'size')
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a plan asks of a parameter.
+    """A parameter, with the facts that a plan needs.
 
     Attributes:
-        name: in the whole model.
-        shape: of the whole tensor.
-        unit: the module that is gathered with it: the experts of a MoE
-            layer, a block, REST, or WHOLE if no process gives it up.
-        block: of its unit, the block around it.
+        name: its name in the whole model.
+        shape: the shape of the whole tensor.
+        unit: the module whose parameters are gathered together with it: the
+            experts of a MoE layer, a block, or REST. WHOLE if it is never
+            divided.
+        block: the name of the block that contains its unit.
         experts: whether dimension 0 is the experts.
-        trains: in the stage that is planned for.
-        trained: in that stage or an earlier one, so that an optimizer has
-            moments of it.
+        trains: whether it trains in the stage that is planned for.
+        trained: whether it trains in that stage or an earlier one, so that the
+            optimizer has moments for it.
     """
     name: str
     shape: tuple[int, ...]
@@ -58,12 +61,13 @@ class Parameter:
 
 
 def build(cfg: Config) -> nn.Module:
-    """The model in training mode, with parameters that take no memory.
+    """Build the model in training mode, with parameters that take no memory.
 
     Raises:
         ValueError: for a model without experts.
     """
-    backbone_config(cfg)  # raises; imports the host library
+    # This raises for a model without experts, and imports the host library.
+    backbone_config(cfg)
     settings = deepcopy(cfg.model)
     take_pretrained(settings)
     with weightless():
@@ -75,10 +79,11 @@ def build(cfg: Config) -> nn.Module:
 
 
 def fill(model: nn.Module) -> None:
-    """Give a weightless model values, still without their memory.
+    """Give a weightless model values, with almost no memory.
 
-    A weight is a window that moves over a few random numbers: rows and
-    experts differ, and the storage is as long as the sum of the sides.
+    A weight is a strided view of a few random numbers, in which each row
+    starts one number later. So rows and experts differ, but the storage has
+    only as many numbers as the sum of the sides.
     """
     filled: dict[int, nn.Parameter] = {}
     generator = torch.Generator().manual_seed(0)
@@ -101,16 +106,19 @@ def _values(name: str, shape: torch.Size, generator: torch.Generator
 
 def set_stage(model: nn.Module, stages: Sequence[Sequence[str]],
               bfloat16: bool) -> list[Parameter]:
-    """Let train what trains in the most expensive stage.
+    """Set ``requires_grad`` as in the most expensive stage.
+
+    The cost of a stage is the memory of its gradients and of the moments of
+    all parameters that have trained until then, because the optimizer keeps
+    them.
 
     Args:
-        model: as its config builds it.
+        model: the model as its config builds it.
         stages: the roles that train in each stage, in order.
-        bfloat16: whether blocks compute in it.
+        bfloat16: whether blocks compute in bfloat16.
 
     Returns:
-        Every parameter. Of a stage, gradients count, and the moments of all
-        that has trained until then: an optimizer keeps them.
+        All parameters.
     """
     free = {name for name, parameter in model.named_parameters()
             if parameter.requires_grad}
@@ -138,7 +146,7 @@ def set_stage(model: nn.Module, stages: Sequence[Sequence[str]],
 
 
 def units_of(model: nn.Module, bfloat16: bool) -> dict[str, tuple[str, str]]:
-    """The unit of each parameter, and the block around that."""
+    """The unit of each parameter, and the block that contains it."""
     names = {module: name for name, module in model.named_modules()}
     blocks = blocks_of(model)
     whole = set(map(id, kept_whole(model, blocks if bfloat16 else [])))
@@ -150,7 +158,7 @@ def units_of(model: nn.Module, bfloat16: bool) -> dict[str, tuple[str, str]]:
             places[f'{experts}.'] = (experts, names[block])
     found = {}
     for name, parameter in model.named_parameters():
-        # The innermost place is the longest name.
+        # The innermost module has the longest name.
         inside = max((place for place in places if name.startswith(place)),
                      key=len, default=None)
         found[name] = (WHOLE, WHOLE) if id(parameter) in whole else (
@@ -169,12 +177,12 @@ def stages_of(cfg: Config) -> list[tuple[str, ...]]:
 
 
 def moment_bytes(cfg: Config, name: str | None) -> float:
-    """What the optimizer keeps for each number of a float32 parameter, seen
-    after a step on small ones.
+    """The number of bytes that the optimizer keeps for each element of a
+    float32 parameter. It is measured after a step on small parameters.
 
     Args:
-        cfg: whose ``optim_wrapper.optimizer`` is meant.
-        name: another optimizer, by its type.
+        cfg: the config with ``optim_wrapper.optimizer``.
+        name: the type of another optimizer to use instead.
 
     Raises:
         ValueError: for an unknown optimizer, or one whose state does not
@@ -193,9 +201,9 @@ def moment_bytes(cfg: Config, name: str | None) -> float:
     ratios = {count / (shape[0] * shape[1]) for shape, count in found.items()}
     if len(ratios) > 1:
         raise ValueError(
-            f'what {settings["type"]} keeps does not grow with its '
-            f'parameters ({found} bytes): its memory cannot be planned here. '
-            'Plan with --optimizer AdamW for an upper bound')
+            f'the state of {settings["type"]} does not grow with its '
+            f'parameters ({found} bytes), so that its memory cannot be '
+            'planned here. Plan with --optimizer AdamW for an upper bound')
     return ratios.pop()
 
 
@@ -205,23 +213,24 @@ def _state_bytes(settings: Mapping, shape: tuple[int, int]) -> int:
         module, dict(type='OptimWrapper', optimizer=settings)).optimizer
     module.weight.grad = torch.ones(shape)
     optimizer.step()
-    # Counts of steps are one number.
+    # Tensors with one number are counts of steps, and do not count.
     return sum(value.nbytes for state in optimizer.state.values()
                for value in state.values()
                if isinstance(value, Tensor) and value.numel() > 1)
 
 
 def image_size(cfg: Config, given: Sequence[int] | None) -> tuple[int, int]:
-    """(height, width) of what the backbone gets in training.
+    """The height and width of the images that the backbone gets in training.
 
     Raises:
-        ValueError: if the config does not say.
+        ValueError: if the config does not say it.
     """
     if given:
         return given[0], given[-1]
     size = (cfg.model.get('data_preprocessor') or {}).get('size')
     if not size:
-        # The largest that a pipeline resizes or crops to; (width, height).
+        # The largest size to which the pipeline resizes or crops is used.
+        # Pipelines have the width first.
         sizes = [_pair(one) for one in _sizes(
             (cfg.get('train_dataloader') or {}).get('dataset'))]
         if not sizes:

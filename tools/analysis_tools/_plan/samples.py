@@ -1,4 +1,4 @@
-"""Batches to measure a model on, without its data."""
+"""Makes batches on which a model can be measured without its data set."""
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,13 @@ from torch import nn
 
 def loss_inputs(model: nn.Module, batch: int, size: tuple[int, int]
                 ) -> dict[str, Any]:
-    """What ``model(**inputs, mode='loss')`` takes, as its data_preprocessor
-    would give it.
+    """The inputs for ``model(**inputs, mode='loss')``, as the model's
+    data_preprocessor would return them.
 
     Args:
         model: a segmentor of mmseg, a detector of mmdet, or
             rmoe.ImageClassifier.
-        batch: images.
+        batch: number of images.
         size: their height and width.
 
     Raises:
@@ -31,9 +31,9 @@ def loss_inputs(model: nn.Module, batch: int, size: tuple[int, int]
     if type(model).__name__ == 'ImageClassifier':
         return dict(inputs=images, data_samples=[0] * batch)
     raise ValueError(
-        f'what {type(model).__name__} learns from is not known here: it is '
-        "none of mmseg's segmentors, mmdet's detectors and "
-        'rmoe.ImageClassifier')
+        f'{type(model).__name__} cannot be planned, because the form of its '
+        "labels is not known: use a segmentor of mmseg, a detector of mmdet, "
+        'or rmoe.ImageClassifier')
 
 
 def _segmentation(size: tuple[int, int], index: int) -> Any:
@@ -45,7 +45,8 @@ def _segmentation(size: tuple[int, int], index: int) -> Any:
 
 
 def _detection(size: tuple[int, int], index: int) -> Any:
-    """Eight objects, each a quarter of the image wide and high."""
+    """A sample with eight objects, each a quarter of the image wide and
+    high."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData

@@ -1,4 +1,4 @@
-"""How many bytes autograd keeps for backward, and where."""
+"""Counts how many bytes autograd keeps for backward, and in which modules."""
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,22 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SavedTensors:
-    """Counts what forward passes in a with block keep for backward.
+    """Counts the bytes that forward passes in a with block keep for backward.
 
-    Their results have to live until the block ends: what is gone then was not
-    kept. A storage counts once, where it is first kept; parameters and
-    buffers not at all. Copies of parameters in another type are counted by
-    themselves: whether there are any depends on how a model is wrapped.
+    The results of the forward passes must not be freed before the block ends,
+    because tensors that are freed by then do not count. A storage counts
+    once, in the place where it is first kept. Parameters and buffers do not
+    count. Copies of parameters in another type are counted separately, because
+    it depends on the model wrapper whether there are any.
 
     Args:
-        model: whose forward passes run in the block.
-        places: names by which to tell modules inside it apart; the innermost
-            one counts. All else is ''.
+        model: the model whose forward passes run in the block.
+        places: the modules in it for which bytes are counted separately, by
+            name. A tensor counts for the innermost of them, and outside of
+            all for ''.
 
     Attributes:
-        bytes: by place, set at the end of the block.
-        copies: bytes of parameters in another type, likewise.
-        shapes: of what the module of each place was last called with.
+        bytes: bytes by place, set at the end of the block.
+        copies: bytes of copies of parameters in another type, by place.
+        shapes: for each place, the shape of the last input of its module.
     """
 
     def __init__(self, model: nn.Module, places: dict[str, nn.Module]
@@ -90,10 +92,11 @@ def _key(tensor: Tensor) -> int:
 
 
 class _Casts(TorchDispatchMode):
-    """Notes the storages of parameters in another type.
+    """Records the storages of copies of parameters in another type.
 
     Attributes:
-        found: by address, which no other storage gets while it is noted.
+        found: references to these storages by their address. No other storage
+            gets the same address while there is a reference.
     """
 
     def __init__(self, own: set[int]) -> None:

@@ -1,31 +1,32 @@
-"""What a step sends, and how long links take for it."""
+"""Computes how many bytes a step sends, and how long the links take for it."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from _plan.layouts import Group, Layout, Unit
 
-# Of a count of rows.
+# The bytes of a number of rows, which processes send before the rows.
 INT32 = 4
 
 
 @dataclass(frozen=True)
 class Links:
-    """What a GPU can send.
+    """The rates at which GPUs can send.
 
     Attributes:
-        inside: bytes a second, of each GPU to others of its node.
-        between: bytes a second out of a node, all its GPUs together.
-        node: GPUs in a node.
+        inside: bytes per second that each GPU sends to others of its node.
+        between: bytes per second that leave a node, for all its GPUs together.
+        node: number of GPUs in a node.
     """
     inside: float
     between: float
     node: int
 
     def seconds(self, sent: float, group: Group) -> float:
-        """Of a ring in which each process sends so many bytes.
+        """The time of a ring in which each process sends ``sent`` bytes.
 
-        Members of a ring in one node pass on to each other, and one of them
-        out of the node; all rings of a node share its way out.
+        The members of a ring in one node send to each other, and one of them
+        sends to the next node. All rings of a node share the links that leave
+        it.
         """
         if group.size == 1:
             return 0.
@@ -36,8 +37,8 @@ class Links:
         return max(times)
 
     def exchange_seconds(self, sent: float, group: Group) -> float:
-        """Of an all-to-all in which each process sends so many bytes, equal
-        shares to all others."""
+        """The time of an all-to-all in which each process sends ``sent``
+        bytes, in equal shares to all others."""
         if group.size == 1:
             return 0.
         members = self._members(group)
@@ -47,19 +48,20 @@ class Links:
                    / self.between)
 
     def _members(self, group: Group) -> int:
-        """Of the group in one node."""
+        """The number of processes of a group that are in one node."""
         return max(min(group.size, self.node // group.stride), 1)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a MoE layer exchanges.
+    """The rows that a MoE layer exchanges between processes.
 
     Attributes:
-        count: rows of a process.
+        count: number of rows of a process.
         width: D.
         experts: E.
-        recomputed: whether backward repeats the forward exchange.
+        recomputed: whether the exchange of the forward pass is repeated in
+            backward.
     """
     count: int
     width: int
@@ -69,12 +71,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one process in one step.
+    """The bytes that one process sends in one step.
 
     Attributes:
-        parameters: bytes sent for parameters and gradients.
-        rows: bytes sent for rows of tokens.
-        seconds: of all transfers one after the other.
+        parameters: bytes for parameters and gradients.
+        rows: bytes for rows of tokens.
+        seconds: the time of all transfers one after the other.
     """
     parameters: int
     rows: int
@@ -82,24 +84,24 @@ class Traffic:
 
 
 def share(size: int) -> float:
-    """Of a tensor, what each process sends while it is gathered, or
-    scattered."""
+    """The share of a tensor that each process sends when the tensor is
+    gathered or scattered among ``size`` processes."""
     return (size - 1) / size
 
 
 def traffic(units: Sequence[Unit], layout: Layout, rows: Sequence[Rows],
             world_size: int, bfloat16: bool, reshard: bool, links: Links
             ) -> Traffic:
-    """Of one step.
+    """Compute what one process sends in one step.
 
     Args:
-        units: of the model in this layout.
-        layout: how it is spread.
-        rows: of each MoE layer.
+        units: the units of the model in this layout.
+        layout: the way in which the model is spread.
+        rows: the rows of each MoE layer.
         world_size: W.
-        bfloat16: whether rows travel in bfloat16.
+        bfloat16: whether rows are sent in bfloat16.
         reshard: whether units are gathered again for backward.
-        links: their speeds.
+        links: the rates of the links.
     """
     sent, seconds = 0., 0.
     if layout.ddp:
@@ -122,13 +124,14 @@ def traffic(units: Sequence[Unit], layout: Layout, rows: Sequence[Rows],
 
 
 def row_bytes(layer: Rows, parts: int, bfloat16: bool) -> float:
-    """What a process sends of one layer's rows: there and back in forward, and
-    their gradients back and there in backward.
+    """The bytes that a process sends for the rows of one layer. In forward,
+    rows are sent to their experts and the outputs are sent back. In backward,
+    the gradients take both ways in the opposite direction.
 
     Args:
-        layer: whose rows.
-        parts: N processes that share its experts.
-        bfloat16: whether rows are of that type.
+        layer: the rows of the layer.
+        parts: N, the number of processes that share its experts.
+        bfloat16: whether rows are sent in bfloat16.
     """
     passes = 6 if layer.recomputed else 4
     size = layer.count * layer.width * (2 if bfloat16 else 4)
