@@ -124,7 +124,8 @@ def test_it_is_the_backbone_of_a_segmentor():
                       moe=dict(layers=dict(every=2), num_experts=2)),
         decode_head=dict(type='mmseg.FCNHead', in_channels=16, channels=8,
                          in_index=1, num_classes=3, num_convs=1,
-                         norm_cfg=dict(type='BN'))))
+                         norm_cfg=dict(type='BN'),
+                         loss_decode=dict(type='mmseg.CrossEntropyLoss'))))
     assert segmentor(images('DINOv2')).shape == (2, 3, 4, 4)
     before = [p.clone() for p in segmentor.backbone.parameters()]
     segmentor.backbone.init_weights()

@@ -196,7 +196,8 @@ def test_a_segmentor_passes_its_pretrained_on(tmp_path):
         type='mmseg.EncoderDecoder', pretrained=str(file),
         backbone=dict(type='rmoe.SwinMoE', **SMALL),
         decode_head=dict(type='mmseg.FCNHead', in_channels=16, channels=8,
-                         in_index=1, num_classes=2, num_convs=1)))
+                         in_index=1, num_classes=2, num_convs=1,
+                         loss_decode=dict(type='mmseg.CrossEntropyLoss'))))
     segmentor.backbone.init_weights()
     key = 'stages.0.blocks.0.ffn.layers.1.weight'
     assert torch.equal(segmentor.backbone.state_dict()[key], state[key])

@@ -321,7 +321,8 @@ def test_a_dense_config(configs):
 def test_models_and_sizes_that_are_not_known(tmp_path):
     cfg = toy_config(tmp_path)
     with scope(cfg):
-        with pytest.raises(ValueError, match='ToySegmentor learns from is'):
+        with pytest.raises(ValueError, match='ToySegmentor cannot be planned, '
+                           'because the form of its labels'):
             loss_inputs(build(cfg), 2, (32, 32))
     with pytest.raises(ValueError, match='give --image-size'):
         image_size(cfg, None)
