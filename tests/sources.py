@@ -120,20 +120,28 @@ def hf_swin(folder):
                 saved(model, folder), SwinMoE, SWIN)
 
 
-def mmseg_vit(_):
-    model, maps, state = openmmlab(
+def _mmseg_vit(**options):
+    return openmmlab(
         MMSegViT, img_size=32, patch_size=8, embed_dims=24, num_layers=4,
-        num_heads=2, mlp_ratio=2, patch_bias=True, final_norm=True,
-        norm_cfg=dict(type='LN', eps=1e-6))
+        num_heads=2, mlp_ratio=2, final_norm=True, **options)
+
+
+def mmseg_vit(_):
+    model, maps, state = _mmseg_vit(
+        patch_bias=True, norm_cfg=dict(type='LN', eps=1e-6))
     return Case(model, maps, state, ViTMoE, VIT)
 
 
-def mmpretrain_vit(_):
-    model, maps, state = openmmlab(
+def _mmpretrain_vit(**options):
+    return openmmlab(
         MMPretrainViT, arch=dict(
             embed_dims=24, num_layers=4, num_heads=2,
             feedforward_channels=48),
-        img_size=32, patch_size=8, out_type='featmap',
+        img_size=32, patch_size=8, out_type='featmap', **options)
+
+
+def mmpretrain_vit(_):
+    model, maps, state = _mmpretrain_vit(
         norm_cfg=dict(type='LN', eps=1e-6), layer_scale_init_value=1.)
     return Case(model, maps, state, ViTMoE,
                 dict(VIT, layer_scale_init_value=1.))
@@ -212,21 +220,16 @@ def timm_clip(_):
 
 
 def mmseg_clip(_):
-    model, maps, state = openmmlab(
-        MMSegViT, img_size=32, patch_size=8, embed_dims=24, num_layers=4,
-        num_heads=2, mlp_ratio=2, pre_norm=True, final_norm=True,
-        norm_cfg=dict(type='LN', eps=1e-5),
+    model, maps, state = _mmseg_vit(
+        pre_norm=True, norm_cfg=dict(type='LN', eps=1e-5),
         act_cfg=dict(type='mmseg.QuickGELU'))
     return Case(model, maps, state, ViTMoE, CLIP)
 
 
 def mmpretrain_clip(_):
-    model, maps, state = openmmlab(
-        MMPretrainViT, arch=dict(
-            embed_dims=24, num_layers=4, num_heads=2,
-            feedforward_channels=48),
-        img_size=32, patch_size=8, out_type='featmap', pre_norm=True,
-        patch_cfg=dict(bias=False), norm_cfg=dict(type='LN', eps=1e-5))
+    model, maps, state = _mmpretrain_vit(
+        pre_norm=True, patch_cfg=dict(bias=False),
+        norm_cfg=dict(type='LN', eps=1e-5))
     return Case(model, maps, state, ViTMoE,
                 dict(CLIP, act_cfg=dict(type='GELU')))
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from rmoe import compat
 from rmoe.moe import moe_layers
-from rmoe.visualization.recording import record_routing
+from rmoe.moe.recording import record_routing
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')

@@ -27,7 +27,7 @@ ALLOWED = {
     'checks': {'checks', 'engine', 'parallel', 'backbones', 'upcycling',
                'moe', 'registry', 'needs'},
     'report': {'report', 'visualization', 'backbones', 'upcycling', 'moe',
-               'version'},
+               'registry', 'version'},
     'classification': {'classification', 'checks', 'engine', 'registry'},
     'datasets': {'datasets'},
     'visualization': {'visualization', 'moe'},

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rmoe.report.scalars import MAIN_SCORES
+
 TOOLS = Path(__file__).parent
-# The main scores of a classifier, a segmentor and a detector.
-SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP')
 
 
 def train(config: Path, folder: Path, *flags: str, gpus: int = 1,
@@ -101,7 +101,7 @@ def last_validation(folder: Path) -> dict[str, float]:
     """The scores of the last validation in a work dir. Empty if the last run
     did not validate after the last iteration that it logged."""
     for line in reversed(scalars(folder)):
-        if any(key in line for key in SCORES):
+        if any(key in line for key in MAIN_SCORES):
             return line
         if 'loss' in line:
             break

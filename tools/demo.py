@@ -28,8 +28,9 @@ from rmoe.datasets.demo import DataSet, find_data, make_scenes
 from rmoe.engine.moe_loss_hook import install as collect_auxiliary_losses
 from rmoe.moe import moe_layers
 from rmoe.moe.complexity import complexity
+from rmoe.moe.recording import record_routing
 from rmoe.report import DEFAULT_NAME, missing_packages, write_report
-from rmoe.visualization.recording import load_shares, record_routing
+from rmoe.visualization.routing_maps import load_shares
 from rmoe.visualization.segmentor import draw_segmentor
 
 TERMINAL = sys.stdout

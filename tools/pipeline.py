@@ -22,9 +22,9 @@ from typing import Any
 
 from _config import run
 from _steps import finish, given, total
-from _training import SCORES
 from mmengine.config import Config, DictAction
 
+from rmoe.report.scalars import MAIN_SCORES
 from rmoe.upcycling import write_atomically
 
 # The step that the checkpoint of --dense replaces.
@@ -126,7 +126,7 @@ def keep(path: Path, name: str, steps: dict[str, dict]) -> None:
     costs = json.loads(path.read_text()) if path.exists() else {}
     score = list(steps.values())[-1]['metrics']
     costs[name] = dict(
-        score={key: score[key] for key in SCORES if key in score},
+        score={key: score[key] for key in MAIN_SCORES if key in score},
         total=total([step['cost'] for step in steps.values()
                      if step['cost']]),
         steps={step: record['cost'] for step, record in steps.items()})

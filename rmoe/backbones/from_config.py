@@ -1,4 +1,5 @@
-"""The backbone of a config, its dense twin, and images to run them on."""
+"""Builds the backbone of a config or its dense twin, and loads images to run
+them on."""
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -10,22 +11,24 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from rmoe.registry import MODELS
+from rmoe.registry import MODELS, type_name
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 
 
 def backbone_config(cfg: Config) -> dict:
-    """A config's MoE backbone, without its pretrained weights.
+    """The config of the MoE backbone in a config of a model, without
+    pretrained weights. The default scope of the config becomes the current
+    one.
 
     Raises:
-        ValueError: if it is dense.
+        ValueError: if the backbone is not registered or is dense.
     """
     init_default_scope(cfg.get('default_scope') or 'rmoe')
     backbone = deepcopy(cfg.model.backbone)
     backbone.init_cfg = None
-    # Imports the host library, as the first lookup would.
+    # This imports the host library, as its runner would do.
     with MODELS.switch_scope_and_registry(None) as registry:
         registry.import_from_location()
     if MODELS.get(backbone.type) is None:
@@ -39,23 +42,32 @@ def backbone_config(cfg: Config) -> dict:
 
 def dense_twin(backbone: dict) -> dict:
     """The config of the same backbone without experts."""
-    if backbone['type'].split('.')[-1] == 'UpcycledBackbone':
+    if type_name(backbone) == 'UpcycledBackbone':
         return deepcopy(backbone['backbone'])
     return dict(deepcopy(backbone), moe=None)
 
 
 def build_backbone(backbone: dict) -> nn.Module:
-    """From its config, in evaluation mode."""
+    """Build a backbone in evaluation mode."""
     model = MODELS.build(deepcopy(backbone))
-    model.eval()  # which returns None in some of mmseg's
+    # eval() is not chained, because that of some models of mmseg returns None.
+    model.eval()
     return model
 
 
 def load_images(folder: str, size: int, cfg: Config) -> Iterator[Tensor]:
-    """(1, 3, size, size) each image, normalised as the config does.
+    """Load all images of a folder, normalised as the config says.
+
+    Args:
+        folder: the folder, which is searched with all folders in it.
+        size: height and width to which images are resized.
+        cfg: config whose ``data_preprocessor`` has the mean and deviation.
+
+    Yields:
+        (1, 3, size, size) tensors.
 
     Raises:
-        ValueError: if there is no image, or one that does not decode.
+        ValueError: if there is no image, or one that cannot be decoded.
     """
     paths = sorted(path for path in Path(folder).rglob('*')
                    if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Where the demo's images come from."""
+"""The images of the demo: synthetic scenes, or a data set of the user."""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,15 @@ class DataSet:
     """A segmentation data set in mmseg's layout.
 
     Attributes:
-        root: its folder.
-        prefixes: (images, labels) of training and of validation.
-        suffixes: of image and of label files.
-        classes: names.
-        palette: colours.
+        root: the folder of the data set.
+        prefixes: the folders of images and labels, for training and for
+            validation.
+        suffixes: the suffixes of image files and of label files.
+        classes: the names of the classes.
+        palette: the colours of the classes.
         size: height and width of a training crop.
-        val_images: how many validation images are used.
-        whole: whether images are used whole in training.
+        val_images: number of validation images that are used.
+        whole: whether training uses whole images instead of crops.
     """
     root: Path
     prefixes: tuple[tuple[str, str], tuple[str, str]]
@@ -62,19 +63,19 @@ class DataSet:
 
 
 def make_scenes(root: Path) -> DataSet:
-    """Draw synthetic scenes, unless they are there."""
+    """Draw synthetic scenes, unless the folder has them already."""
     write_scenes(root, num_train=800, num_val=100, size=CROP)
     return DataSet(root, LAYOUTS[0], ('.png', '.png'), CLASSES, PALETTE,
                    (CROP, CROP), 100, whole=True)
 
 
 def find_data(root: Path) -> DataSet:
-    """Recognise a real data set.
+    """Recognise a data set in mmseg's layout.
 
     Raises:
-        FileNotFoundError: if the folder or its images are not there.
-        ValueError: if images and labels do not match, or a label map is no
-            8-bit single-channel image.
+        FileNotFoundError: if the folder or its images do not exist.
+        ValueError: if images and labels do not match, or a label map is not
+            an 8-bit single-channel image.
     """
     if not root.is_dir():
         raise FileNotFoundError(f'--data {root} is no folder')

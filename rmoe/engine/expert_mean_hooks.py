@@ -111,7 +111,7 @@ class ExpertAveragingHook(ExpertMeanHook):
     def after_step(self, runner: Runner) -> None:
         done = runner.iter / max(1, runner.max_iters - 1)
         pull_to_means(runner.model,
-                      self.first + (self.last - self.first) * min(done, 1.))
+                      self.first + (self.last - self.first) * done)
 
 
 @HOOKS.register_module()

@@ -8,7 +8,12 @@ from mmengine.runner import Runner
 from rmoe.engine.wrappers import unwrapped
 from rmoe.parallel.layout import is_laid_out
 from rmoe.registry import HOOKS
-from rmoe.report import DEFAULT_NAME, missing_packages, write_report
+from rmoe.report import (
+    DEFAULT_NAME,
+    check_counts,
+    missing_packages,
+    write_report,
+)
 from rmoe.version import __version__
 
 
@@ -39,10 +44,7 @@ class ReportHook(Hook):
 
     def __init__(self, enabled: bool = True, images: int = 4,
                  count_images: int = 32) -> None:
-        for name, number in (('images', images),
-                             ('count_images', count_images)):
-            if number < 0:
-                raise ValueError(f'{name}={number} must not be negative')
+        check_counts(images, count_images)
         self.enabled = enabled
         self.images = images
         self.count_images = count_images

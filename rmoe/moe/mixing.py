@@ -87,6 +87,13 @@ def _gates(routing: Routing, align: str) -> Tensor:
         # If all gates of a token have underflowed to zero, its experts count
         # equally and the division below is not 0 / 0.
         gates_N = gates_N + torch.finfo(gates_N.dtype).tiny
+    elif align == 'straight_through':
+        # The factor is 1 / n in value, so rows get the gradient of the mean.
+        # Its gradient with respect to the gate is 1, so gates get the
+        # gradient of the gated sum.
+        share_T = 1. / rows.kept_per_token()
+        share_N = share_T.to(gates_N).index_select(0, rows.token_ids_N)
+        gates_N = share_N + (gates_N - gates_N.detach())
     if rows.unserved_N is not None:
         gates_N = gates_N.masked_fill(rows.unserved_N, 0.)
     if align == 'renormalize':
@@ -97,15 +104,6 @@ def _gates(routing: Routing, align: str) -> Tensor:
         if rows.lonely_T is not None:
             total_T1 = total_T1.masked_fill(rows.lonely_T[:, None], 1.)
         gates_N = gates_N / tokens_to_rows(total_T1, rows)[:, 0]
-    if align == 'straight_through':
-        # The factor is 1 / n in value, so rows get the gradient of the mean.
-        # Its gradient with respect to the gate is 1, so gates get the
-        # gradient of the gated sum.
-        share_T = 1. / rows.kept_per_token().clamp_min(1)
-        share_N = share_T.to(gates_N).index_select(0, rows.token_ids_N)
-        if rows.unserved_N is not None:
-            share_N = share_N.masked_fill(rows.unserved_N, 0.)
-        gates_N = share_N + (gates_N - gates_N.detach())
     return gates_N
 
 

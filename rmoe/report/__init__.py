@@ -6,6 +6,11 @@ it gets from ``labels.py``. ``figures.py`` and ``tables.py`` make charts and
 tables of the results, and ``page.py`` puts them into the template. Importing
 this package imports neither plotly nor jinja2.
 """
-from rmoe.report.write import DEFAULT_NAME, missing_packages, write_report
+from rmoe.report.write import (
+    DEFAULT_NAME,
+    check_counts,
+    missing_packages,
+    write_report,
+)
 
-__all__ = ['DEFAULT_NAME', 'missing_packages', 'write_report']
+__all__ = ['DEFAULT_NAME', 'check_counts', 'missing_packages', 'write_report']

@@ -16,9 +16,10 @@ from torch import Tensor
 from rmoe.backbones.from_config import dense_twin
 from rmoe.moe import Routing, SoftRouting, moe_layers
 from rmoe.moe.complexity import Complexity, complexity
+from rmoe.moe.recording import record_routing
 from rmoe.report.labels import class_names, label_map
 from rmoe.upcycling import read_checkpoint, state_dict_of
-from rmoe.visualization.recording import expert_map, record_routing, token_map
+from rmoe.visualization.routing_maps import expert_map, token_map
 from rmoe.visualization.segmentor import short_name
 from rmoe.visualization.specialisation import (
     Tally,

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 MOE = 'moe/'
+# The scores by which a classifier, a segmentor or a detector is judged.
+MAIN_SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP',
+               'pascal_voc/mAP')
 # The keys in a line about a validation that are not scores.
 NO_SCORES = ('data_time', 'time', 'step', 'iter', 'epoch', 'memory')
 

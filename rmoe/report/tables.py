@@ -6,13 +6,10 @@ from math import inf, isnan
 from typing import Any
 
 from rmoe.report.experts import Experts
-from rmoe.report.scalars import Curve
+from rmoe.report.scalars import MAIN_SCORES, Curve
 from rmoe.report.work_dir import Run
 
 NOTHING = '-'
-# The scores by which a classifier, a segmentor or a detector is judged.
-MAIN_SCORES = ('accuracy/top1', 'mIoU', 'coco/bbox_mAP', 'coco/segm_mAP',
-               'pascal_voc/mAP')
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from rmoe.registry import type_name
 from rmoe.report.work_dir import Run, read_runs
 from rmoe.upcycling import write_atomically
 
@@ -26,6 +27,17 @@ def missing_packages() -> str:
         return ''
     return (f'a report needs {" and ".join(missing)}: python -m pip install '
             f'{" ".join(missing)}')
+
+
+def check_counts(images: int, count_images: int) -> None:
+    """Check the numbers of images of a report.
+
+    Raises:
+        ValueError: if one is negative.
+    """
+    for name, number in (('images', images), ('count_images', count_images)):
+        if number < 0:
+            raise ValueError(f'{name}={number} must not be negative')
 
 
 def write_report(work_dirs: Sequence[Path], out: Path | None = None,
@@ -51,9 +63,7 @@ def write_report(work_dirs: Sequence[Path], out: Path | None = None,
     """
     if missing := missing_packages():
         raise ImportError(missing)
-    for name, number in (('images', images), ('count_images', count_images)):
-        if number < 0:
-            raise ValueError(f'{name}={number} must not be negative')
+    check_counts(images, count_images)
     runs = read_runs(work_dirs)
     # These are imported only here: page needs plotly, and experts takes long
     # to import.
@@ -93,6 +103,6 @@ def _dead_below(cfg: Mapping) -> float:
     """The fraction of its fair share below which RoutingStatsHook called an
     expert dead in a run with this config."""
     for hook in cfg.get('custom_hooks') or ():
-        if str(hook.get('type')).endswith('RoutingStatsHook'):
+        if type_name(hook) == 'RoutingStatsHook':
             return hook.get('dead_below', DEAD_BELOW)
     return DEAD_BELOW

@@ -1,42 +1,44 @@
-"""What an upcycled model does: how its experts are used, and how far it is
-from the model it was made of."""
-from collections.abc import Sequence
-from typing import Any
+"""Measures an upcycled model: the loads of its experts, and how much its
+features differ from those of the model that it was made of."""
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rmoe.moe import moe_layers
+from rmoe.moe.recording import record_routing
 
 
 @torch.no_grad()
-def measure_loads(model: nn.Module, images: Sequence[Tensor]
+def measure_loads(model: nn.Module, images: Iterable[Tensor]
                   ) -> dict[str, Tensor]:
-    """(E,) tokens that each expert of each MoE layer takes."""
+    """Run images through a model and count the tokens of its experts.
+
+    Returns:
+        For each MoE layer, the (E,) numbers of tokens that its experts got.
+    """
     loads: dict[str, Tensor] = {}
-
-    def counter(name: str) -> Any:
-        def count(router: nn.Module, args: tuple, routing: Any) -> None:
-            loads[name] = loads.get(name, 0) + routing.load_E
-
-        return count
-
-    handles = [layer.router.register_forward_hook(counter(name))
-               for name, layer in moe_layers(model).items()]
-    try:
+    with record_routing(model) as records:
         for image in images:
             model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+            for name, routings in records.items():
+                for routing in routings:
+                    loads[name] = loads.get(name, 0) + routing.load_E
+                # The routings of many images would fill the memory.
+                routings.clear()
     return loads
 
 
 @torch.no_grad()
 def largest_difference(one: nn.Module, other: nn.Module,
                        images: Sequence[Tensor]) -> dict[str, float]:
-    """Between the feature maps of two backbones: the largest absolute one,
-    and the norm of all over the norm of the first's."""
+    """Compare the feature maps of two backbones.
+
+    Returns:
+        ``largest``, the largest absolute difference of two values, and
+        ``relative``, the norm of all differences divided by the norm of the
+        feature maps of the first backbone.
+    """
     largest = squares = total = 0.
     for image in images:
         for a, b in zip(one(image), other(image), strict=True):
@@ -47,8 +49,12 @@ def largest_difference(one: nn.Module, other: nn.Module,
 
 
 def layers_that_change_the_function(model: nn.Module) -> str:
-    """Why upcycling alone changes the model in its present mode, even with
-    zero residuals; empty if it does not."""
+    """Find the MoE layers that do not compute the dense function in the
+    present mode of the model, even while their residuals are zero.
+
+    Returns:
+        A text with the options of these layers; empty if there are none.
+    """
     kinds: dict[str, int] = {}
     for layer in moe_layers(model).values():
         if not layer.preserves_function:

@@ -10,8 +10,9 @@ from mmengine.model import BaseModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmoe.visualization.recording import expert_map, load_shares, record_routing
+from rmoe.moe.recording import record_routing
 from rmoe.visualization.routing_figure import draw_routing
+from rmoe.visualization.routing_maps import expert_map, load_shares
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Adapters: what the experts add, in a file of its own."""
 import copy
+import re
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_another_model_is_refused_and_stays_dense(trained, tmp_path, change,
     with pytest.raises(ValueError, match=match):
         rmoe.load_adapter(dense, tmp_path / 'a.pth')
     assert list(dense.state_dict()) == keys and not dense._forward_pre_hooks
+
+
+def test_the_error_shows_a_value_that_differs(trained, tmp_path):
+    dense, model = trained
+    rmoe.save_adapter(model, tmp_path / 'a.pth')
+    with torch.no_grad():  # the last value alone
+        weight = dense.ffn[0].weight.flatten()[-1:]
+        weight.add_(1.)
+    now = f'{float(weight):.6g}'
+    with pytest.raises(ValueError, match=(
+            rf'ffn\.0\.weight is {re.escape(now)} in the model and was '
+            rf'(?!{re.escape(now)} )')):
+        rmoe.load_adapter(dense, tmp_path / 'a.pth')
 
 
 def test_a_part_of_a_file_is_refused(trained, tmp_path):

@@ -5,8 +5,8 @@ from torch import nn
 
 from rmoe.backbones.padding import KnownBatch, ValidArea
 from rmoe.moe import collect_losses, moe_layers
+from rmoe.moe.recording import record_routing
 from rmoe.registry import MODELS
-from rmoe.visualization.recording import record_routing
 
 pytestmark = pytest.mark.torch('2.9')  # older ones break the graph
 MOE = dict(num_experts=4, router=dict(

@@ -6,6 +6,7 @@ import torch
 from mmengine.config import Config
 from toy import BACKBONE
 
+from rmoe.backbones import SwinMoE
 from rmoe.backbones.from_config import (
     backbone_config,
     build_backbone,
@@ -30,6 +31,12 @@ def test_backbone_and_its_twin():
     assert not moe.training and not dense.training
     assert {name for name in moe.state_dict() if '.router.' not in name
             and '.experts.' not in name} == set(dense.state_dict())
+
+
+def test_the_twin_of_a_type_that_is_a_class():
+    """As new-style configs have it."""
+    twin = dense_twin(dict(BACKBONE, type=SwinMoE))
+    assert twin == dict(BACKBONE, type=SwinMoE, moe=None)
 
 
 def test_a_dense_backbone_is_refused():

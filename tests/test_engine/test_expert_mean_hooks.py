@@ -37,6 +37,16 @@ def test_residuals_train_and_their_mean_stays_zero(tmp_path):
         assert value.mean(0).abs().max() < 1e-6, key
 
 
+def test_they_act_once_per_step_of_the_optimizer(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr('rmoe.engine.expert_mean_hooks.subtract_means',
+                        lambda model: steps.append(model))
+    config = toy_config(tmp_path, hooks=HOOKS, max_iters=4)
+    config.optim_wrapper.accumulative_counts = 2
+    Runner.from_cfg(config).train()
+    assert len(steps) == 2
+
+
 def test_one_expert_is_the_dense_model(tmp_path):
     """All runs have the same weights, images and optimizer. Without the hook,
     a single expert trains further away than the dense model."""
@@ -101,6 +111,9 @@ def test_the_share_changes_linearly(monkeypatch):
         ExpertAveragingHook(.4, .2).after_step(
             SimpleNamespace(iter=step, max_iters=5, model=None))
     assert shares == pytest.approx([.4, .35, .3, .25, .2])
+    ExpertAveragingHook(.4, .2).after_step(
+        SimpleNamespace(iter=0, max_iters=1, model=None))
+    assert shares[-1] == .4
 
 
 def test_a_share_by_hand():
@@ -146,6 +159,13 @@ def test_a_shared_moment_by_hand():
     share_moments(model, optimizer)
     moment = optimizer.state[value]['exp_avg_sq']
     assert torch.allclose(moment, torch.full_like(moment, 5e-3))
+
+
+def test_experts_without_a_gradient_yet_have_no_moment_to_share():
+    model = toy_model(num_experts=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    share_moments(model, optimizer)
+    assert not optimizer.state
 
 
 def test_an_optimizer_without_second_moments_is_refused(tmp_path):

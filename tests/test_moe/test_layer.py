@@ -79,6 +79,7 @@ def test_zero_residual_is_the_dense_ffn(options):
     missing = layer.load_state_dict(dense.state_dict(), strict=False)
     assert all('experts' in key or 'router' in key
                for key in missing.missing_keys)
+    assert layer.preserves_function
     x, identity = torch.randn(2, T, D), torch.randn(2, T, D)
     assert (layer(x, identity) - dense(x, identity)).abs().max() < 1e-5
     layer.eval()

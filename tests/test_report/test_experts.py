@@ -123,16 +123,29 @@ def test_a_detector_has_a_background(tmp_path):
     (dict(checkpoint=None), 'ValueError: the work dir has no checkpoint'),
     (dict(data='nowhere'), 'FileNotFoundError: .*nowhere'),
     (dict(router='SoftRouter'), 'a soft router mixes all tokens'),
+    (dict(checkpoint='folder'), 'ValueError: .* is a folder with the parts'),
+    (dict(step='LoadAnnotations'), 'the validation set has no labels'),
+    (dict(metainfo=dict()), 'the validation set has no names of classes'),
+    (dict(to_float32=True), 'ValueError: .* gives images of float32'),
 ])
 def test_what_is_missing_is_said(scenes, tmp_path, change, message):
     cfg, checkpoint = Config(scenes[0].to_dict()), scenes[1]
+    dataset = cfg.val_dataloader.dataset
+    if change.get('checkpoint') == 'folder':
+        change = dict(checkpoint=tmp_path)
+    dataset.pipeline = [step for step in dataset.pipeline
+                        if step.type != change.get('step')]
+    if 'metainfo' in change:
+        dataset.pop('metainfo')
+    if 'to_float32' in change:
+        dataset.pipeline[0].to_float32 = True
     if 'router' in change:
         cfg.model.backbone.moe.router = dict(type=change['router'])
         checkpoint = save(cfg, tmp_path, 'mmseg')
-    cfg.val_dataloader.dataset.data_root = change.get(
-        'data', cfg.val_dataloader.dataset.data_root)
+    dataset.data_root = change.get('data', dataset.data_root)
     found = observe(cfg, change.get('checkpoint', checkpoint), 1, 1)
     assert len(found.notes) == 1
     assert re.match(message, found.notes[0]), found.notes
     assert set(found.num_experts) <= set(LAYERS)
-    assert bool(found.overlays) == ('router' in change)
+    assert bool(found.overlays) == bool(
+        {'router', 'step', 'metainfo'} & change.keys())

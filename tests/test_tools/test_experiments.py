@@ -52,7 +52,6 @@ def plan(work, configs):
         'model.data_preprocessor.size': (64, 64),
         'default_hooks.logger.interval': 1,
         'default_hooks.checkpoint.interval': 1,
-        'default_hooks.report.enabled': False,
         **{f'{split}_dataloader.dataset.data_root': str(work / 'scenes')
            for split in ('train', 'val', 'test')}}
     joint = {**short, 'custom_hooks': [
@@ -105,6 +104,7 @@ def test_an_experiment(work, plan, trained, monkeypatch, capsys):
         text = (runs / f'seed{seed}/first+moe/step.py').read_text()
         assert f'seed={seed}' in text and "type='SGD'" in text
         assert 'betas' not in text and '_delete_' not in text
+        assert "report=dict(enabled=False" in text
     # a second time nothing is trained, and records come out the same
     again = file.read_text()
     trained.clear()

@@ -143,6 +143,7 @@ def test_flips_are_averaged_in_their_place(configs):
 
 @pytest.mark.parametrize('flags, more, message', [
     (['--capacities', '0'], [], 'must be positive'),
+    (['--repeats', '0'], [], '--repeats 0 must be at least 1'),
     (['--launcher', 'pytorch'], [], 'runs in one process'),
     (['--metric', 'PQ'], [], "none of ..PQ"),
     ([], ['model.backbone.moe.router.type=SoftRouter'],

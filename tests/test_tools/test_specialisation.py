@@ -16,8 +16,8 @@ from mmseg.apis import init_model
 from mmseg.structures import SegDataSample
 from PIL import Image
 
+from rmoe.moe.recording import record_routing
 from rmoe.registry import MODELS
-from rmoe.visualization.recording import record_routing
 
 
 def measure(work, config, checkpoint, name, *more, flags=()):

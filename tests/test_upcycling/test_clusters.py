@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from rmoe.backbones import ViTMoE
 from rmoe.moe import moe_layers
+from rmoe.moe.recording import record_routing
 from rmoe.upcycling import cluster_routers
 from rmoe.upcycling.clusters import spherical_kmeans
-from rmoe.visualization.recording import record_routing
 
 D = 6
 

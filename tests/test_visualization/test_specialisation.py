@@ -6,7 +6,7 @@ import torch
 
 from rmoe.moe import Routing
 from rmoe.moe.rows import Rows, order_by_token
-from rmoe.visualization.recording import expert_map, token_map
+from rmoe.visualization.routing_maps import expert_map, token_map
 from rmoe.visualization.specialisation import (
     REARRANGEMENTS,
     Tally,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from rmoe.moe import MoEFFN, TokenChoiceRouter, moe_layers
 from rmoe.moe.complexity import complexity
-from rmoe.visualization.recording import record_routing
+from rmoe.moe.recording import record_routing
 
 CAPACITIES = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1., 1.25, 1.5, 2.)
 FIRST_COME, PRIORITISED = 'first come', 'batch prioritised'

@@ -31,7 +31,8 @@ from mmengine.model import BaseModel
 
 from rmoe.engine.trained import build_test_data, trained_model
 from rmoe.moe import moe_layers
-from rmoe.visualization.recording import record_routing, token_map
+from rmoe.moe.recording import record_routing
+from rmoe.visualization.routing_maps import token_map
 from rmoe.visualization.segmentor import short_name
 from rmoe.visualization.specialisation import (
     Information,

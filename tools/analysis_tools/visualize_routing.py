@@ -16,7 +16,8 @@ from mmengine.dataset import pseudo_collate
 
 from rmoe.engine.trained import build_test_data, trained_model
 from rmoe.moe import moe_layers
-from rmoe.visualization.recording import load_shares, record_routing
+from rmoe.moe.recording import record_routing
+from rmoe.visualization.routing_maps import load_shares
 from rmoe.visualization.segmentor import draw_segmentor
 
 

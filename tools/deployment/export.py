@@ -25,7 +25,7 @@ from _config import run
 
 from rmoe import compat
 from rmoe.engine.trained import trained_model
-from rmoe.visualization.recording import record_routing
+from rmoe.moe.recording import record_routing
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 

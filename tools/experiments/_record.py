@@ -7,13 +7,13 @@ and seed.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from _training import SCORES
-
+from rmoe.report.scalars import MAIN_SCORES, Scalars
+from rmoe.report.work_dir import read_runs
 from rmoe.upcycling import write_atomically
 
 
@@ -73,66 +73,48 @@ def alone(folder: Path) -> Iterator[None]:
 
 def scores(metrics: dict[str, Any]) -> dict[str, float]:
     """The main scores, rounded to four decimals."""
-    return {key: round(metrics[key], 4) for key in SCORES if key in metrics}
+    return {key: round(metrics[key], 4)
+            for key in MAIN_SCORES if key in metrics}
 
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:
     if 'folder' not in step:  # Its checkpoint was given with --dense.
         return dict(checkpoint=Path(step['checkpoint']).name,
                     cost=step['cost'])
+    scalars, = (run.scalars for run in read_runs([step['folder']]))
     return dict(
         config=step['config'], options=step['options'], seed=step['seed'],
         commit=step['commit'], versions=step['versions'],
         scores=scores(step['metrics']),
-        curve=curve(step['folder']), routing=routing(step['folder']),
+        curve=curve(scalars), routing=routing(scalars),
         cost={key: step['cost'][key] for key in (
             'seconds', 'samples', 'iterations', 'flops', 'peak_memory',
             'device')})
 
 
-def curve(folder: Path) -> dict[str, list]:
-    """The loss and scores of all runs in a work dir, by iteration.
-
-    If a resumed run repeated iterations, the later values are taken. The loss
-    is that of the task, without ``loss_moe_*``, so that it can be compared with
-    that of a dense model.
-    """
-    loss: dict[int, float] = {}
-    score: dict[int, list] = {}
-    last = 0
-    for line in _lines(folder):
-        if 'loss' in line:
-            last = line['iter']
-            loss[last] = round(line['loss'] - sum(
-                value for key, value in line.items()
-                if key.startswith('loss_moe_')), 4)
-        elif scores(line):
-            score[last] = next(iter(scores(line).items()))
-    return dict(loss=[[step, value] for step, value in loss.items()],
-                score=[[step, *value] for step, value in score.items()])
+def curve(scalars: Scalars) -> dict[str, list]:
+    """The loss of the task and the first main score of a run, as pairs and
+    triples that begin with the iteration."""
+    name = next((name for name in MAIN_SCORES if name in scalars.scores), '')
+    return dict(
+        loss=[[step, round(value, 4)]
+              for step, value in scalars.task_loss().items()],
+        score=[[step, name, round(value, 4)]
+               for step, value in scalars.scores.get(name, {}).items()])
 
 
-def routing(folder: Path) -> dict[str, dict[str, Any]]:
+def routing(scalars: Scalars) -> dict[str, dict[str, Any]]:
     """The statistics of routing in the last report of RoutingStatsHook, by
     layer: each expert's share of the tokens, the normalised entropy of these
     shares, and the share of tokens that no expert kept."""
-    last: dict[str, float] = {}
-    for line in _lines(folder):
-        last.update({key: value for key, value in line.items()
-                     if key.startswith('moe/')})
     layers: dict[str, dict[str, Any]] = {}
-    for key, value in last.items():
-        layer, _, what = key.removeprefix('moe/').rpartition('/')
-        if what.startswith('load_'):
-            layers.setdefault(layer, {}).setdefault('load', []).append(
-                round(value, 4))
-        elif what in ('entropy', 'unrouted'):
-            layers.setdefault(layer, {})[what] = round(value, 4)
+    for layer, curves in scalars.layers.items():
+        last = {what: round(values[max(values)], 4)
+                for what, values in curves.items() if values}
+        layers[layer] = {what: last[what] for what in ('entropy', 'unrouted')
+                         if what in last}
+        load = [value for what, value in last.items()
+                if what.startswith('load_')]
+        if load:
+            layers[layer]['load'] = load
     return layers
-
-
-def _lines(folder: Path) -> Iterable[dict[str, Any]]:
-    for log in sorted(folder.glob('*/vis_data/scalars.json')):
-        for text in log.read_text().splitlines():
-            if text:
-                yield json.loads(text)

@@ -1,37 +1,11 @@
-"""Recording of what the routers of a model decide while it runs, and maps of
-it."""
-from collections.abc import Iterator
-from contextlib import contextmanager
-
+"""Maps and shares of recorded routings."""
 import numpy as np
 import torch
-from torch import nn
 
-from rmoe.moe import Routing, SoftRouting, moe_layers
+from rmoe.moe import Routing, SoftRouting
 
 # Strides of feature maps. 14, that of DINOv2, is tried only if no other fits.
 STRIDES = (1, 2, 4, 8, 16, 32, 64, 14)
-
-
-@contextmanager
-def record_routing(model: nn.Module
-                   ) -> Iterator[dict[str, list[Routing | SoftRouting]]]:
-    """Keep every routing of every MoE layer while the context lasts.
-
-    Yields:
-        The routings of each layer, by its name, in the order of its calls.
-    """
-    records: dict[str, list[Routing | SoftRouting]] = {}
-    handles = []
-    for name, layer in moe_layers(model).items():
-        routings = records[name] = []
-        handles.append(layer.router.register_forward_hook(
-            lambda module, args, routing, to=routings: to.append(routing)))
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def load_shares(routings: list[Routing | SoftRouting]) -> np.ndarray:
