@@ -54,7 +54,7 @@ def differences(runs: Mapping[str, Runs], path: Path) -> None:
     base = next(iter(runs.values()))
     for row, each in enumerate(runs.values()):
         if each is not base and len(each.gains(base)) > 2:
-            axes.errorbar(each.gain(base)[0], row, xerr=each.interval(base),
+            axes.errorbar(each.gain(base), row, xerr=each.interval(base),
                           color='black', linewidth=1, capsize=3)
     _dots(axes, runs)
     figure.savefig(path)

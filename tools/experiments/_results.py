@@ -64,12 +64,9 @@ class Runs:
                         mIoU=row['flips' if flips else 'score']))
         return Runs(self.name, found)
 
-    def gain(self, base: 'Runs') -> tuple[float, float | None]:
-        """The mean of the gains, and its standard error, which is None for one
-        seed."""
-        gains = list(self.gains(base).values())
-        return mean(gains), (
-            stdev(gains) / len(gains) ** .5 if len(gains) > 1 else None)
+    def gain(self, base: 'Runs') -> float:
+        """The mean of the gains."""
+        return mean(self.gains(base).values())
 
     def interval(self, base: 'Runs') -> float:
         """Half the width of the 95 % interval of the mean gain, by Student's t.

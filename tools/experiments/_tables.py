@@ -61,10 +61,10 @@ def paired(runs: Mapping[str, Runs]) -> str:
     for name, each in runs.items():
         mean = each.rescored('mean')
         rows.append([
-            name, *score(each), '' if each is base else spread(each, base),
-            spread(each, one) if one and name.startswith('e') and (
+            name, *score(each), '' if each is base else gain(each, base),
+            gain(each, one) if one and name.startswith('e') and (
                 each is not one) else '',
-            spread(mean, base) if mean.records else '',
+            gain(mean, base) if mean.records else '',
             f'{each.loss_over(base):.3f}', f'{flops(each) / flops(base):.3f}'])
     return markdown(
         ('variant', 'seeds', 'mean', 'over dense', 'over one expert',
@@ -92,19 +92,10 @@ def noise(runs: Mapping[str, Runs]) -> str:
                     for one in (dense, moe)]
             rows.append([
                 what, 'yes' if flips else 'no', str(len(gains)), *each,
-                f'{stdev(gains):.2f}', spread(moe, dense)])
+                f'{stdev(gains):.2f}', gain(moe, dense)])
     return markdown(
         ('trained', 'scored over flips', 'seeds', 'deviation of dense',
          'of four experts', 'of their difference', 'difference'), rows)
-
-
-def spread(runs: Runs, base: Runs) -> str:
-    """The text of the mean difference, paired by seed, with its 95 %
-    interval."""
-    gains = runs.gains(base)
-    if len(gains) < 2:
-        return f'{runs.gain(base)[0]:+.2f}'
-    return f'{runs.gain(base)[0]:+.2f} ± {runs.interval(base):.2f}'
 
 
 def routers(runs: Mapping[str, Runs]) -> str:
@@ -137,9 +128,12 @@ def score(runs: Runs) -> list[str]:
 
 
 def gain(runs: Runs, base: Runs) -> str:
-    """The text of the mean gain, paired by seed, with its standard error."""
-    mean, error = runs.gain(base)
-    return f'{mean:+.2f}' + ('' if error is None else f' ± {error:.2f}')
+    """The text of the mean gain, paired by seed, with its 95 % interval if at
+    least two seeds were run."""
+    text = f'{runs.gain(base):+.2f}'
+    if len(runs.gains(base)) < 2:
+        return text
+    return f'{text} ± {runs.interval(base):.2f}'
 
 
 def upstream(runs: Runs) -> str:
