@@ -103,7 +103,7 @@ def test_another_model_is_refused_and_stays_dense(trained, tmp_path, change,
 
 def test_the_error_shows_a_value_that_differs(trained, tmp_path):
     dense, model = trained
-    rmoe.save_adapter(model, tmp_path / 'a.pth')
+    rmoe.save_adapter(model, tmp_path / 'a.pth', also=('head', ))
     with torch.no_grad():  # the last value alone
         weight = dense.ffn[0].weight.flatten()[-1:]
         weight.add_(1.)
