@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 from _config import run
-from mmengine.logging import MMLogger
-from mmseg.visualization import SegLocalVisualizer
+from fresh_process import forget
 
 CONFIGS = Path(__file__).parents[1] / 'configs/demo'
 DENSE = CONFIGS / 'swin-micro_upernet_scenes-128x128.py'
@@ -14,9 +13,7 @@ MOE = CONFIGS / 'swin-micro-moe-e8k1_upernet_scenes-128x128.py'
 
 def command(module, *args):
     """Run a tool in this process, as its command line would."""
-    # A new process has no log and no visualizer of an earlier one.
-    for kept in (MMLogger, SegLocalVisualizer):
-        kept._instance_dict.clear()
+    forget()
     argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
     try:
         run(module.main)

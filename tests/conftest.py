@@ -2,6 +2,7 @@ import mmengine.config.config
 import pytest
 import torch
 from accelerator import accelerated
+from fresh_process import forget
 from mmengine.registry import DefaultScope
 from yapf.yapflib import yapf_api
 
@@ -41,6 +42,13 @@ def _unformatted_configs():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process():
+    """No test depends on which tests ran before it in the same process."""
+    yield
+    forget()
 
 
 @pytest.fixture(params=['mmseg', 'mmdet'])

@@ -1,6 +1,7 @@
-# RMoE-D (2204.09636) on detection: a small Swin, from nothing to BCCD, and
-# 'rmoe-d' with a single expert. It has nothing to choose, but Adam moves core
-# and residual both, as in 'rmoe-d', so what it gains is not the experts'.
+# RMoE-D (2204.09636) for detection: a small Swin, from random weights to BCCD,
+# and the same with a single expert. Its router has nothing to choose, but Adam
+# updates both core and residual, so what it gains does not come from experts.
+# The dense checkpoint of rmoe-swin.py can be given with --dense.
 _base_ = '../pipelines/swin-xtiny_bccd-320x240.py'
 once = ['dense-upstream']
 bf16 = {'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper'}
