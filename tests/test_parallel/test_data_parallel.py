@@ -122,6 +122,7 @@ class OwnWrapper(MMDistributedDataParallel):
 ])
 def test_the_wrapper_of_a_config(monkeypatch, given, expected, has_gpu):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')  # mmengine's log asks
     cfg = Config(given)
     choose_wrapper(cfg)
     found = cfg.model_wrapper_cfg.to_dict()
