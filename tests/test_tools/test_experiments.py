@@ -270,14 +270,15 @@ def test_losses_are_those_of_the_last_quarter_and_of_common_seeds():
 
 def test_the_table_of_pipelines():
     runs = {each.name: each for each in (
-        make('non-moe', {0: 30., 1: 32.}),
-        make('moe', {0: 33., 1: 33.}, flops=4e12))}
+        make('non-moe', {0: 30., 1: 32., 2: 31.}),
+        make('moe', {0: 33., 1: 33., 2: 35.}, flops=4e12))}
     rows = [[cell.strip() for cell in line.split('|')[1:-1]]
             for line in _tables.pipelines(runs).splitlines()]
-    assert rows[2] == ['non-moe', '20.0', '30.0, 32.0', '31.00', '',
+    assert rows[2] == ['non-moe', '20.0', '30.0, 32.0, 31.0', '31.00', '',
                        '1.000', '3', '1.000', '0.600', '3']
-    assert rows[3] == ['moe', '20.0', '33.0, 33.0', '33.00', '+2.00 ± 12.71',
-                       '1.000', '5', '1.667', '1.000', '3']
+    # Gains of 3, 1 and 4: 4.303 * 1.528 / sqrt(3).
+    assert rows[3] == ['moe', '20.0', '33.0, 33.0, 35.0', '33.67',
+                       '+2.67 ± 3.79', '1.000', '5', '1.667', '1.000', '3']
 
 
 def test_the_tables_of_variants_and_routers():
@@ -380,14 +381,12 @@ def test_the_tables_of_the_recipe():
     rows = {line.split('|')[1].strip(): line for line in
             _tables.paired({name: runs[name] for name in (
                 'dense', 'e1', 'e4')}).splitlines()}
-    assert rows['dense'] == ('| dense | 50.0, 52.0 | 51.00 |  |  |  | 1.000 '
-                             '| 1.000 |')
-    assert rows['e4'] == (
-        '| e4 | 52.0, 55.0 | 53.50 | +2.50 ± 6.35 | +2.00 ± 12.71 '
-        '| +1.50 ± 6.35 | 1.000 | 1.000 |')
+    assert rows['dense'] == '| dense | 50.0, 52.0 |  |  |  | 1.000 | 1.000 |'
+    assert rows['e4'] == ('| e4 | 52.0, 55.0 | +2.50 | +2.00 | +1.50 | 1.000 '
+                          '| 1.000 |')
     lines = _tables.noise(runs).splitlines()
     assert lines[2] == ('| with stochastic depth | no | 2 | 0.00 | 2.83 '
-                        '| 2.83 | +2.00 ± 25.41 |')
+                        '| 2.83 | +2.00 |')
     assert [line.split('|')[2].strip() for line in lines[2:]] == [
         'no', 'yes'] * 2
     del runs['e4'].records[1]  # a single pair has no deviation

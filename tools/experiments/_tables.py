@@ -55,19 +55,20 @@ def variants(runs: Mapping[str, Runs]) -> str:
 def paired(runs: Mapping[str, Runs]) -> str:
     """The table of variants over the dense model and over one expert, with 95 %
     intervals. The column for the mean of the experts is about the dense model
-    that has the mean of the experts' weights."""
+    that has the mean of the experts' weights. There are no mean scores, because
+    variants with fewer seeds cannot be compared by them."""
     base, one = runs['dense'], runs.get('e1')
     rows = []
     for name, each in runs.items():
         mean = each.rescored('mean')
         rows.append([
-            name, *score(each), '' if each is base else gain(each, base),
+            name, score(each)[0], '' if each is base else gain(each, base),
             gain(each, one) if one and name.startswith('e') and (
                 each is not one) else '',
             gain(mean, base) if mean.records else '',
             f'{each.loss_over(base):.3f}', f'{flops(each) / flops(base):.3f}'])
     return markdown(
-        ('variant', 'seeds', 'mean', 'over dense', 'over one expert',
+        ('variant', 'seeds', 'over dense', 'over one expert',
          'mean of its experts over dense', 'training loss / dense',
          'operations'), rows)
 
@@ -128,10 +129,10 @@ def score(runs: Runs) -> list[str]:
 
 
 def gain(runs: Runs, base: Runs) -> str:
-    """The text of the mean gain, paired by seed, with its 95 % interval if at
-    least two seeds were run."""
+    """The text of the mean gain, paired by seed. From three seeds on it has a
+    95 % interval; that of two seeds would be wider than any score."""
     text = f'{runs.gain(base):+.2f}'
-    if len(runs.gains(base)) < 2:
+    if len(runs.gains(base)) < 3:
         return text
     return f'{text} ± {runs.interval(base):.2f}'
 
