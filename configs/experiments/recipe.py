@@ -4,18 +4,24 @@
 # the same seed differ in nothing else. Only two variants have stochastic depth:
 # routers draw random numbers too, so that it would drop other paths than in the
 # dense model. There are 600 iterations instead of the 1,000 of the config, with
-# a learning rate that falls to zero at the end, and five seeds.
+# a learning rate that falls to zero at the end, and five seeds. The variants
+# 'head-*' have another decode head, a small transformer, and experts in the
+# FFNs of that head instead of the backbone's.
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
     'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
     'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'e8-k2',
     'dense-tail', 'e4-tail', 'dense-long', 'e4-long', 'dense-drop', 'e4-drop')
-pipelines = {name: ['start', name] for name in names}
+heads = ('head-dense', 'head-e1', 'head-e4')
+pipelines = {
+    **{name: ['start', name] for name in names},
+    **{name: ['head-start', name] for name in heads}
+}
 DENSE = '../vit_moe/vit-tiny-patch16-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 MOE = '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 steps = {
     name: MOE if name.startswith('e') else DENSE
-    for name in ('start', *names)
+    for name in ('start', *names, 'head-start', *heads)
 }
 short = {
     'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper',
@@ -56,16 +62,45 @@ def rate(factor):
 
 
 half = {**rate(.5), residuals: dict(lr_mult=.5)}
+# One iteration with learning rate zero, whose checkpoint has the randomly
+# initialised head.
+start = {
+    **with_drop, 'param_scheduler': [],
+    'optim_wrapper.optimizer.lr': 0.,
+    'optim_wrapper.optimizer.weight_decay': 0.,
+    'train_cfg.max_iters': 1,
+    'train_cfg.val_interval': 1
+}
+# The head of Segmenter (2105.05633), which has a FFN in each of its two layers.
+SEGMENTER = dict(
+    type='SegmenterMaskTransformerHead', in_channels=192, channels=192,
+    num_classes=11, num_layers=2, num_heads=3, embed_dims=192,
+    drop_path_rate=0.0, dropout_ratio=0.0, align_corners=False,
+    loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0))
+
+
+def head(number=None):
+    """With so many experts in each FFN of the head, which train at the head's
+    learning rate; with None the FFNs are dense."""
+    if number is None:
+        return {'model.decode_head': dict(_delete_=True, **SEGMENTER)}
+    return {
+        'model.decode_head': dict(
+            _delete_=True, type='rmoe.UpcycledBackbone', backbone=SEGMENTER,
+            moe=dict(layers=[0, 1], num_experts=number)),
+        'custom_hooks': hooks,
+        'optim_wrapper.paramwise_cfg.roles': dict(
+            head=dict(lr_mult=5.0), residual=dict(lr_mult=5.0),
+            router=dict(lr_mult=5.0))
+    }
+
+
 options = {
-    # One iteration with learning rate zero, whose checkpoint has the randomly
-    # initialised head.
-    'start': {
-        **with_drop, 'param_scheduler': [],
-        'optim_wrapper.optimizer.lr': 0.,
-        'optim_wrapper.optimizer.weight_decay': 0.,
-        'train_cfg.max_iters': 1,
-        'train_cfg.val_interval': 1
-    },
+    'start': start,
+    'head-start': {**start, **head()},
+    'head-dense': {**short, **head()},
+    'head-e1': {**short, **head(1)},
+    'head-e4': {**short, **head(4)},
     'dense': short,
     # Adam updates core and residual, so that their sum moves twice as fast as a
     # dense weight. Here the dense FFNs have twice the learning rate.
@@ -125,6 +160,6 @@ upcycle = {
     ]
 }
 analyse = {
-    **{name: ['rescore'] for name in pipelines},
+    **{name: ['rescore'] for name in names},
     'e8-k2': ['rescore', 'capacity_sweep']
 }
