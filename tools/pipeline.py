@@ -17,6 +17,7 @@ costs.json in the work dir.
 """
 import argparse
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def follow(family: Config, name: str, work_dir: Path,
         else:
             chain.append(step)
             cfg = Config.fromfile(args.family.parent / family.steps[step])
-            cfg.merge_from_dict(options[step])
+            # A merge takes '_delete_' out of what is merged.
+            cfg.merge_from_dict(deepcopy(options[step]))
             records[step] = finish(cfg, start, work_dir / '+'.join(chain),
                                    args.gpus)
         start = records[step]['checkpoint']

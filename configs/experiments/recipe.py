@@ -5,8 +5,8 @@
 # routers draw random numbers too, so that it would drop other paths than in the
 # dense model. There are 600 iterations instead of the 1,000 of the config, with
 # a learning rate that falls to zero at the end, and five seeds. The variants
-# 'head-*' have another decode head, a small transformer, and experts in the
-# FFNs of that head instead of the backbone's.
+# 'head-*' have a decode head with a FFN, which has experts instead of the
+# backbone.
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
     'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
@@ -71,36 +71,37 @@ start = {
     'train_cfg.max_iters': 1,
     'train_cfg.val_interval': 1
 }
-# The head of Segmenter (2105.05633), which has a FFN in each of its two layers.
-SEGMENTER = dict(
-    type='SegmenterMaskTransformerHead', in_channels=192, channels=192,
-    num_classes=11, num_layers=2, num_heads=3, embed_dims=192,
-    drop_path_rate=0.0, dropout_ratio=0.0, align_corners=False,
+FFN_HEAD = dict(
+    type='FFNHead', in_channels=192, channels=192, kernel_size=1, num_convs=1,
+    concat_input=False, dropout_ratio=0.0, num_classes=11,
+    norm_cfg=dict(type='BN'), align_corners=False,
     loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0))
+# It is relative to the folder of train.py.
+imports = {'custom_imports': dict(imports=['experiments.ffn_head'])}
+dense_head = {
+    **imports, 'model.decode_head': dict(_delete_=True, **FFN_HEAD)
+}
 
 
-def head(number=None):
-    """With so many experts in each FFN of the head, which train at the head's
-    learning rate; with None the FFNs are dense."""
-    if number is None:
-        return {'model.decode_head': dict(_delete_=True, **SEGMENTER)}
+def moe_head(number):
+    """So many experts in the FFN of the head, which have its learning rate."""
     return {
-        'model.decode_head': dict(
-            _delete_=True, type='rmoe.UpcycledBackbone', backbone=SEGMENTER,
-            moe=dict(layers=[0, 1], num_experts=number)),
-        'custom_hooks': hooks,
-        'optim_wrapper.paramwise_cfg.roles': dict(
-            head=dict(lr_mult=5.0), residual=dict(lr_mult=5.0),
-            router=dict(lr_mult=5.0))
+        **imports, 'model.decode_head': dict(
+            _delete_=True, type='rmoe.UpcycledBackbone', backbone=FFN_HEAD,
+            moe=dict(layers=[0], num_experts=number)),
+        'custom_hooks': hooks, 'optim_wrapper.paramwise_cfg.roles': {
+            role: dict(lr_mult=5.0)
+            for role in ('head', 'residual', 'router')
+        }
     }
 
 
 options = {
     'start': start,
-    'head-start': {**start, **head()},
-    'head-dense': {**short, **head()},
-    'head-e1': {**short, **head(1)},
-    'head-e4': {**short, **head(4)},
+    'head-start': {**start, **dense_head},
+    'head-dense': {**short, **dense_head},
+    'head-e1': {**short, **moe_head(1)},
+    'head-e4': {**short, **moe_head(4)},
     'dense': short,
     # Adam updates core and residual, so that their sum moves twice as fast as a
     # dense weight. Here the dense FFNs have twice the learning rate.

@@ -161,7 +161,7 @@ class CvTMoE(MoEBackbone):
                  init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         if arch is not None:
-            if arch not in ARCHITECTURES:
+            if arch not in tuple(ARCHITECTURES):
                 raise ValueError(f'arch={arch!r} is not one of '
                                  f'{tuple(ARCHITECTURES)}')
             embed_dims, depths, num_heads = ARCHITECTURES[arch]

@@ -236,7 +236,10 @@ def mask_foreign_layers(backbone: Any) -> None:
 
 def _share(backbone: Any, args: tuple) -> None:
     """Forward pre-hook of a backbone: give its MoE layers the valid area."""
-    area = area_of(backbone, args[0])
+    images = args[0]
+    # A decode head is called with feature maps, of which it is not known here
+    # how they come from the images.
+    area = area_of(backbone, images) if isinstance(images, Tensor) else None
     layers: Any = moe_layers(backbone).values()
     for layer in layers:
         layer.valid_area = area

@@ -22,7 +22,8 @@ def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
     """Save the figure of one item of a data set.
 
     Args:
-        model: an mmseg segmentor with MoE layers, in evaluation mode.
+        model: an mmseg segmentor with MoE layers in its backbone, in
+            evaluation mode.
         item: the output of a test pipeline: ``inputs`` (3, H, W) BGR uint8
             and ``data_samples``.
         path: the PNG file to write.
@@ -31,15 +32,17 @@ def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
         title: title of the figure.
 
     Raises:
-        ValueError: if the model has no MoE layer.
+        ValueError: if the backbone has no MoE layer.
     """
     data = model.data_preprocessor(pseudo_collate([item]), False)
     sample = model(**data, mode='predict')[0]
     with record_routing(model) as records:
-        if not records:
-            raise ValueError('the model has no MoE layer to draw: give a '
-                             'model with moe=dict(layers=...)')
         model.extract_feat(data['inputs'])
+    # Heads did not run: their tokens need not be patches of the image.
+    drawn = {name: routings for name, routings in records.items() if routings}
+    if not drawn:
+        raise ValueError('the backbone has no MoE layer to draw: give a model '
+                         'whose backbone has moe=dict(layers=...)')
     image_hw = tuple(data['inputs'].shape[-2:])
     image = item['inputs'].permute(1, 2, 0).flip(-1).cpu().numpy()
     meta = getattr(model, 'dataset_meta', None) or {}
@@ -47,9 +50,9 @@ def draw_segmentor(model: BaseModel, item: Mapping[str, Any], path: Path,
     draw_routing(
         image,
         {short_name(name): expert_map(routings[0], image_hw)
-         for name, routings in records.items()},
+         for name, routings in drawn.items()},
         {short_name(name): (loads[name] if loads else load_shares(routings))
-         for name, routings in records.items()},
+         for name, routings in drawn.items()},
         path,
         segmentation=_fit(sample.pred_sem_seg.data, image.shape),
         truth=None if truth is None else _fit(truth.data, image.shape),

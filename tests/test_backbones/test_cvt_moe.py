@@ -291,6 +291,7 @@ def test_dense_heads_take_the_maps():
 
 @pytest.mark.parametrize('options, message', [
     (dict(arch='14'), r"arch='14' is not one of \('13', '21', 'w24'\)"),
+    (dict(arch=dict(embed_dims=32)), "arch={'embed_dims': 32} is not one of"),
     (dict(moe=dict(layers=((), (2, ), ()))), 'block 2; stage 1 has blocks 0'),
     (dict(out_indices=(0, 3)),
      'out_indices points at stage 3, but the 3 stages are numbered from 0'),

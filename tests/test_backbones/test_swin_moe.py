@@ -215,6 +215,7 @@ def test_layer_depth():
 
 @pytest.mark.parametrize('options, message', [
     (dict(arch='huge'), "arch='huge'"),
+    (dict(arch=dict(embed_dims=32)), "arch={'embed_dims': 32} is not one of"),
     (dict(moe=dict(num_experts=2)), 'moe needs layers'),
     (dict(moe=dict(layers=((), (1, )))), '2 entries.*3 stages'),
     (dict(moe=dict(layers=((), (2, ), ()))), 'block 2; stage 1 has blocks 0'),

@@ -208,6 +208,7 @@ def test_layer_depth():
 
 @pytest.mark.parametrize('options, message', [
     (dict(arch='giant'), "arch='giant'"),
+    (dict(arch=dict(embed_dims=32)), "arch={'embed_dims': 32} is not one of"),
     (dict(num_heads=5), 'num_heads=5 must divide embed_dims=24'),
     (dict(out_indices=(4, )), 'points at block 4, but the 4 blocks are'),
     (dict(frozen_stages=5), 'frozen_stages=5 must lie between -1 and the 4'),

@@ -67,8 +67,8 @@ def plan(work, configs):
         pipelines={'non-moe': ['first', 'dense'], 'moe': ['first', 'moe'],
                    'noisy': ['first', 'noisy-moe']},
         options={'first': dense, 'dense': dense, 'moe': {
-            **joint, 'optim_wrapper.optimizer': dict(
-                _delete_=True, type='SGD', lr=1e-3, weight_decay=0.)},
+            **joint, 'optim_wrapper.clip_grad': dict(
+                _delete_=True, type='value', clip_value=.5)},
                  'noisy-moe': joint},
         once=['first'],
         upcycle={'noisy-moe': ['--noise', '.1', '--size', '64']},
@@ -105,8 +105,8 @@ def test_an_experiment(work, plan, trained, monkeypatch, capsys):
     for seed in (3, 4):
         path = runs / f'seed{seed}/first+moe/step.py'
         text = path.read_text()
-        assert f'seed={seed}' in text and "type='SGD'" in text
-        assert 'betas' not in text and '_delete_' not in text
+        assert f'seed={seed}' in text and 'clip_value=0.5' in text
+        assert 'max_norm' not in text and '_delete_' not in text
         assert Config.fromfile(path).default_hooks.report.enabled is False
     # a second time nothing is trained, and records come out the same
     again = file.read_text()
@@ -384,6 +384,12 @@ def test_the_tables_of_the_recipe():
     assert rows['dense'] == '| dense | 50.0, 52.0 |  |  |  | 1.000 | 1.000 |'
     assert rows['e4'] == ('| e4 | 52.0, 55.0 | +2.50 | +2.00 | +1.50 | 1.000 '
                           '| 1.000 |')
+    # The first variant is the dense one, whatever its name.
+    heads = _tables.paired({each.name: each for each in (
+        make('head-dense', {0: 50.}), make('head-e1', {0: 51.}),
+        make('head-e4', {0: 53.}))}).splitlines()[2:]
+    assert [row.split('|')[3:5] for row in heads] == [
+        ['  ', '  '], [' +1.00 ', '  '], [' +3.00 ', ' +2.00 ']]
     lines = _tables.noise(runs).splitlines()
     assert lines[2] == ('| with stochastic depth | no | 2 | 0.00 | 2.83 '
                         '| 2.83 | +2.00 |')

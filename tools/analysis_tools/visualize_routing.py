@@ -10,7 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+from _config import run
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 
@@ -40,7 +43,7 @@ def main() -> None:
     cfg.merge_from_dict(args.cfg_options or {})
     model = trained_model(cfg, args.checkpoint)
     if not moe_layers(model):
-        sys.exit(f'error: {args.config} builds no MoE layer')
+        raise ValueError(f'{args.config} builds no MoE layer')
     dataset = build_test_data(cfg)
     model.dataset_meta = dataset.metainfo
     loads = None
@@ -59,8 +62,8 @@ def count_loads(model, dataset, num_images: int) -> dict:
                                            False)
             model.extract_feat(data['inputs'])
         return {name: load_shares(routings)
-                for name, routings in records.items()}
+                for name, routings in records.items() if routings}
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -53,17 +53,19 @@ def variants(runs: Mapping[str, Runs]) -> str:
 
 
 def paired(runs: Mapping[str, Runs]) -> str:
-    """The table of variants over the dense model and over one expert, with 95 %
-    intervals. The column for the mean of the experts is about the dense model
+    """The table of variants over the first of them, which is dense, and over
+    the one with one expert, with 95 % intervals. The column for the mean of the experts is about the dense model
     that has the mean of the experts' weights. There are no mean scores, because
     variants with fewer seeds cannot be compared by them."""
-    base, one = runs['dense'], runs.get('e1')
+    base = next(iter(runs.values()))
+    one = next((each for name, each in runs.items() if name.endswith('e1')),
+               None)
     rows = []
     for name, each in runs.items():
         mean = each.rescored('mean')
         rows.append([
             name, score(each)[0], '' if each is base else gain(each, base),
-            gain(each, one) if one and name.startswith('e') and (
+            gain(each, one) if one and 'dense' not in name and (
                 each is not one) else '',
             gain(mean, base) if mean.records else '',
             f'{each.loss_over(base):.3f}', f'{flops(each) / flops(base):.3f}'])

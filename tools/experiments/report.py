@@ -52,6 +52,7 @@ RECIPE = ('dense', 'dense-ffn2', 'e1', 'e1-half', 'e4', 'e4-half',
           'e4-zero-mean', 'e4-straight', 'e4-clusters', 'e4-no-core',
           'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt',
           'e8-straight')
+HEADS = ('head-dense', 'head-e1', 'head-e4')
 # The keys are the names of the markers and of the picture.
 REPORTS = {
     'rmoe-swin': Report('rmoe-swin', _tables.pipelines, _figures.curves),
@@ -64,6 +65,7 @@ REPORTS = {
         ('non-moe', 'joint', 'sinkhorn-token-choice', 'softmax-expert-choice',
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')),
     'recipe': Report('recipe', _tables.paired, _figures.differences, RECIPE),
+    'heads': Report('recipe', _tables.paired, None, HEADS),
     'noise': Report('recipe', _tables.noise, None),
     'vmoe': Report('ablation', _tables.capacities, _figures.capacities,
                    analysis='capacity_sweep'),

@@ -27,6 +27,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -155,7 +156,8 @@ class Trainer:
         # at any time.
         if 'report' in cfg.get('default_hooks', {}):
             cfg.default_hooks.report.enabled = False
-        cfg.merge_from_dict(options)
+        # A merge takes '_delete_' out of what is merged.
+        cfg.merge_from_dict(deepcopy(options))
         cfg.merge_from_dict(self.args.cfg_options or {})
         cfg.merge_from_dict({'randomness.seed': seed})
         folder = self.folder / ('once' if once else f'seed{seed}') / chain
