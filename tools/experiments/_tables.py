@@ -54,9 +54,10 @@ def variants(runs: Mapping[str, Runs]) -> str:
 
 def paired(runs: Mapping[str, Runs]) -> str:
     """The table of variants over the first of them, which is dense, and over
-    the one with one expert, with 95 % intervals. The column for the mean of the experts is about the dense model
-    that has the mean of the experts' weights. There are no mean scores, because
-    variants with fewer seeds cannot be compared by them."""
+    the one with one expert, with 95 % intervals. The column for the mean of
+    the experts is about the dense model that has the mean of the experts'
+    weights. There are no mean scores, because variants with fewer seeds cannot
+    be compared by them."""
     base = next(iter(runs.values()))
     one = next((each for name, each in runs.items() if name.endswith('e1')),
                None)
