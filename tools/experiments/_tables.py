@@ -1,5 +1,6 @@
 """Makes the tables of experiments, as Markdown."""
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from statistics import stdev
 
 from _results import (
@@ -70,10 +71,13 @@ def paired(runs: Mapping[str, Runs]) -> str:
                 each is not one) else '',
             gain(mean, base) if mean.records else '',
             f'{each.loss_over(base):.3f}', f'{flops(each) / flops(base):.3f}'])
-    return markdown(
-        ('variant', 'seeds', 'over dense', 'over one expert',
-         'mean of its experts over dense', 'training loss / dense',
-         'operations'), rows)
+    head = ('variant', 'seeds', 'over dense', 'over one expert',
+            'mean of its experts over dense', 'training loss / dense',
+            'operations')
+    # Not every plan has the mean of the experts scored.
+    filled = [any(column) for column in zip(*rows)]
+    return markdown(tuple(compress(head, filled)),
+                    [list(compress(row, filled)) for row in rows])
 
 
 def noise(runs: Mapping[str, Runs]) -> str:
