@@ -39,7 +39,8 @@ def upcycled_backbone(backbone: Mapping, moe: Mapping,
 
     Args:
         backbone: config of the dense backbone, e.g.
-            ``dict(type='mmseg.VisionTransformer', ...)``.
+            ``dict(type='mmseg.VisionTransformer', ...)``, or of a decode head
+            that has FFNs, e.g. ``dict(type='mmseg.Mask2FormerHead', ...)``.
         moe: ``layers`` (the FFNs that become MoE: indices in the order of the
             backbone's modules, names, ``dict(every=n)`` or
             ``dict(last=n)``), ``expert_mismatch`` ('raise', 'tile', 'slice'

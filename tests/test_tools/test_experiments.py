@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import _figures
 import _record
 import _results
 import _steps
@@ -326,6 +327,23 @@ def test_the_report(work, tmp_path, capsys):
         with pytest.raises(SystemExit, match=r'must have the lines .*-swin'):
             command(report, '--records', records, '--out', out)
         assert out.read_text() == text
+
+
+def test_curves_are_means_of_the_seeds_that_all_have(tmp_path, monkeypatch):
+    used = []
+    mean_loss = _figures.mean_loss
+
+    def note(runs, seeds):
+        used.append((runs.name, list(seeds)))
+        return mean_loss(runs, seeds)
+
+    monkeypatch.setattr(_figures, 'mean_loss', note)
+    runs = {'non-moe': make('non-moe', {0: 1., 1: 2., 2: 3.}),
+            'moe': make('moe', {2: 3., 0: 1.})}
+    runs['non-moe'].records[1]['steps']['last']['curve']['loss'] = [[50, 99.]]
+    _figures.curves(runs, tmp_path / 'curves.png')
+    assert used == [('non-moe', [0, 2]), ('moe', [0, 2])]
+    assert mean_loss(runs['non-moe'], [0, 2]) == ([50, 100], [2., 1.])
 
 
 def test_the_table_of_capacities():

@@ -1,5 +1,5 @@
 """Draws the pictures of experiments from their records."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -19,14 +19,21 @@ COLOURS = [f'C{i}' for i in range(10)]
 
 def curves(runs: Mapping[str, Runs], path: Path) -> None:
     """Draw the downstream training loss over iterations, and beside it the
-    gains of every seed over the first pipeline."""
+    gains of every seed over the first pipeline.
+
+    The losses are means over the seeds that all pipelines have, because batches
+    of other seeds are other images.
+    """
+    seeds = sorted(set.intersection(*(
+        set(each.records) for each in runs.values())))
     figure = Figure((9, 3.6), dpi=110, layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for (name, each), colour in zip(runs.items(), COLOURS):
-        iterations, losses = mean_loss(each)
+        iterations, losses = mean_loss(each, seeds)
         left.plot(iterations, losses, color=colour, label=name)
-    left.set(xlabel='iteration', ylabel='training loss, mean over seeds',
-             yscale='log')
+    left.set(xlabel='iteration', yscale='log',
+             ylabel=f'training loss, mean of seeds '
+             f'{", ".join(map(str, seeds))}')
     for kind in (left.yaxis.set_major_formatter,
                  left.yaxis.set_minor_formatter):
         kind('{x:g}')
@@ -80,11 +87,11 @@ def _dots(axes, runs: Mapping[str, Runs]) -> None:
                        loc='outside lower right')
 
 
-def mean_loss(runs: Runs) -> tuple[list[int], list[float]]:
-    """The mean loss of the last step over seeds, at the iterations that all of
-    them have."""
-    each = [dict(runs.last_step(seed)['curve']['loss'])
-            for seed in runs.records]
+def mean_loss(runs: Runs, seeds: Sequence[int]
+              ) -> tuple[list[int], list[float]]:
+    """The mean loss of the last step over these seeds, at the iterations that
+    all of them have."""
+    each = [dict(runs.last_step(seed)['curve']['loss']) for seed in seeds]
     steps = sorted(set.intersection(*map(set, each)))
     return steps, [mean(loss[step] for loss in each) for step in steps]
 
