@@ -17,7 +17,6 @@ costs.json in the work dir.
 """
 import argparse
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,7 @@ def follow(family: Config, name: str, work_dir: Path,
         else:
             chain.append(step)
             cfg = Config.fromfile(args.family.parent / family.steps[step])
-            # A merge takes '_delete_' out of what is merged.
-            cfg.merge_from_dict(deepcopy(options[step]))
+            cfg.merge_from_dict(options[step])
             records[step] = finish(cfg, start, work_dir / '+'.join(chain),
                                    args.gpus)
         start = records[step]['checkpoint']

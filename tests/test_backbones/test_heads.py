@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import visualize_routing
 from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
@@ -139,6 +140,8 @@ def test_a_figure_of_the_routing_shows_the_backbone_alone(tmp_path,
     monkeypatch.setattr(figure, 'draw_routing',
                         lambda image, maps, *_, **__: drawn.extend(maps))
     moe = dict(layers=(1, ), num_experts=2)
-    figure.draw_segmentor(segmentor(SEGMENTER, layers, moe).eval(), item,
-                          tmp_path / 'routing.png')
+    model = segmentor(SEGMENTER, layers, moe).eval()
+    figure.draw_segmentor(model, item, tmp_path / 'routing.png')
     assert drawn == ['layer 1']
+    loads = visualize_routing.count_loads(model, [item], 1)
+    assert list(loads) == ['backbone.layers.1.ffn']
