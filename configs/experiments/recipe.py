@@ -4,24 +4,26 @@
 # the same seed differ in nothing else. Only two variants have stochastic depth:
 # routers draw random numbers too, so that it would drop other paths than in the
 # dense model. There are 600 iterations instead of the 1,000 of the config, with
-# a learning rate that falls to zero at the end, and five seeds. The variants
-# 'head-*' have a decode head with a FFN, which has experts instead of the
-# backbone.
+# a learning rate that falls to zero at the end, and five seeds. In the variants
+# '*-cut' a half of each FFN serves all tokens, and only the other half has
+# experts. The variants 'head-*' have a decode head with a FFN, which has experts
+# instead of the backbone.
 names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
     'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
     'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'e8-k2',
     'dense-tail', 'e4-tail', 'dense-long', 'e4-long', 'dense-drop', 'e4-drop')
+cuts = ('e2-cut', 'e8-cut')
 heads = ('head-dense', 'head-e1', 'head-e4')
 pipelines = {
-    **{name: ['start', name] for name in names},
+    **{name: ['start', name] for name in (*names, *cuts)},
     **{name: ['head-start', name] for name in heads}
 }
 DENSE = '../vit_moe/vit-tiny-patch16-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 MOE = '../vit_moe/vit-tiny-patch16-moe-e8k1-in21k-pre_fcn_1xb4-1k_camvid-256x256.py'
 steps = {
     name: MOE if name.startswith('e') else DENSE
-    for name in ('start', *names, 'head-start', *heads)
+    for name in ('start', *names, *cuts, 'head-start', *heads)
 }
 short = {
     'optim_wrapper.type': 'rmoe.BFloat16OptimWrapper',
@@ -76,23 +78,37 @@ FFN_HEAD = dict(
     concat_input=False, dropout_ratio=0.0, num_classes=11,
     norm_cfg=dict(type='BN'), align_corners=False,
     loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0))
-# It is relative to the folder of train.py.
-imports = {'custom_imports': dict(imports=['experiments.ffn_head'])}
+
+
+def module(name):
+    """Import a file that is beside run.py; the path is relative to the folder
+    of train.py."""
+    return {'custom_imports': dict(imports=[f'experiments.{name}'])}
+
+
 dense_head = {
-    **imports, 'model.decode_head': dict(_delete_=True, **FFN_HEAD)
+    **module('ffn_head'), 'model.decode_head': dict(_delete_=True, **FFN_HEAD)
 }
 
 
 def moe_head(number):
     """So many experts in the FFN of the head, which have its learning rate."""
     return {
-        **imports, 'model.decode_head': dict(
+        **module('ffn_head'), 'model.decode_head': dict(
             _delete_=True, type='rmoe.UpcycledBackbone', backbone=FFN_HEAD,
             moe=dict(layers=[0], num_experts=number)),
         'custom_hooks': hooks, 'optim_wrapper.paramwise_cfg.roles': {
             role: dict(lr_mult=5.0)
             for role in ('head', 'residual', 'router')
         }
+    }
+
+
+def cut(number):
+    """So many experts for each quarter of the hidden units, and none for the
+    other half of them."""
+    return {
+        **module('cut_ffn'), **moe(number), 'model.backbone.type': 'CutViT'
     }
 
 
@@ -145,6 +161,9 @@ options = {
         **moe(8), 'model.backbone.moe.router': dict(
             type='TokenChoiceRouter', top_k=2)
     },
+    # A token has two of eight experts, each with a quarter of the hidden units.
+    'e2-cut': cut(1),
+    'e8-cut': cut(4),
     'dense-tail': {**short, **tail},
     'e4-tail': {**moe(4), **tail},
     'dense-long': {**short, **long},

@@ -57,6 +57,14 @@ class LabelCheckHook(Hook):
         head = decode_head(model)
         if head is None:
             return
+        # A head of someone's own may not derive from mmseg's BaseDecodeHead.
+        missing = [name for name in ('num_classes', 'ignore_index')
+                   if not hasattr(head, name)]
+        if missing:
+            runner.logger.info(
+                f'label maps are not checked: the {type(head).__name__} has '
+                f'no {" and no ".join(missing)}')
+            return
         datasets = list(leaf_datasets(runner.train_dataloader.dataset))
         files = [(place, index) for place, dataset in enumerate(datasets)
                  for index in evenly_spaced(len(dataset), self.max_files)]

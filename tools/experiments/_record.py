@@ -72,9 +72,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """The main scores, rounded to four decimals."""
+    """The main scores, and after them those of single data sets, such as
+    'camvid/mIoU'. They are rounded to four decimals."""
+    single = [key for key in metrics if key.endswith('/mIoU')]
     return {key: round(metrics[key], 4)
-            for key in MAIN_SCORES if key in metrics}
+            for key in (*MAIN_SCORES, *single) if key in metrics}
 
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,13 @@ class Runs:
                         mIoU=row['flips' if flips else 'score']))
         return Runs(self.name, found)
 
+    def only(self, score: str) -> 'Runs':
+        """The same runs with one of their scores alone, such as
+        'camvid/mIoU'."""
+        return Runs(self.name, {
+            seed: dict(record, scores={score: record['scores'][score]})
+            for seed, record in self.records.items()})
+
     def gain(self, base: 'Runs') -> float:
         """The mean of the gains."""
         return mean(self.gains(base).values())

@@ -80,6 +80,26 @@ def paired(runs: Mapping[str, Runs]) -> str:
                     [list(compress(row, filled)) for row in rows])
 
 
+def data_sets(runs: Mapping[str, Runs]) -> str:
+    """The table of variants that serve two data sets, with the scores of each
+    and the gains over the first variant, which is dense."""
+    base = next(iter(runs.values()))
+    names = list(next(iter(base.records.values()))['scores'])[1:]
+    rows = []
+    for each in runs.values():
+        row = [each.name]
+        for name in names:
+            one = each.only(name)
+            row += [score(one)[0],
+                    '' if each is base else gain(one, base.only(name))]
+        rows.append([*row, f'{each.loss_over(base):.3f}',
+                     f'{flops(each) / flops(base):.3f}'])
+    head = [text for name in names for text in (
+        f'{name.removesuffix("/mIoU")}, seeds', 'over dense')]
+    return markdown(('variant', *head, 'training loss / dense', 'operations'),
+                    rows)
+
+
 def noise(runs: Mapping[str, Runs]) -> str:
     """The table of the difference between four experts and dense, and of its
     deviation from seed to seed, for several ways to train and to score."""

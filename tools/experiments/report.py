@@ -51,7 +51,7 @@ class Report(NamedTuple):
 RECIPE = ('dense', 'dense-ffn2', 'e1', 'e1-half', 'e4', 'e4-half',
           'e4-zero-mean', 'e4-straight', 'e4-clusters', 'e4-no-core',
           'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt',
-          'e8-straight')
+          'e8-straight', 'e2-cut', 'e8-cut')
 HEADS = ('head-dense', 'head-e1', 'head-e4')
 # The keys are the names of the markers and of the picture.
 REPORTS = {
@@ -66,6 +66,7 @@ REPORTS = {
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')),
     'recipe': Report('recipe', _tables.paired, _figures.differences, RECIPE),
     'heads': Report('recipe', _tables.paired, None, HEADS),
+    'mixed': Report('mixed', _tables.data_sets, None),
     'noise': Report('recipe', _tables.noise, None),
     'vmoe': Report('ablation', _tables.capacities, _figures.capacities,
                    analysis='capacity_sweep'),
