@@ -92,6 +92,17 @@ def test_models_without_decode_head_are_left_alone():
     LabelCheckHook().before_train(SimpleNamespace(model=torch.nn.Identity()))
 
 
+def test_heads_without_classes_of_their_own_are_left_alone():
+    """Such as one that has a head for each data set."""
+    model, said = torch.nn.Module(), []
+    model.decode_head = torch.nn.Identity()
+    model.decode_head.num_classes = 4
+    LabelCheckHook().before_train(SimpleNamespace(
+        model=model, logger=SimpleNamespace(info=said.append)))
+    assert said == [
+        'label maps are not checked: the Identity has no ignore_index']
+
+
 @pytest.mark.parametrize('masks', [
     [[[0, 255], [0, 0]]], [[[0, 0]], [[255, 255]]]])
 def test_0_and_255(mask_dataset, masks):

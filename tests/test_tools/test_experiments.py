@@ -1,6 +1,7 @@
 """tools/experiments: plans, runs with seeds, records and the report."""
 import json
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -138,6 +139,27 @@ def test_what_fails_does_not_stop_the_others(work, plan, trained,
         work / 'failing/plan/seed0/first+noisy-moe/step.py').read_text()
 
 
+def test_scores_of_single_data_sets():
+    assert list(_record.scores({
+        'b/mIoU': 2., 'aAcc': 9., 'a/mIoU': 1., 'mIoU': 1.50001})) == [
+        'mIoU', 'b/mIoU', 'a/mIoU']
+    runs = {name: make(name, {0: 0., 1: 0., 2: 0.})
+            for name in ('dense', 'e1')}
+    for shift, each in enumerate(runs.values()):
+        for seed, record in each.records.items():
+            record['scores'] = {'mIoU': 0., 'a/mIoU': 50. + shift,
+                                'b/mIoU': 60. + shift * seed}
+    assert _tables.data_sets(runs).splitlines() == [
+        '| variant | a, seeds | over dense | b, seeds | over dense '
+        '| training loss / dense | operations |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+        '| dense | 50.0, 50.0, 50.0 |  | 60.0, 60.0, 60.0 |  | 1.000 | 1.000 '
+        '|',
+        # Gains of 0, 1 and 2: 4.303 * 1 / sqrt(3).
+        '| e1 | 51.0, 51.0, 51.0 | +1.00 ± 0.00 | 60.0, 61.0, 62.0 | '
+        '+1.00 ± 2.48 | 1.000 | 1.000 |']
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--only', 'rmoe-x'], 'rmoe-x: .* has the pipelines moe, noisy, non-moe'),
     (['--jobs', 0], r'--jobs=0 must be at least 1'),
@@ -167,6 +189,8 @@ def test_every_plan_builds(path):
         cfg = Config.fromfile(path.parent / plan.steps[step])
         cfg.merge_from_dict(dict(plan.options.get(step, {})))
         cfg.model.backbone.init_cfg = None
+        for module in cfg.get('custom_imports', {}).get('imports', ()):
+            import_module(module)
         backbones[str(cfg.model.backbone)] = cfg.model.backbone
         texts.add(cfg.pretty_text + str(plan.get('upcycle', {}).get(step))
                   + str(before))

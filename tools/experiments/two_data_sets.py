@@ -3,7 +3,7 @@ the plan 'mixed'."""
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -31,7 +31,7 @@ class CellDataset(BaseSegDataset):
     BCCD has boxes and no masks. Cells are nearly round, so :class:`DrawCells`
     draws each as the ellipse that fills its box.
     """
-    METAINFO = dict(
+    METAINFO: ClassVar[dict] = dict(
         classes=('Background', 'RBC', 'WBC', 'Platelets'),
         palette=[[0, 0, 0], [220, 20, 60], [119, 11, 32], [0, 0, 142]])
 
