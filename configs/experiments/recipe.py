@@ -9,10 +9,11 @@
 # experts. The variants 'head-*' have a decode head with a FFN, which has experts
 # instead of the backbone.
 names = (
-    'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e1-half', 'e4', 'e4-half',
-    'e4-zero-mean', 'e4-clusters', 'e4-no-core', 'e4-straight', 'e8-straight',
-    'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'e8-k2',
-    'dense-tail', 'e4-tail', 'dense-long', 'e4-long', 'dense-drop', 'e4-drop')
+    'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e4', 'e4-half', 'e4-zero-mean',
+    'e4-clusters', 'e4-no-core', 'e4-straight', 'e4-averaged', 'e4-merged',
+    'e4-shared-moments', 'e8-sqrt', 'e8-k2', 'dense-tail', 'e4-tail',
+    'dense-long', 'e1-long', 'e4-straight-long', 'dense-drop',
+    'e4-drop')
 cuts = ('e2-cut', 'e8-cut')
 heads = ('head-dense', 'head-e1', 'head-e4')
 pipelines = {
@@ -63,7 +64,6 @@ def rate(factor):
     return {keys: {**norms, **{key: dict(lr_mult=factor) for key in blocks}}}
 
 
-half = {**rate(.5), residuals: dict(lr_mult=.5)}
 # One iteration with learning rate zero, whose checkpoint has the randomly
 # initialised head.
 start = {
@@ -132,9 +132,12 @@ options = {
         'optim_wrapper.clip_grad.max_norm': 10.
     },
     'e1': moe(1),
-    'e1-half': {**moe(1), **half},
     'e4': moe(4),
-    'e4-half': {**moe(4), **half},
+    # The sum of core and residual moves as fast as a dense weight.
+    'e4-half': {
+        **moe(4), **rate(.5),
+        residuals: dict(lr_mult=.5)
+    },
     'e4-zero-mean': moe(4, dict(type='rmoe.ZeroMeanHook')),
     'e4-clusters': moe(4),
     # Without a core each expert has only one weight that is updated.
@@ -142,7 +145,6 @@ options = {
     # The gradient of experts is that of the output as it was computed, not
     # multiplied by the gates.
     'e4-straight': {**moe(4), align: 'straight_through'},
-    'e8-straight': {**moe(8), align: 'straight_through'},
     # Experts are pulled to their mean at the beginning, or at the end
     # (2308.06093). In the second case the mean, a dense model, is the result.
     'e4-averaged': moe(4, dict(
@@ -167,7 +169,8 @@ options = {
     'dense-tail': {**short, **tail},
     'e4-tail': {**moe(4), **tail},
     'dense-long': {**short, **long},
-    'e4-long': {**moe(4), **long},
+    'e1-long': {**moe(1), **long},
+    'e4-straight-long': {**moe(4), **long, align: 'straight_through'},
     'dense-drop': with_drop,
     'e4-drop': moe(4, base=with_drop)
 }

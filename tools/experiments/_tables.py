@@ -60,8 +60,8 @@ def paired(runs: Mapping[str, Runs]) -> str:
     weights. There are no mean scores, because variants with fewer seeds cannot
     be compared by them."""
     base = next(iter(runs.values()))
-    one = next((each for name, each in runs.items() if name.endswith('e1')),
-               None)
+    one = next((each for name, each in runs.items()
+                if 'e1' in name.split('-')), None)
     rows = []
     for name, each in runs.items():
         mean = each.rescored('mean')
@@ -104,11 +104,11 @@ def noise(runs: Mapping[str, Runs]) -> str:
     """The table of the difference between four experts and dense, and of its
     deviation from seed to seed, for several ways to train and to score."""
     rows = []
-    for what, suffix in (
-            ('with stochastic depth', '-drop'), ('without', ''),
-            ('without, a tail of small rate', '-tail'),
-            ('without, 1,500 iterations', '-long')):
-        names = f'dense{suffix}', f'e4{suffix}'
+    for what, *names in (
+            ('with stochastic depth', 'dense-drop', 'e4-drop'),
+            ('without', 'dense', 'e4'),
+            ('without, a tail of small rate', 'dense-tail', 'e4-tail'),
+            ('without, 1,500 iterations', 'dense-long', 'e4-straight-long')):
         if not runs.keys() >= set(names):
             continue
         for flips in (False, True):

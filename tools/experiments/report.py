@@ -48,10 +48,10 @@ class Report(NamedTuple):
 # The pipelines of the plan 'recipe' in its own table. Most of the other ones
 # come in pairs, which show the noise. 'dense-sgd' is so far behind that beside
 # it no other difference could be seen in the picture.
-RECIPE = ('dense', 'dense-ffn2', 'e1', 'e1-half', 'e4', 'e4-half',
-          'e4-zero-mean', 'e4-straight', 'e4-clusters', 'e4-no-core',
-          'e4-averaged', 'e4-merged', 'e4-shared-moments', 'e8-sqrt',
-          'e8-straight', 'e2-cut', 'e8-cut')
+RECIPE = ('dense', 'dense-ffn2', 'e1', 'e4', 'e4-half', 'e4-zero-mean',
+          'e4-straight', 'e4-clusters', 'e4-no-core', 'e4-averaged',
+          'e4-merged', 'e4-shared-moments', 'e8-sqrt', 'e2-cut', 'e8-cut')
+LONG = ('dense-long', 'e1-long', 'e4-straight-long')
 HEADS = ('head-dense', 'head-e1', 'head-e4')
 # The keys are the names of the markers and of the picture.
 REPORTS = {
@@ -65,6 +65,7 @@ REPORTS = {
         ('non-moe', 'joint', 'sinkhorn-token-choice', 'softmax-expert-choice',
          'sinkhorn-expert-choice', 'sparse-expert-choice', 'soft-moe')),
     'recipe': Report('recipe', _tables.paired, _figures.differences, RECIPE),
+    'long': Report('recipe', _tables.paired, None, LONG),
     'heads': Report('recipe', _tables.paired, None, HEADS),
     'mixed': Report('mixed', _tables.data_sets, None),
     'noise': Report('recipe', _tables.noise, None),
