@@ -144,7 +144,7 @@ def times(runs: Mapping[str, Runs], path: Path) -> None:
         for (name, each), colour in zip(runs.items(), COLOURS):
             if not sweeps(each):
                 continue
-            rows = timed(mean_rows(sweeps(each)))
+            rows = timed(each)
             axes.plot([row[cost] for row in rows],
                       [row['score'] for row in rows], 'o', color=colour,
                       label=f'{name}, batch prioritised')

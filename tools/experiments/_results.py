@@ -159,12 +159,28 @@ def mean_rows(each: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return averaged
 
 
-def timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a sweep for the reference and for Batch Prioritized Routing,
-    with operations and time over those of the dense cores."""
+def swept(runs: Runs, order: str, capacity: float | None) -> Runs:
+    """The same runs with the scores of one row of capacity_sweep.py."""
+    found = {}
+    for seed, rows in zip(swept_seeds(runs), sweeps(runs)):
+        score = next(row['score'] for row in rows if (
+            row['order'], row['capacity']) == (order, capacity))
+        found[seed] = dict(runs.records[seed], scores=dict(mIoU=score))
+    return Runs(runs.name, found)
+
+
+def timed(runs: Runs) -> list[dict[str, Any]]:
+    """The rows of capacity_sweep.py for the reference and for Batch Prioritized
+    Routing, with operations and time over those of the dense cores.
+
+    Scores and operations are means over seeds. The time is that of the first
+    seed, because other seeds shared the machine when they were measured.
+    """
+    rows = mean_rows(sweeps(runs))
     return [dict(row, operations=row['gflops'] / rows[0]['dense_gflops'],
-                 time=row['milliseconds'] / row['dense_milliseconds'])
-            for row in rows if row['order'] != 'first come']
+                 time=first['milliseconds'] / first['dense_milliseconds'])
+            for row, first in zip(rows, sweeps(runs)[0])
+            if row['order'] != 'first come']
 
 
 def specialised(runs: Runs) -> list[dict[str, Any]]:

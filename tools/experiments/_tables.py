@@ -8,6 +8,7 @@ from _results import (
     mean_rows,
     specialised,
     sweeps,
+    swept,
     swept_seeds,
     timed,
 )
@@ -186,10 +187,10 @@ def capacities(runs: Mapping[str, Runs]) -> str:
     model has those of the dense model."""
     rows = []
     for name, each in runs.items():
-        swept = sweeps(each)
-        if not swept:
+        measured = sweeps(each)
+        if not measured:
             continue
-        found = mean_rows(swept)
+        found = mean_rows(measured)
         dense = found[0]['dense_gflops']
         if DENSE in runs:
             rows.append([f'{DENSE}, same seeds', '', '1.000', '',
@@ -212,21 +213,26 @@ def capacities(runs: Mapping[str, Runs]) -> str:
 
 
 def times(runs: Mapping[str, Runs]) -> str:
-    """The table of score and time at each capacity, with Batch Prioritized
-    Routing, beside a dense model. Times are over that of a pass through the
-    dense cores of the same model."""
-    base = runs['dense']
+    """The table of score, operations and time at each capacity, with Batch
+    Prioritized Routing, beside a dense model and beside the order of the image.
+    Operations and times are over those of a pass through the dense cores of
+    the same model."""
     rows = []
     for name, each in runs.items():
-        for row in timed(mean_rows(sweeps(each))):
+        for row in timed(each) if sweeps(each) else ():
+            capacity = row['capacity']
+            mine = swept(each, row['order'], capacity)
             rows.append([
-                name, f'{row["capacity"]:g}' if row['capacity'] else 'all kept',
+                name, f'{capacity:g}' if capacity else 'all kept',
                 f'{100 * row["skipped"]:.0f} %', f'{row["score"]:.2f}',
-                f'{row["score"] - base.mean(swept_seeds(each)):+.2f}',
+                gain(mine, runs['dense']),
+                gain(mine, swept(each, 'first come', capacity))
+                if capacity else '',
                 f'{row["operations"]:.3f}', f'{row["time"]:.3f}'])
     return markdown(
         ('model', 'capacity', 'tokens skipped', 'batch prioritised',
-         'over dense', 'operations over dense', 'time over dense'), rows)
+         'over dense', 'over first come', 'operations over dense',
+         'time over dense'), rows)
 
 
 def specialisation(runs: Mapping[str, Runs]) -> str:
