@@ -106,7 +106,7 @@ class RoutingStatsHook(Hook):
                 self._warned.add(key)
                 runner.logger.warning(
                     f'expert {expert} of {name} is dead: in iterations '
-                    f'{end - self.interval + 1} to {end} it got less than '
+                    f'{end - self.interval + 1} to {end} it got at most '
                     f'{100 * self.dead_below:g} % of its fair share. Try '
                     f'{layer.router.balance_advice}')
 
