@@ -18,7 +18,7 @@ PARTS = ('shared', 'routed.0', 'routed.1')
 
 
 class CutFFN(nn.Module):
-    """A FFN that was cut into three: y = x + shared(x) + moe_0(x) + moe_1(x).
+    """A FFN that was cut: identity + shared(x) + moe_0(x) + moe_1(x).
 
     The first part has half of the hidden units and serves all tokens. Each of
     the other two has a quarter, and experts, of which a token gets one. So a
