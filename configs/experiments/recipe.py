@@ -12,8 +12,7 @@ names = (
     'dense', 'dense-ffn2', 'dense-sgd', 'e1', 'e4', 'e4-half', 'e4-zero-mean',
     'e4-clusters', 'e4-no-core', 'e4-straight', 'e4-averaged', 'e4-merged',
     'e4-shared-moments', 'e8-sqrt', 'e8-k2', 'dense-tail', 'e4-tail',
-    'dense-long', 'e1-long', 'e4-straight-long', 'dense-drop',
-    'e4-drop')
+    'dense-long', 'e1-long', 'e4-straight-long', 'dense-drop', 'e4-drop')
 cuts = ('e2-cut', 'e8-cut')
 heads = ('head-dense', 'head-e1', 'head-e4')
 pipelines = {

@@ -436,6 +436,11 @@ def test_the_tables_of_the_recipe():
                         'training loss / dense | operations |')
     assert [row.split('|')[3:5] for row in heads[2:]] == [
         ['  ', '  '], [' +1.00 ', '  '], [' +3.00 ', ' +2.00 ']]
+    # The control is the one with one expert, whatever else is in its name.
+    assert _tables.paired({each.name: each for each in (
+        make('dense-long', {0: 50.}), make('e1-long', {0: 51.}),
+        make('e4-straight-long', {0: 53.}))}).splitlines()[-1].startswith(
+            '| e4-straight-long | 53.0 | +3.00 | +2.00 |')
     lines = _tables.noise(runs).splitlines()
     assert lines[2] == ('| with stochastic depth | no | 2 | 0.00 | 2.83 '
                         '| 2.83 | +2.00 |')
